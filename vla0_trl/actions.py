@@ -1,0 +1,243 @@
+"""Continuous vectors <-> text integers, and the statistics that set the scale.
+
+An action chunk of `chunk_size` steps and `action_dim` dimensions becomes `chunk_size × action_dim` integers in
+0…`num_bins`, time-major, separated by single spaces: "524 341 892 …" (VLA-0, arXiv:2510.13054, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+# Quantiles come from a histogram of this many cells between minimum and maximum, so a pass over any number of frames
+# needs constant memory; the error is at most one cell, far below any sensible bin width.
+_HISTOGRAM_CELLS = 1 << 16
+
+
+class ActionParseError(ValueError):
+    """The text is not exactly `chunk_size × action_dim` integers in 0…`num_bins`, separated by single spaces."""
+
+
+@dataclass(frozen=True)
+class NormStats:
+    """Statistics of a vector over a dataset, one number a dimension, in environment units.
+
+    Attributes:
+        min, max, q01, q99, mean, std (`list[float]`): per dimension.
+        count (`int`): vectors seen.
+    """
+
+    min: list[float]
+    max: list[float]
+    q01: list[float]
+    q99: list[float]
+    mean: list[float]
+    std: list[float]
+    count: int
+
+    @classmethod
+    def from_array(cls, values: np.ndarray) -> NormStats:
+        """Statistics of `values` (N, D)."""
+        return cls.from_batches(lambda: [np.asarray(values)])
+
+    @classmethod
+    def from_batches(cls, batches) -> NormStats:
+        """Statistics in constant memory.
+
+        Args:
+            batches (`Callable[[], Iterable[np.ndarray]]`): called twice, each time yields arrays (n, D); the first
+                pass finds range and moments, the second counts a histogram for the quantiles.
+        """
+        low = high = total = squares = None
+        count = 0
+        for batch in batches():
+            batch = np.asarray(batch, np.float64)
+            if batch.ndim != 2:
+                raise ValueError(f"statistics need arrays (n, D), got shape {batch.shape}")
+            if not len(batch):
+                continue
+            if low is None:
+                low, high = batch.min(0), batch.max(0)
+                shift = low  # moments are taken around a data point, or large offsets would eat their digits
+                total = squares = np.zeros_like(low)
+            low, high = np.minimum(low, batch.min(0)), np.maximum(high, batch.max(0))
+            total, squares = total + (batch - shift).sum(0), squares + ((batch - shift) ** 2).sum(0)
+            count += len(batch)
+        if low is None:
+            raise ValueError("no values to take statistics of")
+        mean = total / count
+        std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+
+        width = np.where(high > low, high - low, 1.0)
+        cells = np.zeros((len(low), _HISTOGRAM_CELLS), np.int64)
+        for batch in batches():
+            index = ((np.asarray(batch, np.float64) - low) / width * _HISTOGRAM_CELLS).astype(np.int64)
+            for dim, column in enumerate(index.clip(0, _HISTOGRAM_CELLS - 1).T):
+                cells[dim] += np.bincount(column, minlength=_HISTOGRAM_CELLS)
+        ranks = cells.cumsum(1)
+
+        def quantile(q: float) -> list[float]:
+            cell = np.array([np.searchsorted(rank, q * count) for rank in ranks])
+            return np.clip(low + (cell + 0.5) / _HISTOGRAM_CELLS * width, low, high).tolist()
+
+        return cls(
+            min=low.tolist(),
+            max=high.tolist(),
+            q01=quantile(0.01),
+            q99=quantile(0.99),
+            mean=(mean + shift).tolist(),
+            std=std.tolist(),
+            count=count,
+        )
+
+    @classmethod
+    def from_dict(cls, data: dict) -> NormStats:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{field.name: data[field.name] for field in fields(cls)})
+
+    @property
+    def dim(self) -> int:
+        return len(self.min)
+
+    def bounds(self, normalization: str | list[float]) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest representable value, each (D,).
+
+        Args:
+            normalization: `"min_max"`, `"quantile"` (1 % to 99 %; values outside are clipped) or a fixed `[low, high]`.
+
+        Raises:
+            ValueError: a dimension never changes, so that integers can't say anything about it.
+        """
+        if normalization == "min_max":
+            low, high = np.array(self.min), np.array(self.max)
+        elif normalization == "quantile":
+            low, high = np.array(self.q01), np.array(self.q99)
+        else:
+            low, high = (np.full(self.dim, float(bound)) for bound in normalization)
+        flat = np.flatnonzero(~(high > low))
+        if len(flat):
+            raise ValueError(
+                f"dimension {flat[0]} has zero range ({low[flat[0]]:g} to {high[flat[0]]:g}) over {self.count} frames "
+                f"with normalization={normalization!r}: drop that dimension, convert more data, or give a fixed range "
+                "such as --normalization -1,1"
+            )
+        return low, high
+
+
+class Quantizer:
+    """Real vectors <-> integers in 0…`num_bins` (inclusive), linear between `low` and `high`.
+
+    Args:
+        stats (`NormStats`): of the vectors.
+        num_bins (`int`): the largest integer: 1000 in VLA-0, 511 for VLA-0-Smol's 512 levels.
+        normalization: see [`NormStats.bounds`].
+    """
+
+    def __init__(self, stats: NormStats, num_bins: int, normalization: str | list[float] = "min_max"):
+        self.low, self.high = stats.bounds(normalization)
+        self.num_bins = num_bins
+        self.dim = stats.dim
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        """float (…, D) -> int64 (…, D). Values outside the range are clipped; NaN and infinity raise `ValueError`."""
+        values = np.asarray(values, np.float64)
+        if values.shape[-1:] != (self.dim,):
+            raise ValueError(f"expected vectors of {self.dim} dimensions, got shape {values.shape}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"not a finite number at index {tuple(np.argwhere(~np.isfinite(values))[0].tolist())}")
+        scaled = (values - self.low) / (self.high - self.low) * self.num_bins
+        return np.rint(scaled.clip(0, self.num_bins)).astype(np.int64)
+
+    def decode(self, integers: np.ndarray) -> np.ndarray:
+        """int (…, D) -> float32 (…, D), at most half a bin from what was encoded, if that was inside the range."""
+        return (self.low + np.asarray(integers) / self.num_bins * (self.high - self.low)).astype(np.float32)
+
+
+class ActionTokenizer:
+    """Action chunks <-> text: the one definition of what the model is trained to write and the robot executes.
+
+    Args:
+        stats (`NormStats`): of the actions, or of action − state if `relative`.
+        num_bins (`int`, *optional*, defaults to `1000`): the largest integer.
+        chunk_size (`int`, *optional*, defaults to `1`): steps in a chunk.
+        normalization (`str` or `[low, high]`, *optional*, defaults to `"min_max"`): see [`NormStats.bounds`].
+        relative (`bool`, *optional*, defaults to `False`): text holds action − state, whose first `action_dim` entries
+            are the action's coordinates now. Deltas need statistics of their own.
+    """
+
+    def __init__(
+        self,
+        stats: NormStats,
+        num_bins: int = 1000,
+        chunk_size: int = 1,
+        normalization: str | list[float] = "min_max",
+        relative: bool = False,
+    ):
+        self.quantizer = Quantizer(stats, num_bins, normalization)
+        self.num_bins = num_bins
+        self.chunk_size = chunk_size
+        self.action_dim = stats.dim
+        self.relative = relative
+
+    def encode(self, actions: np.ndarray, state: np.ndarray | None = None) -> str:
+        """Actions (chunk_size, action_dim) in environment units -> text. `state` (≥ action_dim,) if `relative`."""
+        return join_integers(self.to_integers(actions, state))
+
+    def decode(self, text: str, state: np.ndarray | None = None) -> np.ndarray:
+        """Text -> float32 (chunk_size, action_dim) in environment units.
+
+        Raises:
+            ActionParseError: for anything but exactly chunk_size × action_dim canonical integers in 0…num_bins.
+        """
+        return self.from_integers(parse_integers(text, self.chunk_size * self.action_dim, self.num_bins), state)
+
+    def to_integers(self, actions: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
+        """Like `encode`, but int64 (chunk_size · action_dim,)."""
+        actions = np.asarray(actions, np.float64)
+        if actions.shape != (self.chunk_size, self.action_dim):
+            raise ValueError(f"expected actions of shape {(self.chunk_size, self.action_dim)}, got {actions.shape}")
+        return self.quantizer.encode(actions - self._reference(state)).ravel()
+
+    def from_integers(self, integers: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
+        """The inverse of `to_integers`: integers (…, chunk_size · action_dim) and, if `relative`, one state."""
+        integers = np.asarray(integers)
+        chunk = self.quantizer.decode(integers.reshape(*integers.shape[:-1], self.chunk_size, self.action_dim))
+        return (chunk + self._reference(state)).astype(np.float32)
+
+    def _reference(self, state: np.ndarray | None) -> np.ndarray | float:
+        if not self.relative:
+            return 0.0
+        if state is None:
+            raise ValueError("relative actions need the state that they are relative to")
+        return relative_reference(state, self.action_dim)
+
+
+def relative_reference(state: np.ndarray, action_dim: int) -> np.ndarray:
+    """What relative actions count from: the first `action_dim` entries of the state, in the action's own units."""
+    state = np.asarray(state, np.float64)
+    if state.ndim != 1 or len(state) < action_dim:
+        raise ValueError(f"relative actions need a state of at least {action_dim} entries, got shape {state.shape}")
+    return state[:action_dim]
+
+
+def join_integers(integers: Iterable[int]) -> str:
+    """`[524, 341]` -> `"524 341"`."""
+    return " ".join(map(str, integers))
+
+
+def parse_integers(text: str, count: int, num_bins: int) -> np.ndarray:
+    """The strict inverse of `join_integers`: int64 (count,). White space around the text is ignored.
+
+    Raises:
+        ActionParseError: says what is wrong and quotes the offender.
+    """
+    words = text.strip().split(" ")
+    if len(words) != count or not text.strip():
+        raise ActionParseError(f"expected {count} integers, got {len(words) if text.strip() else 0} in {text[:80]!r}")
+    for position, word in enumerate(words):
+        # int() alone would let "+5", "1_0", "٣" and "007" through.
+        if not (word.isascii() and word.isdigit()) or word != str(int(word)) or int(word) > num_bins:
+            raise ActionParseError(f"word {position} is {word[:20]!r}, not an integer in 0…{num_bins}: {text[:80]!r}")
+    return np.array([int(word) for word in words], np.int64)

@@ -1,0 +1,206 @@
+"""VLAConfig: all that a dataset or checkpoint must know to speak actions, saved beside it as vla_config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla0_trl.actions import ActionTokenizer, NormStats, Quantizer
+
+CONFIG_NAME = "vla_config.json"
+
+
+@dataclass
+class VLAConfig:
+    """The contract between data, training and inference.
+
+    Args:
+        cameras (`list[str]`): names, in the order in which the images enter the prompt.
+        action_dim, state_dim (`int`): widths of one action and of the state vector (0: the dataset has no state).
+        chunk_size (`int`): steps predicted at once.
+        n_action_steps (`int`, *optional*, defaults to `chunk_size`): steps executed before the next prediction.
+        ensemble_size (`int`, *optional*, defaults to `1`): > 1 re-queries at every step and averages up to that many
+            overlapping predictions (ACT's temporal ensembling); excludes `n_action_steps` > 1.
+        image_size (`int`): side of the square that the model sees, in pixels.
+        crop_ratio (`float`): side of the crop over side of the image: random in training, central in evaluation.
+        tile_images (`bool`): show all cameras as one image, side by side (VLA-0), instead of one image each.
+        num_bins (`int`): integers run 0…num_bins, inclusive (1000 in VLA-0; 511 makes VLA-0-Smol's 512 levels).
+        use_state (`bool`): write the state into the prompt, as integers.
+        relative_actions (`bool`): actions are written as action − state; `action_stats` are then of the differences.
+        use_system_prompt (`bool`): prepend VLA-0's description of the output format.
+        normalization (`str` or `[low, high]`): see [`NormStats.bounds`].
+        gripper (`str`, *optional*): `"sign"` executes the last action dimension as its sign (LIBERO's −1/+1 gripper).
+        action_stats, state_stats ([`NormStats`]): what sets the scale of the integers.
+        fps (`float`): control frequency in Hz.
+        base_model, robot, source, source_revision (`str`): where this is from; documentation, and for an adapter the
+            model that it belongs to.
+    """
+
+    cameras: list[str] = field(default_factory=lambda: ["image"])
+    action_dim: int = 2
+    state_dim: int = 0
+    chunk_size: int = 8
+    n_action_steps: int | None = None
+    ensemble_size: int = 1
+    image_size: int = 512
+    crop_ratio: float = 1.0
+    tile_images: bool = False
+    num_bins: int = 511
+    use_state: bool = False
+    relative_actions: bool = False
+    use_system_prompt: bool = False
+    normalization: str | list[float] = "min_max"
+    gripper: str | None = None
+    action_stats: NormStats | None = None
+    state_stats: NormStats | None = None
+    fps: float = 10.0
+    base_model: str | None = None
+    robot: str | None = None
+    source: str | None = None
+    source_revision: str | None = None
+
+    def __post_init__(self):
+        for name in ("action_stats", "state_stats"):
+            if isinstance(getattr(self, name), dict):
+                setattr(self, name, NormStats.from_dict(getattr(self, name)))
+        if self.ensemble_size > 1:
+            if self.n_action_steps not in (None, 1):
+                raise ValueError(
+                    f"ensemble_size={self.ensemble_size} re-queries at every step, so n_action_steps="
+                    f"{self.n_action_steps} would do nothing: leave n_action_steps out, or set ensemble_size=1"
+                )
+            self.n_action_steps = 1
+        elif self.n_action_steps is None:
+            self.n_action_steps = self.chunk_size
+        self._check()
+
+    def _check(self):
+        def need(condition: bool, message: str):
+            if not condition:
+                raise ValueError(message)
+
+        need(bool(self.cameras), "cameras is empty: name at least one")
+        need(len(set(self.cameras)) == len(self.cameras), f"cameras has duplicates: {self.cameras}")
+        for name in ("action_dim", "chunk_size", "n_action_steps", "ensemble_size", "image_size", "num_bins"):
+            need(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        need(
+            self.n_action_steps <= self.chunk_size,
+            f"n_action_steps={self.n_action_steps} is more than the chunk_size={self.chunk_size} that is predicted",
+        )
+        need(
+            self.ensemble_size <= self.chunk_size,
+            f"ensemble_size={self.ensemble_size} is more than the {self.chunk_size} predictions that can overlap",
+        )
+        need(0 < self.crop_ratio <= 1, f"crop_ratio={self.crop_ratio} must be in (0, 1]")
+        need(
+            self.normalization in ("min_max", "quantile")
+            or (isinstance(self.normalization, list | tuple) and len(self.normalization) == 2),
+            f"normalization={self.normalization!r} must be min_max, quantile or [low, high]",
+        )
+        need(self.gripper in (None, "sign"), f"gripper={self.gripper!r} must be 'sign' or left out")
+        need(
+            self.state_dim > 0 or not self.use_state,
+            "use_state=True, but the data has no state (state_dim=0): set use_state=False",
+        )
+        need(
+            self.state_dim >= self.action_dim or not self.relative_actions,
+            f"relative_actions=True needs a state that begins with the action's {self.action_dim} coordinates, "
+            f"but state_dim={self.state_dim}: set relative_actions=False",
+        )
+        for stats, dim, name in (
+            (self.action_stats, self.action_dim, "action"),
+            (self.state_stats, self.state_dim, "state"),
+        ):
+            need(
+                stats is None or stats.dim == dim,
+                f"{name}_stats has {stats and stats.dim} dimensions, {name}_dim={dim}",
+            )
+
+    @property
+    def num_values(self) -> int:
+        """Integers in one answer."""
+        return self.chunk_size * self.action_dim
+
+    def action_tokenizer(self) -> ActionTokenizer:
+        """The codec of this config's actions."""
+        if self.action_stats is None:
+            raise ValueError("this config has no action_stats: it was not made by a conversion")
+        return ActionTokenizer(
+            self.action_stats, self.num_bins, self.chunk_size, self.normalization, relative=self.relative_actions
+        )
+
+    def state_quantizer(self) -> Quantizer | None:
+        """The codec of the state text; None if the prompt carries no state."""
+        if not self.use_state:
+            return None
+        if self.state_stats is None:
+            raise ValueError("use_state=True, but this config has no state_stats: it was not made by a conversion")
+        return Quantizer(self.state_stats, self.num_bins, self.normalization)
+
+    def executable(self, actions: np.ndarray) -> np.ndarray:
+        """Predicted actions (…, action_dim) as the robot takes them: the gripper's sign instead of its average."""
+        if self.gripper == "sign":
+            actions = actions.copy()
+            actions[..., -1] = np.where(actions[..., -1] > 0, 1.0, -1.0)
+        return actions
+
+    def replace(self, **changes: Any) -> VLAConfig:
+        """A copy with fields changed, checked again.
+
+        `n_action_steps` keeps its value unless it was only a consequence of the old chunk_size or ensemble_size.
+        """
+        follows = self.ensemble_size > 1 or self.n_action_steps == self.chunk_size
+        if follows and {"chunk_size", "ensemble_size"} & changes.keys():
+            changes.setdefault("n_action_steps", None)
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `vla_config.json` into `directory`; in one step, so that its existence means it is whole."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = directory / f".{CONFIG_NAME}.partial"
+        partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        partial.replace(directory / CONFIG_NAME)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, repo_type: str | None = None, revision: str | None = None
+    ) -> VLAConfig:
+        """Read `vla_config.json` from a local folder or a Hub repository (`repo_type="dataset"` for datasets).
+
+        Raises:
+            FileNotFoundError: the folder or repository has none: it is no dataset or checkpoint of vla0_trl.
+            ValueError: the file has fields that this version does not know.
+        """
+        path = Path(name_or_path) / CONFIG_NAME
+        if not Path(name_or_path).is_dir():
+            path = _download(str(name_or_path), repo_type, revision)
+        elif not path.is_file():
+            raise FileNotFoundError(
+                f"{name_or_path} has no {CONFIG_NAME}: not a dataset made by data_prep/, nor a checkpoint of "
+                "recipes/sft_*.py (a run that was stopped while writing leaves such a folder: use an earlier one)"
+            )
+        data = json.loads(path.read_text())
+        unknown = data.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"{path}: unknown fields {sorted(unknown)}; written by a newer vla0_trl?")
+        return cls(**data)
+
+
+def _download(repo_id: str, repo_type: str | None, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo_id, CONFIG_NAME, repo_type=repo_type, revision=revision))
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"no folder {repo_id!r} here, and no {CONFIG_NAME} in a Hub repository so named ({type(error).__name__})"
+        ) from error
