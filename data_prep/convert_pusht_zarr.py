@@ -1,0 +1,115 @@
+"""Human PushT demonstrations (diffusion policy's zarr) -> chat dataset.
+
+    python data_prep/convert_pusht_zarr.py --source PATH/pusht_cchi_v7_replay.zarr --output_dir data/pusht_human
+
+206 episodes, 25,650 frames, 15 s on one core. The zarr is in https://diffusion-policy.cs.columbia.edu/data/training/pusht.zip
+(Chi et al., "Diffusion Policy", 2023). Needs the extra [zarr]: pip install -e ".[zarr]".
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from vla0_trl.conversion import SourceInfo
+from vla0_trl.conversion_cli import ConversionParser, command_line_errors
+from vla0_trl.envs.pusht import CAMERA, FPS, STATE_MODES, TASK
+from vla0_trl.episodes import Episode, EpisodeError
+from vla0_trl.staging import ConversionError
+
+
+class PushTZarr:
+    """The episodes of one zarr: `data/{img, state, action}` one after another, `meta/episode_ends`.
+
+    Args:
+        path (`Path`): the zarr's folder.
+        state (`str`): "agent": the agent's x, y; "full": with the block's x, y and angle.
+    """
+
+    def __init__(self, path: Path, state: str):
+        try:
+            import zarr
+        except ImportError as error:
+            raise ConversionError('reading this format needs zarr: pip install -e ".[zarr]"') from error
+        if not (path / "data").is_dir() or not (path / "meta").is_dir():
+            raise ConversionError(f"{path} is no zarr of PushT demonstrations: it has no data/ and meta/ folders")
+        self.path = path
+        self.state_dim = STATE_MODES[state]
+        group = zarr.open_group(path, mode="r")
+        self._frames = group["data/img"]
+        self._states, self._actions = group["data/state"][:], group["data/action"][:]
+        self._ends = group["meta/episode_ends"][:].tolist()
+        self._chunks: dict[int, np.ndarray] = {}
+        content = hashlib.sha256(b"".join(a.tobytes() for a in (self._states, self._actions)))
+        self.info = SourceInfo(
+            source=path.resolve().name,
+            revision=f"sha256 of states and actions: {content.hexdigest()[:16]}",
+            license="mit",
+            robot="PushT (a round finger in 2-D)",
+            fps=FPS,
+            how=(
+                "Demonstrations by people with a mouse, recorded for Chi et al., "
+                "[Diffusion Policy](https://arxiv.org/abs/2303.04137) (2023). Actions are the finger's target in "
+                "pixels of a 512 × 512 workspace."
+            ),
+            options={"state": state},
+        )
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def task(self, index: int) -> str:
+        return TASK
+
+    def episode(self, index: int) -> Episode:
+        start, end = (self._ends[index - 1] if index else 0), self._ends[index]
+        name = f"{self.info.source}, episode {index}"
+        return Episode(
+            task=TASK,
+            actions=self._actions[start:end],
+            states=self._states[start:end, : self.state_dim],
+            images={CAMERA: [self._frame(i, name, i - start) for i in range(start, end)]},
+            name=name,
+        )
+
+    def _frame(self, position: int, name: str, frame_index: int) -> np.ndarray:
+        """uint8 (96, 96, 3). Chunks hold 161 frames as 18 MB of floats: each is read once and kept as bytes."""
+        length = self._frames.chunks[0]
+        chunk = position // length
+        if chunk not in self._chunks:
+            floats = self._frames[chunk * length : (chunk + 1) * length]
+            with np.errstate(invalid="ignore"):  # a NaN is reported below
+                pixels = floats.astype(np.uint8)
+            bad = np.flatnonzero((pixels != floats).any(axis=(1, 2, 3)))
+            bad = bad[bad >= position - chunk * length]
+            if len(bad):
+                offset = int(bad[0]) + chunk * length - position
+                raise EpisodeError(
+                    f"{name}, frame {frame_index + offset}: img holds values that are no whole numbers in 0…255: "
+                    "the copy is damaged, fetch it again"
+                )
+            self._chunks = dict([*self._chunks.items(), (chunk, pixels)][-2:])
+        return self._chunks[chunk][position - chunk * length]
+
+
+def main() -> None:
+    parser = ConversionParser(__doc__, [CAMERA], chunk_size=10, num_bins=511, relative_actions=True, use_state=True)
+    parser.add_argument("--source", required=True, type=Path, help="the folder pusht_cchi_v7_replay.zarr")
+    parser.add_argument("--state", choices=STATE_MODES, default="agent", help="(default: %(default)s)")
+    args = parser.parse_args()
+    with command_line_errors(args.output_dir):
+        source = PushTZarr(args.source, args.state)
+        config = parser.config(
+            args,
+            action_dim=2,
+            state_dim=source.state_dim,
+            n_action_steps=min(5, args.chunk_size),
+            crop_ratio=0.875,  # 84 of 96 px, diffusion policy's crop
+        )
+        parser.convert(args, source, config)
+
+
+if __name__ == "__main__":
+    main()

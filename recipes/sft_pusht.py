@@ -1,0 +1,34 @@
+"""Fine-tune a vision-language model to drive PushT by writing numbers.
+
+The full recipe (VLA-0-Smol's; one 24 GB GPU), on the human demonstrations:
+
+    python data_prep/convert_pusht_zarr.py --source PATH/pusht_cchi_v7_replay.zarr --output_dir data/pusht_human
+    accelerate launch recipes/sft_pusht.py
+
+Another recipe, and any field of it on the command line:
+
+    accelerate launch recipes/sft_pusht.py --config recipes/pusht/lora.yaml --dataset_name USER/DATASET --lora_r 32
+    accelerate launch recipes/sft_pusht.py --config recipes/pusht/nano.yaml --dataset_name data/pusht --max_steps 200
+
+The same command again continues where it was stopped. Fields: TRL's SFTConfig and ModelConfig, and those of
+`vla0_trl/arguments.py`; `--help` lists them all.
+"""
+
+from pathlib import Path
+
+from vla0_trl.arguments import parse_recipe
+from vla0_trl.config import VLAConfig
+from vla0_trl.recipe import sft
+from vla0_trl.rollout import Environment
+
+
+def make_env(config: VLAConfig) -> Environment:
+    """The simulator is only imported by a run that rolls out during training."""
+    from vla0_trl.envs.pusht import STATE_MODES, PushTEnv
+
+    modes = {dim: mode for mode, dim in STATE_MODES.items()}
+    return PushTEnv(state=modes.get(config.state_dim, "agent"))
+
+
+if __name__ == "__main__":
+    sft(*parse_recipe(Path(__file__).parent / "pusht" / "full.yaml", __doc__), make_env=make_env)

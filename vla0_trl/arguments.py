@@ -1,0 +1,123 @@
+"""What a recipe can set: TRL's own fields, and the few that a policy needs besides."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from trl import ModelConfig, SFTConfig, TrlParser
+
+from vla0_trl.config import VLAConfig
+
+
+@dataclass
+class DataArguments:
+    """The chat dataset, and how its rows are written as text. What is left out stays as the dataset was converted."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Chat dataset made by data_prep/: a local folder or a Hub id."}
+    )
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the Hub."})
+    num_eval_episodes: int = field(
+        default=0, metadata={"help": "Hold out this many episodes, the last ones; see eval_strategy."}
+    )
+    cameras: list[str] | None = field(default=None, metadata={"help": "Cameras to use, in this order."})
+    chunk_size: int | None = field(
+        default=None, metadata={"help": "Steps predicted at once; at most the stored ones."}
+    )
+    n_action_steps: int | None = field(default=None, metadata={"help": "Steps executed before the next prediction."})
+    ensemble_size: int | None = field(
+        default=None, metadata={"help": "Re-query at every step and average this many overlapping predictions."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the square that the model sees, in pixels."}
+    )
+    crop_ratio: float | None = field(
+        default=None, metadata={"help": "Side of the crop over side of the image: random in training, else central."}
+    )
+    tile_images: bool | None = field(
+        default=None, metadata={"help": "Show all cameras side by side as one image (VLA-0)."}
+    )
+    num_bins: int | None = field(default=None, metadata={"help": "Integers run from 0 to this, inclusive."})
+    use_state: bool | None = field(default=None, metadata={"help": "Write the state into the prompt."})
+    relative_actions: bool | None = field(default=None, metadata={"help": "Write actions as action − state."})
+    use_system_prompt: bool | None = field(
+        default=None, metadata={"help": "Prepend VLA-0's description of the output format."}
+    )
+    normalization: str | None = field(default=None, metadata={"help": "min_max, quantile, or a range such as -1,1."})
+
+    def __post_init__(self):
+        if self.dataset_name is None:
+            raise ValueError(
+                "dataset_name is missing: --dataset_name FOLDER_OR_HUB_ID of a dataset made by data_prep/"
+            )
+
+    def overrides(self) -> dict[str, Any]:
+        """The [`VLAConfig`] fields that the recipe sets."""
+        names = {f.name for f in fields(VLAConfig)} & {f.name for f in fields(self)}
+        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if "," in changes.get("normalization", ""):
+            changes["normalization"] = [float(bound) for bound in changes["normalization"].split(",")]
+        return changes
+
+
+@dataclass
+class VLASFTConfig(SFTConfig):
+    """TRL's `SFTConfig`, and what is special in training a policy."""
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "nano"]
+
+    # The collator needs the raw columns, which TRL would remove.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations: a third slower, for when memory is short."}
+    )
+    report_to: str = field(
+        default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or a list."}
+    )
+    mask_max: float = field(
+        default=0.4, metadata={"help": "Hide up to this fraction of a sample's action values in the input."}
+    )
+    mask_skip: float = field(default=0.1, metadata={"help": "Share of samples of which nothing is hidden."})
+    mask_unit: str = field(
+        default="value",
+        metadata={"help": "Hide whole values, or single digits as VLA-0.", "choices": ["value", "character"]},
+    )
+    freeze_vision: bool = field(default=False, metadata={"help": "Do not train the image encoder."})
+    nano: dict | str | None = field(
+        default=None, metadata={"help": "Sizes of the nano backbone (model_name_or_path: nano), as JSON."}
+    )
+    save_initial: bool = field(
+        default=False, metadata={"help": "Save the untrained policy as output_dir/initial, to compare with."}
+    )
+    stop_at_token_accuracy: float | None = field(
+        default=None, metadata={"help": "Stop once the logged mean_token_accuracy reaches this."}
+    )
+    rollout_steps: int = field(
+        default=0, metadata={"help": "Every so many steps, run episodes in the simulator; 0: never."}
+    )
+    rollout_episodes: int = field(default=16, metadata={"help": "Episodes of such an evaluation, on fixed seeds."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Start again in an output_dir that another run has used."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns=True would remove the columns that the collator reads: leave it out"
+            )
+
+
+def parse_recipe(default_config: Path, description: str) -> tuple[DataArguments, VLASFTConfig, ModelConfig]:
+    """Arguments from `--config YAML` (`default_config` if there is none) and the command line, which wins.
+
+    An unknown key, in either, is an error.
+    """
+    arguments = sys.argv[1:]
+    if "--config" not in arguments:
+        arguments = ["--config", str(default_config), *arguments]
+    parser = TrlParser((DataArguments, VLASFTConfig, ModelConfig), description=description)
+    return parser.parse_args_and_config(arguments)

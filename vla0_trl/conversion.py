@@ -1,0 +1,250 @@
+"""Episodes -> a chat dataset on disk. Every converter in data_prep/ is a `Source` and a call of `convert`.
+
+Two phases, so that a conversion streams, runs in parallel and can be stopped at any moment:
+
+1. every episode is read once, checked, its frames encoded, and written to a parquet of its own in OUTPUT_DIR.partial;
+2. statistics over all of them, then the text columns and the final shards, and a rename to OUTPUT_DIR.
+
+Both keep one episode in memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from vla0_trl.config import VLAConfig
+from vla0_trl.dataset_card import push_dataset, write_card
+from vla0_trl.episodes import Episode
+from vla0_trl.shards import with_statistics, write_shards
+from vla0_trl.staging import ConversionError, read_staged, stage_episodes, staged_path
+
+CONVERSION_NAME = "conversion.json"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass
+class SourceInfo:
+    """Where episodes are from, for the dataset card, and so that a conversion never continues another one's.
+
+    Args:
+        source, revision (`str`): name, and version or content hash, of what is read.
+        license (`str`): the Hub's identifier: "mit", "cc-by-4.0", "unknown".
+        robot (`str`), fps (`float`): what acted, and how often a second.
+        how (`str`): a sentence or two: who demonstrated, with which tool.
+        options (`dict`): the source's own settings that change its episodes; JSON values.
+    """
+
+    source: str
+    revision: str
+    license: str
+    robot: str
+    fps: float
+    how: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Episodes by index. Must pickle: with several processes every one of them reads its own share."""
+
+    info: SourceInfo
+
+    def __len__(self) -> int: ...
+
+    def task(self, index: int) -> str:
+        """The instruction of an episode, without reading its frames."""
+
+    def episode(self, index: int) -> Episode | None:
+        """One episode, the same whenever and in whichever process it is asked for; None if it is rejected."""
+
+
+@dataclass
+class Selection:
+    """Which episodes of a source.
+
+    Args:
+        episodes (`slice`): of the source's indices.
+        max_episodes_per_task (`int`, *optional*): keep at most so many of each instruction, drawn with `seed`.
+    """
+
+    episodes: slice = field(default_factory=lambda: slice(None))
+    max_episodes_per_task: int | None = None
+    seed: int = 0
+
+    def indices(self, source: Source) -> list[int]:
+        """Ascending."""
+        chosen = list(range(len(source)))[self.episodes]
+        if self.max_episodes_per_task is not None:
+            by_task: dict[str, list[int]] = {}
+            for index in np.random.default_rng(self.seed).permutation(chosen).tolist():
+                by_task.setdefault(source.task(index), []).append(index)
+            chosen = sorted(index for group in by_task.values() for index in group[: self.max_episodes_per_task])
+        if not chosen:
+            raise ConversionError(f"no episode is left of the {len(source)} in {source.info.source}: see --episodes")
+        return chosen
+
+
+def convert(
+    source: Source,
+    config: VLAConfig,
+    output_dir: str | Path,
+    *,
+    selection: Selection | None = None,
+    num_proc: int = 1,
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+    public: bool = False,
+    command: str = "",
+) -> Path:
+    """Write a source's episodes as a chat dataset; what is there already is continued or reused.
+
+    Args:
+        config (`VLAConfig`): without statistics; gives cameras, widths, chunks and text options.
+        output_dir (`str` or `Path`): appears when it is complete; until then all is in `<output_dir>.partial`.
+        num_proc (`int`): processes; the dataset's bytes don't depend on it.
+        overwrite (`bool`): replace a finished dataset or the rest of another conversion.
+        push_to_hub (`str`, *optional*): "USER/NAME" to upload to, private unless `public`.
+        command (`str`): how this was called, for the card.
+
+    Returns:
+        The absolute `output_dir`.
+
+    Raises:
+        EpisodeError: bad data; episodes read so far are kept.
+        ConversionError: the output belongs to something else, the disk is full, no episode is left, …
+    """
+    started = time.monotonic()
+    output_dir = Path(os.path.abspath(output_dir))
+    partial = output_dir.with_name(output_dir.name + ".partial")
+    info = source.info
+    config = config.replace(robot=info.robot, fps=info.fps, source=info.source, source_revision=info.revision)
+    indices = (selection or Selection()).indices(source)
+    staging_key = {
+        "format": 1,
+        "source": {"name": info.source, "revision": info.revision, "options": info.options},
+        "cameras": config.cameras,
+        "action_dim": config.action_dim,
+        "state_dim": config.state_dim,
+    }
+    key = {"staging": staging_key, "episodes": indices, "config": config.to_dict()}
+
+    if _is_finished(output_dir, key, overwrite):
+        print(f"already converted: {output_dir} (--overwrite to do it again)")
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        try:
+            _claim(partial, staging_key, overwrite)
+            staged = stage_episodes(source, config, indices, partial, num_proc)
+            frames, rejected = _finish(partial, output_dir, config, info, indices, key, command)
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+            raise ConversionError(
+                f"the disk is full: {error}. Make room and run the same command again: finished episodes are kept in "
+                f"{partial}"
+            ) from error
+        _report(output_dir, len(indices), rejected, frames, staged, time.monotonic() - started)
+    if push_to_hub:
+        push_dataset(output_dir, push_to_hub, public)
+    return output_dir
+
+
+def _is_finished(output_dir: Path, key: dict[str, Any], overwrite: bool) -> bool:
+    """Whether `output_dir` is this very conversion's result. Raises if it is something that may not be replaced."""
+    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+        return False
+    record = output_dir / CONVERSION_NAME
+    if not record.is_file():
+        raise ConversionError(f"{output_dir} exists and is no dataset made by data_prep/: choose another --output_dir")
+    if overwrite:
+        return False
+    found = json.loads(record.read_text())
+    if all(found[name] == json.loads(json.dumps(value)) for name, value in key.items()):
+        return True
+    raise ConversionError(
+        f"{output_dir} was converted with other options ({_difference(found, key)}): choose another --output_dir, or "
+        "replace it with --overwrite"
+    )
+
+
+def _claim(partial: Path, staging_key: dict[str, Any], overwrite: bool) -> None:
+    """Make the working folder, or make sure that what it holds is the beginning of this conversion."""
+    manifest = partial / "manifest.json"
+    if partial.exists():
+        found = json.loads(manifest.read_text()) if manifest.is_file() else {}
+        if found == json.loads(json.dumps(staging_key)):
+            return
+        if not overwrite:
+            raise ConversionError(
+                f"{partial} holds an unfinished conversion of something else ({_difference(found, staging_key)}): "
+                "delete it, choose another --output_dir, or start again with --overwrite"
+            )
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    temporary = partial / "manifest.json.tmp"
+    temporary.write_text(json.dumps(staging_key, indent=2))
+    temporary.replace(manifest)
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
+    """The first setting in which two records differ: "config.num_bins: 255 there, 511 now"."""
+    for name, value in json.loads(json.dumps(wanted)).items():
+        other = found.get(name)
+        if isinstance(value, dict) and isinstance(other, dict) and value != other:
+            return _difference(other, value, f"{prefix}{name}.")
+        if value != other:
+            return f"{prefix}{name}: {str(other)[:60]} there, {str(value)[:60]} now"
+    return "settings that this version does not know"
+
+
+def _finish(
+    partial: Path,
+    output_dir: Path,
+    config: VLAConfig,
+    info: SourceInfo,
+    indices: list[int],
+    key: dict[str, Any],
+    command: str,
+) -> tuple[int, list[int]]:
+    """Phase 2; returns the number of frames and the rejected episodes."""
+    lengths = {index: pq.read_metadata(staged_path(partial, index)).num_rows for index in indices}
+    kept = [index for index in indices if lengths[index]]
+    rejected = [index for index in indices if not lengths[index]]
+    if not kept:
+        raise ConversionError(f"all {len(indices)} episodes of {info.source} were rejected: nothing to write")
+    config = with_statistics(partial, kept, config)
+
+    final = partial / "final"
+    shutil.rmtree(final, ignore_errors=True)
+    (final / "data").mkdir(parents=True)
+    write_shards(final / "data", partial, kept, config)
+    config.save_pretrained(final)
+    frames = sum(lengths.values())
+    write_card(final, read_staged(partial, kept[0]), config, info, len(kept), frames, rejected, command)
+    (final / CONVERSION_NAME).write_text(json.dumps(key | {"rejected": rejected}, indent=1) + "\n")
+
+    if output_dir.exists():  # replaced only now, when what replaces it is complete
+        output_dir.rename(partial / "replaced")
+    final.rename(output_dir)
+    shutil.rmtree(partial)
+    return frames, rejected
+
+
+def _report(output_dir: Path, chosen: int, rejected: list[int], frames: int, staged: int, seconds: float) -> None:
+    names = f" ({', '.join(map(str, rejected))})" if rejected else ""
+    print(
+        f"{chosen - len(rejected)} episodes kept, {len(rejected)} rejected{names}; {staged} of {chosen} read now\n"
+        f"{frames} frames in {seconds:.1f} s: {frames / seconds:.0f} frames/s\n"
+        f"dataset: {output_dir}\n"
+        f"look at it: python data_prep/inspect_dataset.py --dataset {output_dir} --output inspect.html\n"
+        f"train on it: accelerate launch recipes/sft_pusht.py --dataset_name {output_dir}"
+    )

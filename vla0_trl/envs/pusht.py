@@ -1,0 +1,123 @@
+"""The PushT environment, as evaluation, recording and training-time rollouts all use it.
+
+A round agent pushes a T-shaped block onto a target, seen from above. The task is from Florence et al., "Implicit
+Behavioral Cloning" (2021), in the form of Chi et al., "Diffusion Policy" (2023); the simulator is gym-pusht.
+"""
+
+import os
+
+import numpy as np
+
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # pygame prints a banner when it is first imported
+
+from gym_pusht.envs.pusht import PushTEnv as GymPushTEnv
+
+TASK = "Push the T-shaped block onto the T-shaped target."  # the task string of lerobot/pusht
+CAMERA = "image"  # lerobot/pusht calls it observation.image
+FPS = 10  # gym-pusht: metadata["render_fps"], its control rate
+MAX_EPISODE_STEPS = 300  # gym-pusht: its registration of gym_pusht/PushT-v0
+IMAGE_SIZE = 96  # px; gym-pusht: observation_width and observation_height; lerobot/pusht stores the same
+WORKSPACE = 512  # px; gym-pusht: positions and actions lie in [0, 512]²
+SUCCESS_COVERAGE = 0.95  # gym-pusht: success_threshold, the share of the target that the block must exceed
+# agent x, y as in lerobot/pusht's observation.state; with block x, y, angle as in diffusion policy's zarr `state`
+STATE_MODES = {"agent": 2, "full": 5}
+
+
+class PushTEnv:
+    """One PushT episode after another, rendered only where somebody looks: drawing costs four times the physics.
+
+    Args:
+        state (`str`, *optional*, defaults to `"agent"`):
+            What `observe` gives as state: `"agent"` (x, y) or `"full"` (agent x, y, block x, y, angle), in pixels and
+            radians.
+        max_episode_steps (`int`, *optional*, defaults to `MAX_EPISODE_STEPS`):
+            The episode is over after this many steps.
+
+    Raises:
+        `ValueError`: for an unknown `state` or a `max_episode_steps` below 1.
+    """
+
+    def __init__(self, state: str = "agent", max_episode_steps: int = MAX_EPISODE_STEPS):
+        if state not in STATE_MODES:
+            raise ValueError(f"state is {state!r}; it must be one of {sorted(STATE_MODES)}")
+        if max_episode_steps < 1:
+            raise ValueError(f"max_episode_steps is {max_episode_steps}; it must be at least 1")
+        self.state = state
+        self.max_episode_steps = max_episode_steps
+        # obs_type "state" keeps gym-pusht from drawing at every step; `observe` draws instead
+        self._env = GymPushTEnv(obs_type="state", observation_width=IMAGE_SIZE, observation_height=IMAGE_SIZE)
+        self._done = True
+
+    def reset(self, seed: int) -> None:
+        """Start the episode of this seed: gym-pusht's own distribution of agent and block positions."""
+        self._env.reset(seed=seed)
+        self.steps = 0
+        self.success = False
+        self.coverage = self.max_coverage = float(self._env._get_coverage())  # absent from gym-pusht's reset info
+        self._return = 0.0
+        self._done = False
+
+    @property
+    def full_state(self) -> np.ndarray:
+        """float64[5]: agent x, y, block x, y in pixels, and block angle in [0, 2π)."""
+        return self._env.get_obs()
+
+    def observe(self) -> dict:
+        """What the policy sees now, drawn for this call.
+
+        Returns:
+            `dict`: `{"images": {CAMERA: uint8[96, 96, 3]}, "state": float32[STATE_MODES[state]], "task": TASK}`
+        """
+        image = self._env._get_img(self._env._draw(), IMAGE_SIZE, IMAGE_SIZE)
+        state = self.full_state[: STATE_MODES[self.state]].astype(np.float32)
+        return {"images": {CAMERA: image}, "state": state, "task": TASK}
+
+    def step(self, action: np.ndarray) -> bool:
+        """Hold one target position for a tenth of a second; draws nothing.
+
+        Args:
+            action (`np.ndarray`):
+                float[2], the agent's target position in pixels. Like gym-pusht, this does not clip to the workspace.
+
+        Returns:
+            `bool`: whether the episode is over, by success or by the time limit.
+
+        Raises:
+            `ValueError`: if the action is not two finite numbers.
+            `RuntimeError`: if the episode is over, or none was started.
+        """
+        if self._done:
+            raise RuntimeError("the episode is over: call reset(seed) before step")
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != (2,) or not np.isfinite(action).all():
+            raise ValueError(
+                f"the action of step {self.steps} is {action}; it must be two finite numbers, x and y in px"
+            )
+        _, reward, _, _, info = self._env.step(action)
+        self.steps += 1
+        self.success = bool(info["is_success"])
+        self.coverage = float(info["coverage"])
+        self.max_coverage = max(self.max_coverage, self.coverage)
+        self._return += float(reward)
+        self._done = self.success or self.steps >= self.max_episode_steps
+        return self._done
+
+    def frame(self, size: int = 256) -> np.ndarray:
+        """uint8[size, size, 3]: the scene for a video, with a red cross at the last action, as gym-pusht draws it."""
+        return self._env._get_img(self._env._draw(), size, size, render_action=True)
+
+    def result(self) -> dict:
+        """The episode so far: `{"success": bool, "max_coverage": float, "return": float, "steps": int}`.
+
+        `return` is the sum of gym-pusht's rewards, coverage / 0.95 clipped to [0, 1] at every step.
+        """
+        return {
+            "success": self.success,
+            "max_coverage": self.max_coverage,
+            "return": self._return,
+            "steps": self.steps,
+        }
+
+    def close(self) -> None:
+        """Release the simulator."""
+        self._env.close()

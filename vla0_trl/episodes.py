@@ -1,0 +1,203 @@
+"""Episodes: what every converter reads, how it is checked, and the chat rows that it becomes.
+
+Nothing here knows where episodes are from or where rows go; `conversion` does.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from vla0_trl.actions import Quantizer, join_integers
+from vla0_trl.chat import completion_messages, prompt_messages
+from vla0_trl.config import VLAConfig
+
+# PushT's frames on one core: level 3 encodes 5,400 a second into 1,261 bytes each, level 1 5,500 into 1,358, the usual
+# level 6 3,600 into 1,183.
+PNG_COMPRESS_LEVEL = 3
+
+
+class EpisodeError(ValueError):
+    """An episode that can't become training data; the message names the episode, the field, the frame and the fix."""
+
+
+@dataclass
+class Episode:
+    """One demonstration of T frames.
+
+    Args:
+        task (`str`): the instruction.
+        actions (`np.ndarray`): float32 (T, action_dim), absolute, in environment units; row t is what was done on
+            seeing frame t.
+        images (`dict[str, Sequence]`): camera -> T frames, each uint8 (H, W, 3) or the bytes of a PNG or JPEG, which
+            go into the dataset untouched.
+        states (`np.ndarray`, *optional*): float32 (T, state_dim), in environment units.
+        name (`str`): where it is from, for messages: "pusht_cchi_v7_replay.zarr, episode 12".
+    """
+
+    task: str
+    actions: np.ndarray
+    images: dict[str, Sequence[np.ndarray | bytes]]
+    states: np.ndarray | None = None
+    name: str = "episode"
+
+
+def checked_episode(episode: Episode, config: VLAConfig) -> Episode:
+    """The episode as it goes into a dataset: arrays in float32, only the config's cameras, every frame encoded.
+
+    Args:
+        config (`VLAConfig`): gives `cameras`, `action_dim` and `state_dim`.
+
+    Raises:
+        EpisodeError: no frames, no task, a vector of another width or not finite, a camera or state missing, another
+            number of frames, a frame that does not decode, is not RGB or has another size than the first.
+    """
+    if not episode.task.strip():
+        raise EpisodeError(f"{episode.name}: task is empty: a policy needs an instruction")
+    if not len(episode.actions):
+        raise EpisodeError(f"{episode.name}: has no frames: leave it out with --episodes")
+    actions = _checked_vectors(episode, "action", episode.actions, config.action_dim)
+    states = None
+    if config.state_dim:
+        if episode.states is None:
+            raise EpisodeError(f"{episode.name}: state is missing, other episodes have {config.state_dim} dimensions")
+        states = _checked_vectors(episode, "state", episode.states, config.state_dim)
+        if len(states) != len(actions):
+            raise EpisodeError(f"{episode.name}: state has {len(states)} frames, action has {len(actions)}")
+    images = {camera: _encoded_frames(episode, camera, len(actions)) for camera in config.cameras}
+    return replace(episode, actions=actions, states=states, images=images)
+
+
+def action_windows(actions: np.ndarray, chunk_size: int) -> np.ndarray:
+    """Every frame's next `chunk_size` actions: (T, D) -> (T, chunk_size, D).
+
+    Past the end the last action repeats, as in LeRobot, so that episodes shorter than a chunk count too.
+    """
+    steps = np.arange(len(actions))[:, None] + np.arange(chunk_size)
+    return actions[np.minimum(steps, len(actions) - 1)]
+
+
+def relative_windows(windows: np.ndarray, states: np.ndarray) -> np.ndarray:
+    """What relative actions write: (T, chunk_size, D) − the state (T, ≥ D) on seeing the frame, float64."""
+    return windows - states[:, None, : windows.shape[-1]].astype(np.float64)
+
+
+def frame_sizes(episode: Episode) -> dict[str, tuple[int, int]]:
+    """Camera -> (width, height) of a checked episode's first frame, which the others share."""
+    return {camera: Image.open(io.BytesIO(frames[0])).size for camera, frames in episode.images.items()}
+
+
+def chat_columns(episode: Episode, config: VLAConfig, episode_index: int) -> dict[str, list]:
+    """A checked episode as columns of the chat dataset, one entry a frame.
+
+    Args:
+        episode (`Episode`): as [`checked_episode`] gives it.
+        config (`VLAConfig`): with statistics.
+
+    Returns:
+        `dict[str, list]`: images, task, state, action, prompt, completion, episode_index, frame_index, raw_state
+        (float32, [] without a state) and raw_action (chunk_size · action_dim float32, time-major, absolute, also if
+        `relative_actions`).
+    """
+    frames = len(episode.actions)
+    windows = action_windows(episode.actions, config.chunk_size)
+    states = np.zeros((frames, 0), np.float32) if episode.states is None else episode.states
+    tokenizer = config.action_tokenizer()
+    quantizer = _state_quantizer(config)
+
+    action = [tokenizer.encode(window, state) for window, state in zip(windows, states, strict=True)]
+    state = [""] * frames if quantizer is None else [join_integers(row) for row in quantizer.encode(states)]
+    return {
+        "images": [
+            [{"bytes": encoded, "path": None} for encoded in views]
+            for views in zip(*(episode.images[camera] for camera in config.cameras), strict=True)
+        ],
+        "task": [episode.task] * frames,
+        "state": state,
+        "action": action,
+        "prompt": [prompt_messages(config, episode.task, text) for text in state],
+        "completion": [completion_messages(text) for text in action],
+        "episode_index": [episode_index] * frames,
+        "frame_index": list(range(frames)),
+        "raw_state": states.tolist(),
+        "raw_action": windows.reshape(frames, -1).tolist(),
+    }
+
+
+def _checked_vectors(episode: Episode, field: str, values: np.ndarray, dim: int) -> np.ndarray:
+    """float32 (T, dim), finite."""
+    values = np.asarray(values, np.float32)
+    if values.ndim != 2 or values.shape[1] != dim:
+        raise EpisodeError(
+            f"{episode.name}: {field} has shape {values.shape}, expected (frames, {dim}): every episode of a dataset "
+            f"needs the same {field} dimensions"
+        )
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        frame, index = bad[0]
+        raise EpisodeError(
+            f"{episode.name}, frame {frame}: {field}[{index}] is {values[frame, index]}: repair the recording, or "
+            "leave the episode out with --episodes"
+        )
+    return values
+
+
+def _encoded_frames(episode: Episode, camera: str, count: int) -> list[bytes]:
+    """A camera's frames as PNG or JPEG bytes, all of one size."""
+    if camera not in episode.images:
+        raise EpisodeError(
+            f"{episode.name}: camera {camera!r} is missing, it has {sorted(episode.images)}: choose with --cameras"
+        )
+    frames = episode.images[camera]
+    if len(frames) != count:
+        raise EpisodeError(f"{episode.name}: camera {camera!r} has {len(frames)} frames, action has {count}")
+    encoded, first_size = [], None
+    for index, frame in enumerate(frames):
+        where = f"{episode.name}, frame {index}: camera {camera!r}"
+        data, size = _checked_bytes(frame, where) if isinstance(frame, bytes) else _png(frame, where)
+        first_size = first_size or size
+        if size != first_size:
+            raise EpisodeError(
+                f"{where} has {size[0]}×{size[1]} pixels, the first frame {first_size[0]}×{first_size[1]}: all frames "
+                "of a camera must have one size"
+            )
+        encoded.append(data)
+    return encoded
+
+
+def _checked_bytes(data: bytes, where: str) -> tuple[bytes, tuple[int, int]]:
+    """The bytes themselves and (width, height), after decoding them once."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three for damaged files
+        raise EpisodeError(f"{where} does not decode as PNG or JPEG ({error}): the file is damaged") from error
+    if image.mode != "RGB":
+        raise EpisodeError(f"{where} is an image of mode {image.mode}, expected RGB")
+    return data, image.size
+
+
+def _png(frame: np.ndarray, where: str) -> tuple[bytes, tuple[int, int]]:
+    """PNG bytes and (width, height) of uint8 (H, W, 3)."""
+    frame = np.asarray(frame)
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        raise EpisodeError(f"{where} is {frame.dtype} of shape {frame.shape}, expected uint8 (height, width, 3)")
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "PNG", compress_level=PNG_COMPRESS_LEVEL)
+    return buffer.getvalue(), (frame.shape[1], frame.shape[0])
+
+
+def _state_quantizer(config: VLAConfig) -> Quantizer | None:
+    """The codec of the `state` column, which shows the state also when the prompt does not."""
+    if config.use_state:
+        return config.state_quantizer()
+    if not config.state_dim:
+        return None
+    try:
+        return Quantizer(config.state_stats, config.num_bins, config.normalization)
+    except ValueError:  # a dimension that never moves has no scale, and no prompt needs it
+        return None

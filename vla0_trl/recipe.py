@@ -1,0 +1,172 @@
+"""Supervised fine-tuning, from parsed arguments to a saved policy: what all recipes/sft_*.py share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from accelerate.logging import get_logger
+from datasets import Dataset
+from peft import PeftConfig
+from transformers import PreTrainedModel, ProcessorMixin
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from vla0_trl.arguments import DataArguments, VLASFTConfig
+from vla0_trl.chat_dataset import align_config, load_chat_dataset
+from vla0_trl.config import VLAConfig
+from vla0_trl.modeling import VISION_MODULES, freeze_vision, load_model, load_processor, set_image_size
+from vla0_trl.nano import NANO, build_nano, nano_from_dict
+from vla0_trl.rollout import Environment
+from vla0_trl.training import RolloutCallback, VLATrainer, last_checkpoint
+
+RUN_FILE = "run.json"
+INITIAL, BASE_MODEL = "initial", "base_model"
+# What a run is: change one of these, and it is another run. How long it goes on, and what is logged, may change.
+_IDENTITY = {
+    DataArguments: "dataset_name dataset_revision num_eval_episodes",
+    ModelConfig: "model_name_or_path model_revision dtype load_in_4bit load_in_8bit use_peft lora_r lora_alpha "
+    "lora_dropout lora_target_modules use_rslora use_dora",
+    VLASFTConfig: "learning_rate lr_scheduler_type warmup_steps weight_decay optim max_grad_norm adam_beta1 adam_beta2 "
+    "adam_epsilon per_device_train_batch_size gradient_accumulation_steps bf16 seed nano freeze_vision mask_max "
+    "mask_skip mask_unit",
+}
+
+logger = get_logger(__name__, log_level="INFO")
+
+
+def sft(
+    data: DataArguments,
+    training: VLASFTConfig,
+    model_args: ModelConfig,
+    make_env: Callable[[VLAConfig], Environment] | None = None,
+) -> Path:
+    """Fine-tune a backbone on a chat dataset and save the policy in `training.output_dir`.
+
+    The same command again continues where it was stopped, from the last whole checkpoint.
+
+    Args:
+        make_env: builds an environment, for rollouts during training (`rollout_steps`).
+
+    Raises:
+        ValueError: the dataset can't give what the recipe asks for, or the folder belongs to another run.
+    """
+    output_dir = Path(training.output_dir)
+    dataset, stored = load_chat_dataset(data.dataset_name, revision=data.dataset_revision)
+    train_set, eval_set = hold_out(dataset, data.num_eval_episodes)
+    config = align_config(dataset, stored, **data.overrides())
+    config.base_model = model_args.model_name_or_path
+    with training.main_process_first(desc="claiming the output folder"):
+        if training.should_save:
+            claim_run(data, training, model_args, config)
+
+    model, processor = load_backbone(model_args, training, config)
+    trainer = VLATrainer(
+        model=model,
+        args=training,
+        vla_config=config,
+        processing_class=processor,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        stored_cameras=stored.cameras,
+        peft_config=lora_config(model_args, training),
+    )
+    if training.rollout_steps:
+        if make_env is None:
+            raise ValueError("rollout_steps is set, but this recipe has no simulator: set rollout_steps=0")
+        trainer.add_callback(RolloutCallback(trainer, make_env))
+    if training.save_initial and not (output_dir / INITIAL).exists():
+        trainer.save_policy(output_dir / INITIAL)
+
+    resume = training.resume_from_checkpoint or last_checkpoint(output_dir)
+    if resume:
+        logger.info(f"continuing from {resume}")
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.save_policy(output_dir)
+    trainer.save_state()
+    logger.info(f"policy saved in {output_dir}")
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=data.dataset_name)
+    return output_dir
+
+
+def hold_out(dataset: Dataset, num_eval_episodes: int) -> tuple[Dataset, Dataset | None]:
+    """Split off the last episodes; the rest is for training."""
+    if not num_eval_episodes:
+        return dataset, None
+    episodes = np.asarray(dataset.with_format("numpy")["episode_index"][:])
+    known = np.unique(episodes)
+    if num_eval_episodes >= len(known):
+        raise ValueError(f"num_eval_episodes={num_eval_episodes}, but the dataset has {len(known)} episodes")
+    held_out = np.isin(episodes, known[-num_eval_episodes:])
+    return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
+
+
+def load_backbone(
+    model_args: ModelConfig, training: VLASFTConfig, config: VLAConfig
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The model to train and its processor, as `model_name_or_path` names it; `nano` is built on the spot."""
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    if name == NANO:
+        model, processor = build_nano(nano_from_dict(training.nano), seed=training.seed)
+        if not model_args.use_peft:
+            set_image_size(processor, model.config, config)
+            if training.freeze_vision:
+                freeze_vision(model)
+            return model, processor
+        # An adapter names its base model, so that must exist somewhere: beside the run.
+        name, revision = str((Path(training.output_dir) / BASE_MODEL).resolve()), None
+        config.base_model = name
+        with training.main_process_first(desc="saving the nano backbone"):
+            if training.should_save:
+                model.save_pretrained(name)
+                processor.save_pretrained(name)
+    model = load_model(
+        name,
+        revision=revision,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=get_quantization_config(model_args),
+    )
+    if training.freeze_vision:
+        freeze_vision(model)
+    return model, load_processor(name, config, revision)
+
+
+def lora_config(model_args: ModelConfig, training: VLASFTConfig) -> PeftConfig | None:
+    """PEFT's config for `use_peft`, with a frozen image encoder left out."""
+    peft_config = get_peft_config(model_args)
+    if peft_config is not None and training.freeze_vision:
+        peft_config.exclude_modules = rf".*({'|'.join(VISION_MODULES)})\..*"
+    return peft_config
+
+
+def claim_run(data: DataArguments, training: VLASFTConfig, model_args: ModelConfig, config: VLAConfig) -> None:
+    """Mark `output_dir` as this run's, by a file with every setting that changes what is learnt.
+
+    Raises:
+        ValueError: something else is there; names the settings that differ.
+    """
+    output_dir = Path(training.output_dir)
+    settings = {name: getattr(a, name) for a in (data, model_args, training) for name in _IDENTITY[type(a)].split()}
+    identity = json.loads(json.dumps({**settings, "vla_config": config.to_dict()}, default=str))
+    file = output_dir / RUN_FILE
+    if file.exists() and training.overwrite:
+        shutil.rmtree(output_dir)
+    elif file.exists():
+        other = json.loads(file.read_text())
+        changed = sorted(key for key in identity.keys() | other.keys() if identity.get(key) != other.get(key))
+        if changed:
+            shown = ", ".join(f"{key}: {other.get(key)!r} there, {identity.get(key)!r} here" for key in changed[:3])
+            raise ValueError(
+                f"{output_dir} belongs to another run ({shown}{' …' if len(changed) > 3 else ''}): choose another "
+                "--output_dir, or --overwrite to start again"
+            )
+    elif output_dir.is_dir() and any(output_dir.iterdir()):
+        raise ValueError(f"{output_dir} is not empty and was not made by a recipe: choose another --output_dir")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(identity, indent=2) + "\n")
+    partial.replace(file)

@@ -1,0 +1,113 @@
+"""Phase 2 of a conversion: staged episodes -> statistics, text columns, the parquet shards of the dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from vla0_trl.actions import NormStats
+from vla0_trl.chat_dataset import FEATURES
+from vla0_trl.config import VLAConfig
+from vla0_trl.episodes import (
+    Episode,
+    EpisodeError,
+    action_windows,
+    chat_columns,
+    frame_sizes,
+    relative_windows,
+)
+from vla0_trl.staging import ConversionError, read_staged, staged_path
+
+ROW_GROUP_ROWS = 100  # what a reader must decompress to get at one row
+SHARD_BYTES = 400_000_000  # of staged episodes; with the text columns a shard stays below the Hub's usual 500 MB
+
+
+def with_statistics(partial: Path, kept: list[int], config: VLAConfig) -> VLAConfig:
+    """The config with the statistics of what its text will hold, in constant memory.
+
+    Raises:
+        ConversionError: a dimension that is to be written never changes.
+    """
+
+    def actions() -> Iterator[np.ndarray]:
+        for index in kept:
+            episode = read_staged(partial, index, images=False)
+            windows = action_windows(episode.actions, config.chunk_size)
+            if config.relative_actions:
+                windows = relative_windows(windows, episode.states)
+            yield windows.reshape(-1, config.action_dim)
+
+    def states() -> Iterator[np.ndarray]:
+        return (read_staged(partial, index, images=False).states for index in kept)
+
+    config = config.replace(
+        action_stats=NormStats.from_batches(actions),
+        state_stats=NormStats.from_batches(states) if config.state_dim else None,
+    )
+    for field, codec in (("action", config.action_tokenizer), ("state", config.state_quantizer)):
+        try:
+            codec()
+        except ValueError as error:
+            raise ConversionError(f"{field}: {error} (episodes read so far are kept in {partial})") from error
+    return config
+
+
+def write_shards(directory: Path, partial: Path, kept: list[int], config: VLAConfig) -> None:
+    """Write `train-*.parquet` into `directory`, one episode in memory at a time.
+
+    Raises:
+        EpisodeError: an episode's frames have another size than the first's.
+    """
+    shards = _shards(partial, kept)
+    sizes = frame_sizes(read_staged(partial, kept[0]))
+    with tqdm(total=len(kept), desc="writing", unit="episode") as progress:
+        for number, shard in enumerate(shards):
+            path = directory / f"train-{number:05d}-of-{len(shards):05d}.parquet"
+            _write_shard(path, _episodes(partial, shard, sizes, progress), config)
+
+
+def _shards(partial: Path, kept: list[int]) -> list[list[int]]:
+    """Consecutive episodes, about `SHARD_BYTES` each."""
+    shards: list[list[int]] = [[]]
+    size = 0
+    for index in kept:
+        episode_size = staged_path(partial, index).stat().st_size
+        if shards[-1] and size + episode_size > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(index)
+        size += episode_size
+    return shards
+
+
+def _episodes(
+    partial: Path, shard: list[int], sizes: dict[str, tuple[int, int]], progress: tqdm
+) -> Iterator[tuple[int, Episode]]:
+    for index in shard:
+        episode = read_staged(partial, index)
+        if frame_sizes(episode) != sizes:
+            raise EpisodeError(
+                f"{episode.name}: frames are {frame_sizes(episode)} pixels, those of the first episode {sizes}: all "
+                "frames of a camera must have one size; leave the episode out with --episodes"
+            )
+        yield index, episode
+        progress.update()
+
+
+def _write_shard(path: Path, episodes: Iterator[tuple[int, Episode]], config: VLAConfig) -> None:
+    schema = FEATURES.arrow_schema  # its metadata tells load_dataset that images are images
+    rest = schema.empty_table()
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for index, episode in episodes:
+            rest = pa.concat_tables([rest, pa.table(chat_columns(episode, config, index), schema=schema)])
+            whole = len(rest) // ROW_GROUP_ROWS * ROW_GROUP_ROWS
+            if whole:
+                writer.write_table(rest.slice(0, whole), row_group_size=ROW_GROUP_ROWS)
+            rest = rest.slice(whole)
+        if len(rest):
+            writer.write_table(rest)

@@ -1,0 +1,161 @@
+"""The trainer: TRL's, with images that stay uint8 until they are on the device, and the callbacks of a policy."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
+from trl import SFTTrainer
+
+from vla0_trl.arguments import VLASFTConfig
+from vla0_trl.collator import VLADataCollator
+from vla0_trl.config import CONFIG_NAME, VLAConfig
+from vla0_trl.images import model_inputs
+from vla0_trl.policy import VLAPolicy
+from vla0_trl.rollout import Environment, rollout
+
+# Rollouts during training choose checkpoints, so final evaluations use other seeds (eval_pusht.py starts at 100000).
+ROLLOUT_SEED = 50_000
+BEST = "best"
+
+
+class VLATrainer(SFTTrainer):
+    """`SFTTrainer` on chat datasets.
+
+    Args:
+        vla_config ([`VLAConfig`]): saved with every checkpoint, as the last file: its existence means that the
+            checkpoint is whole.
+        stored_cameras (`list[str]`): the dataset's cameras, of which the config may take a part.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: VLASFTConfig,
+        vla_config: VLAConfig,
+        processing_class: ProcessorMixin,
+        train_dataset: Dataset,
+        stored_cameras: list[str],
+        eval_dataset: Dataset | None = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        self.vla_config = vla_config
+        shared = {"seed": args.seed, "defer_images": True, "stored_cameras": stored_cameras}
+        self._eval_collator = VLADataCollator(processing_class, vla_config, train=False, **shared)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=VLADataCollator(
+                processing_class, vla_config, args.mask_max, args.mask_skip, mask_unit=args.mask_unit, **shared
+            ),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+        )
+        self.add_callback(_PolicyCallback(self))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        train_collator, self.data_collator = self.data_collator, self._eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = train_collator
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        if "images" in inputs:
+            cameras = inputs.pop("images")
+            inputs |= model_inputs(self.processing_class.image_processor, cameras, self.vla_config)
+        return inputs
+
+    def save_policy(self, directory: Path) -> None:
+        """Save a self-sufficient checkpoint; all processes call it."""
+        self.save_model(str(directory))
+        if self.args.should_save:
+            self.vla_config.save_pretrained(directory)
+
+
+class _PolicyCallback(TrainerCallback):
+    """Turns the collator's epoch, completes checkpoints, and stops at the wanted accuracy."""
+
+    def __init__(self, trainer: VLATrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # Before the first step of a run `epoch` is None or 0; after a resume it is a fraction. Rounded: n/n is not 1.
+        self.trainer.data_collator.set_epoch(math.floor(round(state.epoch or 0, 6)))
+
+    def on_save(self, args, state, control, **kwargs):
+        if args.should_save:
+            self.trainer.vla_config.save_pretrained(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        threshold = args.stop_at_token_accuracy
+        if threshold is not None and (logs or {}).get("mean_token_accuracy", 0) >= threshold:
+            control.should_training_stop = control.should_save = True
+
+
+class RolloutCallback(TrainerCallback):
+    """Every `rollout_steps`, lets the policy act in the simulator, and keeps the best one as `output_dir/best`.
+
+    Args:
+        trainer ([`VLATrainer`]): whose policy acts, and which logs `rollout/…`.
+        make_env: builds one environment for a config.
+        num_envs (`int`): environments side by side.
+    """
+
+    def __init__(self, trainer: VLATrainer, make_env: Callable[[VLAConfig], Environment], num_envs: int = 16):
+        self.trainer, self.make_env = trainer, make_env
+        self.num_envs = min(num_envs, trainer.args.rollout_episodes)
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            raise ValueError("rollout_steps needs the whole model in one process: evaluate sharded runs with eval/")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.rollout_steps:
+            return
+        score = self._evaluate() if state.is_world_process_zero else (0.0, 0.0)
+        names = ("rollout/success_rate", "rollout/mean_max_coverage")
+        scores = self.trainer.accelerator.gather(torch.tensor([score], device=args.device))[0].tolist()
+        self.trainer.log(dict(zip(names, scores, strict=True)))
+        earlier = [tuple(entry[name] for name in names) for entry in state.log_history[:-1] if names[0] in entry]
+        if tuple(scores) > max(earlier, default=(-1.0, -1.0)):
+            self._keep(Path(args.output_dir))
+
+    def _evaluate(self) -> tuple[float, float]:
+        trainer = self.trainer
+        model = trainer.accelerator.unwrap_model(trainer.model).eval()
+        policy = VLAPolicy(model, trainer.processing_class, trainer.vla_config)
+        envs = [self.make_env(trainer.vla_config) for _ in range(self.num_envs)]
+        seeds = range(ROLLOUT_SEED, ROLLOUT_SEED + trainer.args.rollout_episodes)
+        try:
+            results = [episode.result for episode in rollout(policy, envs, seeds)]
+        finally:
+            for env in envs:
+                env.close()
+            model.train()
+        return tuple(sum(float(r[key]) for r in results) / len(results) for key in ("success", "max_coverage"))
+
+    def _keep(self, output_dir: Path) -> None:
+        """Replace `best` in one step, so that a kill leaves the old one or the new one."""
+        fresh, best, old = (output_dir / f"{BEST}{suffix}" for suffix in (".partial", "", ".old"))
+        self.trainer.save_policy(fresh)
+        if self.trainer.args.should_save:
+            if best.exists():
+                best.rename(old)
+            fresh.rename(best)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest whole checkpoint-N of a run: one that a kill left half written has no vla_config.json."""
+    whole = [path.parent for path in output_dir.glob(f"checkpoint-*/{CONFIG_NAME}")]
+    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
