@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vla0_trl.conversion import SourceInfo
 from vla0_trl.conversion_cli import ConversionParser, command_line_errors
 from vla0_trl.envs.pusht import CAMERA, FPS, STATE_MODES, TASK
-from vla0_trl.episodes import Episode, EpisodeError
+from vla0_trl.episodes import Episode, EpisodeError, SourceInfo
 from vla0_trl.staging import ConversionError
 
 

@@ -1,10 +1,10 @@
 """Look at a chat dataset: a page or a picture of a few rows.
 
     python data_prep/inspect_dataset.py --dataset data/pusht --rows 8 --output page.html --png sheet.png
-    python data_prep/inspect_dataset.py --dataset USER/NAME --model_name_or_path RUN --rows 0,100,200 --output page.html
+    python data_prep/inspect_dataset.py --dataset USER/NAME --rows 0,100 --model_name_or_path RUN --output page.html
 
-The action text is decoded again and drawn onto the frame (PushT) or plotted. With a model (a backbone, a checkpoint, or
-just the folder of a processor) the page also shows the prompt and what is trained on, token by token.
+The action text is decoded again and drawn onto the frame (PushT) or plotted. With a model (a backbone, a checkpoint,
+or just the folder of a processor) the page also shows the prompt and what is trained on, token by token.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="a folder or a Hub id")
     parser.add_argument("--model_name_or_path", help="whose prompt and tokens to show; a checkpoint shows its own")
+    parser.add_argument("--image_size", type=int, help="for a backbone that the dataset's does not fit")
     parser.add_argument("--rows", default="8", help="that many, evenly spaced, or 0,100,200 (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="PAGE.html")
     parser.add_argument("--png", type=Path, metavar="SHEET.png")
@@ -37,7 +38,7 @@ def main() -> None:
     if args.output is not None:
         collator = None
         if args.model_name_or_path is not None:
-            collator = _collator(args.model_name_or_path, config)
+            collator = _collator(args.model_name_or_path, config, args.image_size)
         title = f"{args.dataset}: {len(rows)} of {len(dataset)} rows"
         args.output.write_text(html_page(rows, config, title, collator))
         print(f"page: {args.output}")
@@ -59,11 +60,13 @@ def _row_indices(text: str, length: int, parser: argparse.ArgumentParser) -> lis
     return rows
 
 
-def _collator(name_or_path: str, dataset_config: VLAConfig) -> VLADataCollator:
+def _collator(name_or_path: str, dataset_config: VLAConfig, image_size: int | None) -> VLADataCollator:
     """As in training: with a checkpoint's own config, if it has one."""
     config = dataset_config
     if (Path(name_or_path) / CONFIG_NAME).is_file():
         config = VLAConfig.from_pretrained(name_or_path)
+    if image_size is not None:
+        config = config.replace(image_size=image_size)
     return VLADataCollator(load_processor(name_or_path, config), config, stored_cameras=dataset_config.cameras)
 
 

@@ -2,8 +2,8 @@
 
     python data_prep/record_pusht.py --num_episodes 200 --seed 0 --output_dir data/pusht --num_proc 2
 
-Tries the seeds seed … seed + num_episodes − 1, keeps those that succeed and counts the others. About a second of CPU an
-episode. Episodes depend on their seed alone: any --num_proc records the same dataset.
+Tries the seeds seed … seed + num_episodes − 1, keeps those that succeed and counts the others. About a second of CPU
+an episode. Episodes depend on their seed alone: any --num_proc records the same dataset.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from importlib.metadata import version
 import numpy as np
 
 from vla0_trl import __version__
-from vla0_trl.conversion import SourceInfo
 from vla0_trl.conversion_cli import ConversionParser, command_line_errors
 from vla0_trl.envs.pusht import CAMERA, FPS, STATE_MODES, TASK
 from vla0_trl.envs.pusht_expert import record_episode
-from vla0_trl.episodes import Episode
+from vla0_trl.episodes import Episode, SourceInfo
 
 
 class PushTExpertEpisodes:
@@ -43,8 +42,8 @@ class PushTExpertEpisodes:
             fps=FPS,
             how=(
                 f"Recorded in the gym-pusht simulator by vla0_trl's scripted expert, seeds {seed} to "
-                f"{seed + num_episodes - 1}{noise}; only successful episodes are kept. Actions are the finger's target "
-                "in pixels of a 512 × 512 workspace. `episode_index` + the first seed is an episode's seed."
+                f"{seed + num_episodes - 1}{noise}; only successful episodes are kept. Actions are the finger's "
+                "target in pixels of a 512 × 512 workspace. `episode_index` + the first seed is an episode's seed."
             ),
             options={"seed": seed, "state": state, "action_noise": action_noise, "noise_fraction": noise_fraction},
         )

@@ -1,10 +1,10 @@
 """Evaluate a checkpoint in the PushT simulator: success rate with its 95 % interval, coverage, speed, videos.
 
-    python eval/eval_pusht.py --model_name_or_path runs/pusht --num_episodes 64 --num_envs 16 --output_dir runs/pusht/eval
+    python eval/eval_pusht.py --model_name_or_path runs/pusht --num_episodes 64 --num_envs 16 --output_dir runs/eval
 
-Without training anything, a Hub checkpoint; executing 3 steps of each chunk, or averaging overlapping chunks instead:
+Without training anything, a Hub checkpoint; then 3 steps of each chunk, or the average of overlapping chunks:
 
-    python eval/eval_pusht.py --model_name_or_path USER/NAME --output_dir runs/eval
+    python eval/eval_pusht.py --model_name_or_path USER/NAME --output_dir runs/eval_hub
     python eval/eval_pusht.py --model_name_or_path runs/pusht --output_dir runs/eval_3 --n_action_steps 3
     python eval/eval_pusht.py --model_name_or_path runs/pusht --output_dir runs/eval_ens --ensemble_size 8
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.ensembling import check_decay
-from vla0_trl.envs.pusht import CAMERA, FPS, MAX_EPISODE_STEPS, STATE_MODES, PushTEnv
+from vla0_trl.envs.pusht import CAMERA, FPS, MAX_EPISODE_STEPS, STATE_MODES, SUCCESS_COVERAGE, PushTEnv
 from vla0_trl.policy import VLAPolicy
 from vla0_trl.results import (
     RESULTS,
@@ -28,12 +28,12 @@ from vla0_trl.results import (
     aggregate,
     checkpoint_folder,
     checkpoint_hash,
-    format_summary,
     provenance,
     write_json,
     write_video,
 )
 from vla0_trl.rollout import rollout
+from vla0_trl.summary import format_table, summary_table
 
 PACKAGES = ("torch", "transformers", "gym-pusht", "pymunk", "numpy")
 
@@ -104,6 +104,7 @@ def main() -> None:
             "env": "gym_pusht/PushT-v0",
             "state": state,
             "max_steps": args.max_steps,
+            "success_coverage": SUCCESS_COVERAGE,
             "n_action_steps": config.n_action_steps,
             "ensemble_size": config.ensemble_size,
             "ensemble_decay": args.ensemble_decay,
@@ -121,12 +122,11 @@ def main() -> None:
                 policy.config = config
                 run_missing(policy, log, seeds, state, args)
         except KeyboardInterrupt:
-            parser.exit(
-                130, f"\nstopped: {len(log.episodes)} episodes are in {log.folder}, the same command goes on\n"
-            )
+            parser.exit(130, f"\nstopped: {len(log.episodes)} episodes are in {log.folder}; run it again to go on\n")
         except WriteError as error:
             parser.exit(1, f"error: {error}; {len(log.episodes)} episodes are in {log.folder}\n")
-    print(format_summary([(args.model_name_or_path, json.loads((log.folder / RESULTS).read_text()))]))
+    results = json.loads((log.folder / RESULTS).read_text())
+    print(format_table(summary_table([(args.model_name_or_path, results)])))
     print(f"\nresults, episodes and videos: {log.folder}")
 
 

@@ -16,9 +16,8 @@ The same command again continues where it was stopped. Fields: TRL's SFTConfig a
 
 from pathlib import Path
 
-from vla0_trl.arguments import parse_recipe
 from vla0_trl.config import VLAConfig
-from vla0_trl.recipe import sft
+from vla0_trl.recipe import main
 from vla0_trl.rollout import Environment
 
 
@@ -31,4 +30,4 @@ def make_env(config: VLAConfig) -> Environment:
 
 
 if __name__ == "__main__":
-    sft(*parse_recipe(Path(__file__).parent / "pusht" / "full.yaml", __doc__), make_env=make_env)
+    main(Path(__file__).parent / "pusht" / "full.yaml", __doc__, make_env)

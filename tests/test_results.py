@@ -11,7 +11,7 @@ import pytest
 
 from vla0_trl import results
 from vla0_trl.config import VLAConfig
-from vla0_trl.results import EpisodeLog, aggregate, checkpoint_hash, format_table, read_episodes, wilson_interval
+from vla0_trl.results import EpisodeLog, aggregate, checkpoint_hash, read_episodes, wilson_interval
 from vla0_trl.rollout import EpisodeResult
 
 RUN = {"checkpoint": "runs/a", "checkpoint_hash": "aa" * 32, "protocol": {"env": "PushT", "n_action_steps": 5}}
@@ -246,12 +246,3 @@ def test_a_video_that_cannot_be_written_is_an_error(tmp_path):
     with pytest.raises(results.WriteError, match=r"ffmpeg could not write .*a\.mp4"):
         results.write_video(tmp_path / "a.mp4", frames, fps=10)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_format_table():
-    header, rows = ["run", "success"], [["untrained", "0.0 %"], ["a", "78.1 %"]]
-    assert (
-        format_table(header, rows) == "run        success\n---------  -------\nuntrained    0.0 %\na           78.1 %"
-    )
-    markdown = "| run       | success |\n| --------- | ------: |\n| untrained |   0.0 % |\n| a         |  78.1 % |"
-    assert format_table(header, rows, markdown=True) == markdown

@@ -17,54 +17,19 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.dataset_card import push_dataset, write_card
-from vla0_trl.episodes import Episode
+from vla0_trl.episodes import Source, SourceInfo
 from vla0_trl.shards import with_statistics, write_shards
 from vla0_trl.staging import ConversionError, read_staged, stage_episodes, staged_path
 
 CONVERSION_NAME = "conversion.json"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@dataclass
-class SourceInfo:
-    """Where episodes are from, for the dataset card, and so that a conversion never continues another one's.
-
-    Args:
-        source, revision (`str`): name, and version or content hash, of what is read.
-        license (`str`): the Hub's identifier: "mit", "cc-by-4.0", "unknown".
-        robot (`str`), fps (`float`): what acted, and how often a second.
-        how (`str`): a sentence or two: who demonstrated, with which tool.
-        options (`dict`): the source's own settings that change its episodes; JSON values.
-    """
-
-    source: str
-    revision: str
-    license: str
-    robot: str
-    fps: float
-    how: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-class Source(Protocol):
-    """Episodes by index. Must pickle: with several processes every one of them reads its own share."""
-
-    info: SourceInfo
-
-    def __len__(self) -> int: ...
-
-    def task(self, index: int) -> str:
-        """The instruction of an episode, without reading its frames."""
-
-    def episode(self, index: int) -> Episode | None:
-        """One episode, the same whenever and in whichever process it is asked for; None if it is rejected."""
 
 
 @dataclass
@@ -168,7 +133,7 @@ def _is_finished(output_dir: Path, key: dict[str, Any], overwrite: bool) -> bool
     if overwrite:
         return False
     found = json.loads(record.read_text())
-    if all(found[name] == json.loads(json.dumps(value)) for name, value in key.items()):
+    if all(found.get(name) == json.loads(json.dumps(value)) for name, value in key.items()):
         return True
     raise ConversionError(
         f"{output_dir} was converted with other options ({_difference(found, key)}): choose another --output_dir, or "

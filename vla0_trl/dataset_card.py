@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
@@ -14,10 +13,7 @@ from PIL import Image
 from vla0_trl import __version__
 from vla0_trl.actions import NormStats
 from vla0_trl.config import CONFIG_NAME, VLAConfig
-from vla0_trl.episodes import Episode
-
-if TYPE_CHECKING:
-    from vla0_trl.conversion import SourceInfo
+from vla0_trl.episodes import Episode, SourceInfo
 
 SAMPLE_NAME = "sample.png"
 _SAMPLE_FRAMES = 6
@@ -85,11 +81,12 @@ def write_card(
         command (`str`): how the conversion was called.
     """
     sample_picture(episode, config.cameras).save(directory / SAMPLE_NAME)
+    # No `configs` here: load_dataset finds data/train-* by itself, and with `configs` its cache would know a local
+    # folder by its name alone: another folder of that name, or one converted again, would give the old rows.
     header = {
         "license": info.license,
         "task_categories": ["robotics"],
         "tags": ["vla0_trl", "VLA", "robotics", "imitation-learning", "trl"],
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
     }
     card = _CARD.format(
         title=f"{info.source} as chat",

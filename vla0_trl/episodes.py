@@ -1,13 +1,11 @@
-"""Episodes: what every converter reads, how it is checked, and the chat rows that it becomes.
-
-Nothing here knows where episodes are from or where rows go; `conversion` does.
-"""
+"""Episodes: what every converter gives, how it is checked, and the chat rows that it becomes."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -16,9 +14,9 @@ from vla0_trl.actions import Quantizer, join_integers
 from vla0_trl.chat import completion_messages, prompt_messages
 from vla0_trl.config import VLAConfig
 
-# PushT's frames on one core: level 3 encodes 5,400 a second into 1,261 bytes each, level 1 5,500 into 1,358, the usual
-# level 6 3,600 into 1,183.
-PNG_COMPRESS_LEVEL = 3
+# On one core, frames a second and bytes each: PushT's 96 px: level 2: 5,540 and 1,313, level 3: 5,430 and 1,261, the
+# usual 6: 3,620 and 1,183. A noisy 256 px frame: 200 and 98 kB, 135 and 97 kB, 40 and 91 kB.
+PNG_COMPRESS_LEVEL = 2
 
 
 class EpisodeError(ValueError):
@@ -44,6 +42,41 @@ class Episode:
     images: dict[str, Sequence[np.ndarray | bytes]]
     states: np.ndarray | None = None
     name: str = "episode"
+
+
+@dataclass
+class SourceInfo:
+    """Where episodes are from, for the dataset card, and so that a conversion never continues another one's.
+
+    Args:
+        source, revision (`str`): name, and version or content hash, of what is read.
+        license (`str`): the Hub's identifier: "mit", "cc-by-4.0", "unknown".
+        robot (`str`), fps (`float`): what acted, and how often a second.
+        how (`str`): a sentence or two: who demonstrated, with which tool.
+        options (`dict`): the source's own settings that change its episodes; JSON values.
+    """
+
+    source: str
+    revision: str
+    license: str
+    robot: str
+    fps: float
+    how: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Episodes by index. Must pickle: with several processes every one of them reads its own share."""
+
+    info: SourceInfo
+
+    def __len__(self) -> int: ...
+
+    def task(self, index: int) -> str:
+        """The instruction of an episode, without reading its frames."""
+
+    def episode(self, index: int) -> Episode | None:
+        """One episode, the same whenever and in whichever process it is asked for; None if it is rejected."""
 
 
 def checked_episode(episode: Episode, config: VLAConfig) -> Episode:

@@ -48,7 +48,7 @@ class ActionGrammar:
                 state = characters[state, 10 if character == " " else int(character)]
             self.next_state[:, column] = state
         self.next_state[: num_bins + 1, end] = self.done
-        self.next_state[self.done] = self.done
+        self.next_state[self.done, [end, other]] = self.done  # `generate` pads rows that have ended
 
         # A token with s spaces finishes s numbers; the end of turn is only allowed in the last one.
         spaces = [text.count(" ") for text in tokens.values()]

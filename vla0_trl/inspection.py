@@ -25,6 +25,7 @@ _OVERSAMPLE = 3  # PIL draws without anti-aliasing: draw larger, then shrink
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 1100px; padding: 0 1rem }
 h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin: 0 0 .5rem }
+h3 { font-size: 1rem; font-weight: normal; color: #777; margin: 0 }
 .row { display: flex; gap: 1.5rem; border-top: 1px solid #ddd; padding: 1.5rem 0 }
 .row > img { flex: none; align-self: flex-start; max-width: 45% }
 .row > div { min-width: 0; flex: 1 }
@@ -175,7 +176,7 @@ def _row_html(row: Row, config: VLAConfig, collator: VLADataCollator | None) -> 
 
 
 def decoding_error(row: Row, config: VLAConfig) -> float:
-    """Largest distance between the decoded text and the stored chunk in half bins: more than 1 where it was clipped."""
+    """Largest distance between decoded text and stored chunk, in half bins: more than 1 only where it was clipped."""
     tokenizer = config.action_tokenizer()
     chunk = tokenizer.decode(row["action"], np.asarray(row["raw_state"]))
     stored = np.reshape(row["raw_action"], chunk.shape)
@@ -206,7 +207,7 @@ def _tokens_html(row: Row, collator: VLADataCollator) -> str:
         # Hundreds of equal image tokens say no more than their number does; equal digits stay apart.
         pieces = [f"{shown} × {count}"] if count > 4 else [shown] * count
         spans += [f'<span class="{kind}">{piece}</span>' for piece in pieces]
-    return f'prompt<pre>{html.escape(prompt)}</pre>tokens<div class="tokens">{"".join(spans)}</div>'
+    return f'<h3>prompt</h3><pre>{html.escape(prompt)}</pre><h3>tokens</h3><div class="tokens">{"".join(spans)}</div>'
 
 
 def _terms(terms: dict[str, str]) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -19,6 +19,9 @@ from transformers import (
 
 from vla0_trl.config import VLAConfig
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 ADAPTER_CONFIG = "adapter_config.json"
 VISION_MODULES = ("vision_model", "visual", "vision_tower")  # the image encoder, as transformers' models name it
 
@@ -26,8 +29,8 @@ VISION_MODULES = ("vision_model", "visual", "vision_tower")  # the image encoder
 def load_processor(name_or_path: str | Path, config: VLAConfig, revision: str | None = None) -> ProcessorMixin:
     """The processor of a backbone or checkpoint, set to `config.image_size` and to one view an image."""
     processor = AutoProcessor.from_pretrained(name_or_path, revision=revision)
-    backbone = AutoConfig.from_pretrained(name_or_path, revision=revision)
-    set_image_size(processor, backbone, config)
+    backbone = base_model_of(name_or_path) if is_adapter(name_or_path) else name_or_path
+    set_image_size(processor, AutoConfig.from_pretrained(backbone, revision=revision), config)
     return processor
 
 
@@ -81,10 +84,17 @@ def load_model(
     """A backbone, a fully trained checkpoint, or an adapter on the base model that it names."""
     options = {"dtype": dtype, "attn_implementation": attn_implementation, "quantization_config": quantization_config}
     options = {key: value for key, value in options.items() if value is not None}
-    if not (Path(name_or_path) / ADAPTER_CONFIG).is_file():
+    if not is_adapter(name_or_path):
         return AutoModelForImageTextToText.from_pretrained(name_or_path, revision=revision, **options)
-    base = base_model_of(name_or_path)
-    return PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base, **options), name_or_path)
+    from peft import PeftModel  # takes seconds to import, and most checkpoints don't need it
+
+    base = AutoModelForImageTextToText.from_pretrained(base_model_of(name_or_path), **options)
+    return PeftModel.from_pretrained(base, name_or_path)
+
+
+def is_adapter(name_or_path: str | Path) -> bool:
+    """Whether this is a folder with a PEFT adapter instead of a whole model."""
+    return (Path(name_or_path) / ADAPTER_CONFIG).is_file()
 
 
 def base_model_of(adapter: str | Path) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, ProcessorMixin
 
 from vla0_trl.actions import parse_integers
@@ -18,6 +17,9 @@ from vla0_trl.grammar import ActionGrammar, ActionGrammarLogitsProcessor
 from vla0_trl.images import crop, model_inputs, stack_cameras
 from vla0_trl.modeling import load_model, load_processor
 from vla0_trl.tokenization import ChatTokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Observation = dict[str, Any]
 
@@ -48,7 +50,7 @@ class VLAPolicy:
             eos_token_id=self.chat.end_of_turn_id,
             pad_token_id=self.chat.pad_id,
         )
-        backbone = model.get_base_model() if isinstance(model, PeftModel) else model
+        backbone = model if isinstance(model, PreTrainedModel) else model.get_base_model()
         backbone.generation_config = self.generation_config
         self.reset()
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftConfig
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from vla0_trl.arguments import DataArguments, VLASFTConfig
+from vla0_trl.arguments import DataArguments, VLASFTConfig, parse_recipe
 from vla0_trl.chat_dataset import align_config, load_chat_dataset
-from vla0_trl.config import VLAConfig
+from vla0_trl.config import CONFIG_NAME, VLAConfig
 from vla0_trl.modeling import VISION_MODULES, freeze_vision, load_model, load_processor, set_image_size
 from vla0_trl.nano import NANO, build_nano, nano_from_dict
 from vla0_trl.rollout import Environment
@@ -29,67 +31,107 @@ _IDENTITY = {
     DataArguments: "dataset_name dataset_revision num_eval_episodes",
     ModelConfig: "model_name_or_path model_revision dtype load_in_4bit load_in_8bit use_peft lora_r lora_alpha "
     "lora_dropout lora_target_modules use_rslora use_dora",
-    VLASFTConfig: "learning_rate lr_scheduler_type warmup_steps weight_decay optim max_grad_norm adam_beta1 adam_beta2 "
-    "adam_epsilon per_device_train_batch_size gradient_accumulation_steps bf16 seed nano freeze_vision mask_max "
+    VLASFTConfig: "learning_rate lr_scheduler_type warmup_steps weight_decay optim max_grad_norm adam_beta1 "
+    "adam_beta2 adam_epsilon per_device_train_batch_size gradient_accumulation_steps bf16 seed nano freeze_vision mask_max "
     "mask_skip mask_unit",
 }
 
-logger = get_logger(__name__, log_level="INFO")
+
+@dataclass
+class Run:
+    """A run that may begin: arguments that fit the dataset, and an output folder that is ours."""
+
+    data: DataArguments
+    training: VLASFTConfig
+    model_args: ModelConfig
+    dataset: Dataset
+    stored_cameras: list[str]
+    config: VLAConfig
 
 
-def sft(
-    data: DataArguments,
-    training: VLASFTConfig,
-    model_args: ModelConfig,
-    make_env: Callable[[VLAConfig], Environment] | None = None,
-) -> Path:
-    """Fine-tune a backbone on a chat dataset and save the policy in `training.output_dir`.
-
-    The same command again continues where it was stopped, from the last whole checkpoint.
+def main(default_config: Path, description: str, make_env: Callable[[VLAConfig], Environment] | None = None) -> None:
+    """A recipe's command line; what a user can mend is one line, without a traceback.
 
     Args:
         make_env: builds an environment, for rollouts during training (`rollout_steps`).
+    """
+    try:
+        run = prepare(*parse_recipe(default_config, description))
+        if run.training.rollout_steps and make_env is None:
+            raise ValueError("rollout_steps is set, but this recipe has no simulator: set rollout_steps=0")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    if not train(run, make_env):
+        sys.exit(130)
+
+
+def prepare(data: DataArguments, training: VLASFTConfig, model_args: ModelConfig) -> Run:
+    """Read the dataset, fit its config to the recipe's changes, and claim the output folder.
 
     Raises:
         ValueError: the dataset can't give what the recipe asks for, or the folder belongs to another run.
+        FileNotFoundError: there is no such dataset.
     """
-    output_dir = Path(training.output_dir)
     dataset, stored = load_chat_dataset(data.dataset_name, revision=data.dataset_revision)
-    train_set, eval_set = hold_out(dataset, data.num_eval_episodes)
     config = align_config(dataset, stored, **data.overrides())
     config.base_model = model_args.model_name_or_path
     with training.main_process_first(desc="claiming the output folder"):
         if training.should_save:
             claim_run(data, training, model_args, config)
+    return Run(data, training, model_args, dataset, stored.cameras, config)
 
-    model, processor = load_backbone(model_args, training, config)
+
+def train(run: Run, make_env: Callable[[VLAConfig], Environment] | None = None) -> bool:
+    """Fine-tune and save the policy in `output_dir`, from the last whole checkpoint if there is one.
+
+    Returns:
+        Whether the run is finished; False after Ctrl-C, with a checkpoint to go on from.
+    """
+    training, output_dir = run.training, Path(run.training.output_dir)
+    if is_finished(training):
+        print(f"already trained: {output_dir} (--overwrite to start again, a larger --max_steps to go on)")
+        return True
+    train_set, eval_set = hold_out(run.dataset, run.data.num_eval_episodes)
+    model, processor = load_backbone(run.model_args, training, run.config)
     trainer = VLATrainer(
         model=model,
         args=training,
-        vla_config=config,
+        vla_config=run.config,
         processing_class=processor,
         train_dataset=train_set,
         eval_dataset=eval_set,
-        stored_cameras=stored.cameras,
-        peft_config=lora_config(model_args, training),
+        stored_cameras=run.stored_cameras,
+        peft_config=lora_config(run.model_args, training),
     )
     if training.rollout_steps:
-        if make_env is None:
-            raise ValueError("rollout_steps is set, but this recipe has no simulator: set rollout_steps=0")
         trainer.add_callback(RolloutCallback(trainer, make_env))
     if training.save_initial and not (output_dir / INITIAL).exists():
         trainer.save_policy(output_dir / INITIAL)
 
     resume = training.resume_from_checkpoint or last_checkpoint(output_dir)
     if resume:
-        logger.info(f"continuing from {resume}")
+        trainer.accelerator.print(f"continuing from {resume}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if trainer.interrupted:
+        trainer.accelerator.print(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
+        return False
     trainer.save_policy(output_dir)
     trainer.save_state()
-    logger.info(f"policy saved in {output_dir}")
+    trainer.accelerator.print(f"policy saved in {output_dir}")
     if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.dataset_name)
-    return output_dir
+        trainer.push_to_hub(dataset_name=run.data.dataset_name)
+    return True
+
+
+def is_finished(training: VLASFTConfig) -> bool:
+    """Whether `output_dir` holds the final policy of a run at least as long as this one."""
+    state = Path(training.output_dir) / TRAINER_STATE_NAME
+    if not (state.is_file() and (state.parent / CONFIG_NAME).is_file()):
+        return False
+    done = json.loads(state.read_text())
+    if training.max_steps > 0:
+        return done["max_steps"] >= training.max_steps
+    return done["num_train_epochs"] >= training.num_train_epochs
 
 
 def hold_out(dataset: Dataset, num_eval_episodes: int) -> tuple[Dataset, Dataset | None]:

@@ -25,6 +25,7 @@ from vla0_trl.staging import ConversionError, read_staged, staged_path
 
 ROW_GROUP_ROWS = 100  # what a reader must decompress to get at one row
 SHARD_BYTES = 400_000_000  # of staged episodes; with the text columns a shard stays below the Hub's usual 500 MB
+SHARD_ROWS = 100_000  # a writer keeps 20 kB for every row group until its file is closed
 
 
 def with_statistics(partial: Path, kept: list[int], config: VLAConfig) -> VLAConfig:
@@ -72,16 +73,17 @@ def write_shards(directory: Path, partial: Path, kept: list[int], config: VLACon
 
 
 def _shards(partial: Path, kept: list[int]) -> list[list[int]]:
-    """Consecutive episodes, about `SHARD_BYTES` each."""
+    """Consecutive episodes, as many as `SHARD_BYTES` and `SHARD_ROWS` allow."""
     shards: list[list[int]] = [[]]
-    size = 0
+    size = rows = 0
     for index in kept:
-        episode_size = staged_path(partial, index).stat().st_size
-        if shards[-1] and size + episode_size > SHARD_BYTES:
+        path = staged_path(partial, index)
+        size += path.stat().st_size
+        rows += pq.read_metadata(path).num_rows
+        if shards[-1] and (size > SHARD_BYTES or rows > SHARD_ROWS):
             shards.append([])
-            size = 0
+            size, rows = path.stat().st_size, pq.read_metadata(path).num_rows
         shards[-1].append(index)
-        size += episode_size
     return shards
 
 
@@ -102,7 +104,9 @@ def _episodes(
 def _write_shard(path: Path, episodes: Iterator[tuple[int, Episode]], config: VLAConfig) -> None:
     schema = FEATURES.arrow_schema  # its metadata tells load_dataset that images are images
     rest = schema.empty_table()
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    # Without a list, the smallest and largest image of every row group would go into the footer, too.
+    with_stats = ["episode_index", "frame_index"]
+    with pq.ParquetWriter(path, schema, compression="zstd", write_statistics=with_stats) as writer:
         for index, episode in episodes:
             rest = pa.concat_tables([rest, pa.table(chat_columns(episode, config, index), schema=schema)])
             whole = len(rest) // ROW_GROUP_ROWS * ROW_GROUP_ROWS

@@ -10,7 +10,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +17,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from vla0_trl.config import VLAConfig
-from vla0_trl.episodes import Episode, EpisodeError, checked_episode
-
-if TYPE_CHECKING:
-    from vla0_trl.conversion import Source
+from vla0_trl.episodes import Episode, EpisodeError, Source, checked_episode
 
 
 class ConversionError(RuntimeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class VLATrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
     ):
         self.vla_config = vla_config
+        self.interrupted = False
         shared = {"seed": args.seed, "defer_images": True, "stored_cameras": stored_cameras}
         self._eval_collator = VLADataCollator(processing_class, vla_config, train=False, **shared)
         super().__init__(
@@ -85,10 +87,26 @@ class VLATrainer(SFTTrainer):
 
 
 class _PolicyCallback(TrainerCallback):
-    """Turns the collator's epoch, completes checkpoints, and stops at the wanted accuracy."""
+    """Turns the collator's epoch, completes checkpoints, and stops at the wanted accuracy or at Ctrl-C."""
 
     def __init__(self, trainer: VLATrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        def interrupt(*_):
+            if self.trainer.interrupted:
+                raise KeyboardInterrupt
+            self.trainer.interrupted = True
+            print("\nsaving after this step; Ctrl-C again to stop without", flush=True)
+
+        self._previous_handler = signal.signal(signal.SIGINT, interrupt)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGINT, self._previous_handler)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.interrupted:
+            control.should_save = control.should_training_stop = True
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Before the first step of a run `epoch` is None or 0; after a resume it is a fraction. Rounded: n/n is not 1.

@@ -25,11 +25,25 @@ GYRATION = 55.0  # sqrt(inertia / mass) = sqrt(3000): makes radians comparable w
 GOAL_POSE = np.array([256.0, 256.0, np.pi / 4])  # gym-pusht: _setup
 
 MARGIN = 12.0  # the agent's centre stays this far inside the workspace (people's stays 13 px inside)
-WALL = 7.0  # inner edge of gym-pusht's walls
+WALLS = np.array([(5, 5), (506, 5), (506, 506), (5, 506)], float)  # gym-pusht: _setup
+BEAM = 48
+DEPTH = 3
+PUSH_OVERHEAD = 6.0
+PX_PER_STEP = 18.0
+REST_STEPS = 25.0
+REST_SPEED = 0.8
+SOLVED = 0.965
 APPROACH = 8.0  # px before touching at which a walk ends and a push begins
 SPEED = 1.8  # px a simulation step, about what the expert reaches
 STEP_LENGTH = 1.5  # px of agent motion between two recorded poses of a push
 MAX_PUSH = 120  # recorded poses a push
+COARSE = np.unique(np.round(1.25 ** np.arange(0, 22)).astype(int))
+
+
+def _rotation(angle: np.ndarray) -> np.ndarray:
+    """[..., 2, 2]: multiplies row vectors in the world from the right to turn them into the block's frame."""
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
 
 
 def transform(pose: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -41,8 +55,7 @@ def transform(pose: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 def to_block(pose: np.ndarray, points: np.ndarray) -> np.ndarray:
     """World to block frame, the inverse of [`transform`] for one pose."""
-    cos, sin = np.cos(pose[2]), np.sin(pose[2])
-    return (points - pose[:2]) @ np.array([[cos, -sin], [sin, cos]])
+    return (points - pose[:2]) @ _rotation(pose[2])
 
 
 def pose_error(pose: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -80,31 +93,36 @@ CENTRES, NORMALS = _contacts()
 APPROACHES = CENTRES - APPROACH * NORMALS
 
 
-def simulate_push(pose: np.ndarray, start: np.ndarray, direction: np.ndarray, walls: bool) -> np.ndarray:
-    """Block poses float64[MAX_PUSH + 1, 3] while the agent moves from `start` along `direction` (world), every 1.5 px."""
-    space = pymunk.Space()
-    space.damping = 0.0
-    block, _ = GymPushTEnv.add_tee(space, (0, 0), 0)
-    block.angle = pose[2]
-    block.position = tuple(pose[:2])
-    agent = GymPushTEnv.add_circle(space, tuple(start), AGENT_RADIUS)
-    if walls:
-        a, b = 5, 506
-        for p, q in (((a, b), (a, a)), ((a, a), (b, a)), ((b, a), (b, b)), ((a, b), (b, b))):
-            space.add(GymPushTEnv.add_segment(space, p, q, 2))
-    dt = 0.01
-    agent.velocity = tuple(direction * STEP_LENGTH / dt)
-    poses = [pose]
-    for _ in range(MAX_PUSH):
-        space.step(dt)
-        poses.append((*block.position, block.angle))
-    return np.array(poses)
+def simulate_pushes(walls: np.ndarray | None = None) -> np.ndarray:
+    """Push at every contact with gym-pusht's bodies, a block at the zero pose, and the agent moving straight inward.
+
+    Args:
+        walls (`np.ndarray`, *optional*): float[4, 2], the corners of the walls in the block's frame; none by default.
+
+    Returns:
+        `np.ndarray`: float64[K, MAX_PUSH + 1, 3], the block's pose at the start and after every `STEP_LENGTH` px.
+    """
+    dt = 0.01  # gym-pusht: __init__
+    motions = np.zeros((len(CENTRES), MAX_PUSH + 1, 3))
+    for motion, centre, normal in zip(motions, CENTRES, NORMALS, strict=True):
+        space = pymunk.Space()
+        space.damping = 0.0
+        block, _ = GymPushTEnv.add_tee(space, (0, 0), 0)
+        agent = GymPushTEnv.add_circle(space, tuple(centre), AGENT_RADIUS)
+        agent.velocity = tuple(normal * STEP_LENGTH / dt)
+        if walls is not None:
+            ends = [tuple(corner) for corner in walls]
+            space.add(*(GymPushTEnv.add_segment(space, ends[i - 1], ends[i], 2) for i in range(4)))
+        for pose in motion[1:]:
+            space.step(dt)
+            pose[:] = *block.position, block.angle
+    return motions
 
 
 @cache
 def push_library() -> np.ndarray:
-    """Every contact's push from the zero pose, float64[K, MAX_PUSH + 1, 3]; simulated once a process, about 0.1 s."""
-    return np.stack([simulate_push(np.zeros(3), c, n, walls=False) for c, n in zip(CENTRES, NORMALS, strict=True)])
+    """[`simulate_pushes`] far from the walls, once a process; 20 ms."""
+    return simulate_pushes()
 
 
 CORNERS = np.array([(-80, -20), (80, -20), (80, 50), (35, 140), (-35, 140), (-80, 50)], float)  # 20 px off the block
@@ -141,37 +159,40 @@ class Walks:
     """
 
     def __init__(self, pose: np.ndarray):
-        direct, last = _static_graph()
+        direct, self.last = _static_graph()
         blocked = ~inside(transform(pose, CORNERS))
-        self.direct = np.where(blocked | blocked[:, None], np.inf, direct)
-        self.between = self.direct
+        self.direct = np.where(np.eye(len(CORNERS), dtype=bool) | blocked | blocked[:, None], np.inf, direct)
+        self.between = np.where(np.eye(len(CORNERS), dtype=bool), 0, self.direct)
         for k in range(len(CORNERS)):  # Floyd and Warshall
             self.between = np.minimum(self.between, self.between[:, k, None] + self.between[k])
-        self.to_approach = (self.between[:, :, None] + last).min(1)  # [6, K]
+        self.to_approach = (self.between[:, :, None] + self.last).min(1)  # [6, K]
         self.to_approach[blocked] = np.inf
+
+    def _first_legs(self, agent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Straight walks from [..., 2] to the corners [..., 6] and approaches [..., K], inf where the block is."""
+        agent = agent[..., None, :]
+        # an agent that is closer than it should be may leave, as long as it does not come closer still
+        clearance = np.minimum(CLEARANCE, shapely.distance(shapely.points(agent), TEE) - 0.1)
+        return tuple(
+            np.where(clear(agent, ends, clearance), np.linalg.norm(ends - agent, axis=-1), np.inf)
+            for ends in (CORNERS, APPROACHES)
+        )
 
     def lengths(self, agent: np.ndarray) -> np.ndarray:
         """float64[..., K]: length of the walk from an agent at [..., 2] (block frame) to each approach, inf if none."""
-        agent = agent[..., None, :]
-        clearance = np.minimum(CLEARANCE, shapely.distance(shapely.points(agent), TEE) - 0.1)
-        straight = np.where(clear(agent, APPROACHES, clearance), np.linalg.norm(APPROACHES - agent, axis=-1), np.inf)
-        first = np.where(clear(agent, CORNERS, clearance), np.linalg.norm(CORNERS - agent, axis=-1), np.inf)
-        return np.minimum(straight, (first[..., None] + self.to_approach).min(-2))
+        corners, straight = self._first_legs(agent)
+        return np.minimum(straight, (corners[..., None] + self.to_approach).min(-2))
 
     def path(self, agent: np.ndarray, contact: int) -> np.ndarray:
         """float64[P, 2]: way points of the shortest walk, agent first, approach last (block frame)."""
-        goal = APPROACHES[contact]
-        if clear(agent, goal):
-            return np.stack([agent, goal])
-        first = np.where(clear(agent, CORNERS), np.linalg.norm(CORNERS - agent, axis=-1), np.inf)
-        corner = int(np.argmin(first + self.to_approach[:, contact]))
-        points = [agent, CORNERS[corner]]
-        while not clear(CORNERS[corner], goal):
-            onward = self.direct[corner] + self.to_approach[:, contact]
-            onward[corner] = np.inf
-            corner = int(np.argmin(onward))
+        onward, straight = self._first_legs(agent)
+        points, rest, last = [agent], self.to_approach[:, contact], straight[contact]
+        # every leg shortens the rest of the way, so this ends; it is the straight line where there is no way
+        while (onward + rest).min() < last:
+            corner = int(np.argmin(onward + rest))
             points.append(CORNERS[corner])
-        return np.stack([*points, goal])
+            onward, last = self.direct[corner], self.last[corner, contact]
+        return np.stack([*points, APPROACHES[contact]])
 
 
 @dataclass
@@ -191,87 +212,84 @@ class Push:
         return STEP_LENGTH * (len(self.poses) - 1)
 
 
-def _in_walls(poses):
+def beyond_walls(poses: np.ndarray) -> np.ndarray:
+    """How far blocks at poses [..., 3] reach into the walls, float64[...] px; negative inside the workspace."""
     corners = transform(poses[..., None, :], OUTLINE)
-    return np.maximum(WALL - corners, corners - (WORKSPACE - 1 - WALL + 1)).max((-1, -2))  # FIXME
+    return np.maximum(WALLS[0] - corners, corners - WALLS[2]).max((-1, -2))
+
+
+def compose(poses: np.ndarray, motions: np.ndarray) -> np.ndarray:
+    """Poses [..., 3] after motions [..., 3] in the block's own frame, broadcast."""
+    position = transform(poses, motions[..., :2])
+    return np.concatenate([position, np.broadcast_to(poses[..., 2:] + motions[..., 2:], (*position.shape[:-1], 1))], -1)
 
 
 @cache
-def _after_push():
-    lib = push_library()
-    n = np.arange(MAX_PUSH + 1)[None, :, None]
-    agent = CENTRES[:, None] + STEP_LENGTH * n * NORMALS[:, None]
-    cos, sin = np.cos(lib[..., 2]), np.sin(lib[..., 2])
-    d = agent - lib[..., :2]
-    agent = np.stack([cos * d[..., 0] + sin * d[..., 1], -sin * d[..., 0] + cos * d[..., 1]], -1)
-    touched = np.linalg.norm(agent[:, :, None] - CENTRES, axis=-1).argmin(-1)
-    return touched, Walks(GOAL_POSE).lengths(CENTRES)
+def _next_walks() -> np.ndarray:
+    """float64[K, MAX_PUSH + 1, K]: the walk from the end of a push to the next approach, by the contact nearest then."""
+    motions = push_library()
+    advance = STEP_LENGTH * np.arange(MAX_PUSH + 1)[:, None]
+    agents = CENTRES[:, None] + advance * NORMALS[:, None]
+    agents = (agents - motions[..., :2])[..., None, :] @ _rotation(motions[..., 2])
+    nearest = np.linalg.norm(agents - CENTRES, axis=-1).argmin(-1)
+    return Walks(GOAL_POSE).lengths(CENTRES)[nearest]
 
 
-BEAM = 48
-DEPTH = 3
-OVERHEAD = 6.0
-PX_PER_STEP = 18.0
-COARSE = np.unique(np.round(1.25 ** np.arange(0, 22)).astype(int))
-DONE = 0.965
-N = np.arange(1, MAX_PUSH + 1)
-
-
-def compose(pose, motion):
-    return np.concatenate([transform(pose, motion[..., :2]), pose[..., 2:] + motion[..., 2:]], -1)
+def _lowest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Flat indices of the `count` lowest finite scores, ascending."""
+    flat = scores.ravel()
+    count = min(count, flat.size - 1)
+    lowest = np.sort(np.argpartition(flat, count)[:count])
+    lowest = lowest[np.argsort(flat[lowest], kind="stable")]
+    return lowest[np.isfinite(flat[lowest])]
 
 
 def plan_push(agent: np.ndarray, pose: np.ndarray) -> Push | None:
-    library = push_library()
-    touched, between = _after_push()
-    error0 = pose_error(pose, GOAL_POSE)
-    depth0 = _in_walls(pose)
-    nodes = pose[None]
-    cost = np.zeros(1)
-    walk = Walks(pose).lengths(to_block(pose, agent))[None]
-    root = None
-    best = (np.inf, None)
+    """The first push of the best plan of up to `DEPTH` pushes, or `None` if the agent reaches no contact.
+
+    A plan's score is the number of steps that it takes and those that it leaves to do, guessed from the distance that
+    remains. It must solve the task or cut the distance by 30 %: otherwise small pushes that change nothing look best.
+    """
+    near_wall = beyond_walls(pose) > -1
+    motions = simulate_pushes(to_block(pose, WALLS)) if near_wall else push_library()
+    allowed = max(beyond_walls(pose), 0) + 0.5
+    distance = pose_error(pose, GOAL_POSE)
+    poses, steps, walks = pose[None], np.zeros(1), Walks(pose).lengths(to_block(pose, agent))[None]
+    first = None
+    best, best_score = None, np.inf
+    lengths = np.arange(1, MAX_PUSH + 1)
     for depth in range(DEPTH):
-        ends = compose(nodes[:, None, None], library[None, :, 1:])  # [B, K, N, 3]
-        starts = inside(transform(nodes[:, None], CENTRES))  # [B, K]
-        err = pose_error(ends, GOAL_POSE)
-        g = (cost[:, None] + walk / PX_PER_STEP + OVERHEAD + np.where(starts, 0, np.inf))[
-            ..., None
-        ] + N * STEP_LENGTH / PX_PER_STEP
-        f = g + 25 + err / 0.8
-        # candidates for goal
-        flat = np.flatnonzero((err < 6).ravel() & np.isfinite(f.ravel()))
-        if len(flat):
-            cov = coverage(ends.reshape(-1, 3)[flat])
-            done = cov > DONE
-            flat, cov = flat[done], cov[done]
-            fd = g.ravel()[flat] - 60 * (cov - DONE)
-            f.ravel()[flat] = fd
-        # best overall: solves or cuts
-        ok = f + np.where((err <= 0.7 * error0), 0, np.inf)
-        order = np.argsort(ok.ravel(), kind="stable")[:20]
-        for o in order:
-            if not ok.ravel()[o] < best[0]:
-                break
-            if _in_walls(ends.reshape(-1, 3)[o]) <= max(0.5, depth0 + 0.5):
-                b, k, n = np.unravel_index(o, f.shape)
-                best = (ok.ravel()[o], (k, n) if root is None else tuple(root[b]))
-                break
-        if depth == DEPTH - 1:
-            break
-        fc = f[:, :, COARSE - 1]
-        order = np.argsort(fc.ravel(), kind="stable")[: 4 * BEAM]
-        order = order[np.isfinite(fc.ravel()[order])]
-        b, k, c = np.unravel_index(order, fc.shape)
+        start = np.where(inside(transform(poses[:, None], APPROACHES)), steps[:, None] + walks / PX_PER_STEP, np.inf)
+        cost = start[..., None] + PUSH_OVERHEAD + lengths * STEP_LENGTH / PX_PER_STEP  # [B, K, N]
+        ends = compose(poses[:, None, None], motions[:, 1:])
+        error = pose_error(ends, GOAL_POSE)
+        score = cost + REST_STEPS + error / REST_SPEED
+        near = np.flatnonzero((error < 3) & np.isfinite(cost))
+        near = near[np.argsort(cost.ravel()[near], kind="stable")[:200]]
+        covered = coverage(ends.reshape(-1, 3)[near])
+        near, covered = near[covered > SOLVED], covered[covered > SOLVED]
+        score.ravel()[near] = cost.ravel()[near] - 60 * (covered - SOLVED)
+
+        enough = np.where(error <= 0.7 * distance, score, np.inf)
+        order = _lowest(enough, 500)
+        order = order[beyond_walls(ends.reshape(-1, 3)[order]) <= allowed]
+        if len(order) and enough.ravel()[order[0]] < best_score:
+            b, k, n = np.unravel_index(order[0], score.shape)
+            best_score = score[b, k, n]
+            best = (k, n) if first is None else first[b]
+        order = _lowest(score[..., COARSE - 1], 4 * BEAM)
+        b, k, c = np.unravel_index(order, score[..., COARSE - 1].shape)
         n = COARSE[c] - 1
-        e = ends[b, k, n]
-        keep = np.flatnonzero(_in_walls(e) <= max(0.5, depth0 + 0.5))[:BEAM]
+        keep = np.flatnonzero(beyond_walls(ends[b, k, n]) <= allowed)[:BEAM]
         b, k, n = b[keep], k[keep], n[keep]
-        root = np.stack([k, n], -1) if root is None else root[b]
-        cost = g[b, k, n]
-        nodes = ends[b, k, n]
-        walk = between[touched[k, n + 1]]
-    if best[1] is None:
+        if not len(b):
+            break
+        first = np.stack([k, n], -1) if first is None else first[b]
+        poses, steps, walks = ends[b, k, n], cost[b, k, n], _next_walks()[k, n + 1]
+        if depth==0:
+            root = motions
+        motions = push_library()
+    if best is None:
         return None
-    k, n = best[1]
-    return Push(int(k), compose(pose, library[k, : n + 2]))
+    k, n = best
+    return Push(int(k), compose(pose, root[k, : n + 2]))

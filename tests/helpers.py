@@ -1,0 +1,82 @@
+"""What several test files share: real data from outside the repository, scripts as modules, small episodes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from vla0_trl.config import VLAConfig
+from vla0_trl.episodes import Episode, SourceInfo
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PUSHT_ZARR = "data/pusht_human/pusht_cchi_v7_replay.zarr"
+
+
+def shared_path(relative: str) -> Path:
+    """Real test data, in ../shared or $VLA0_SHARED; skips the test where it is absent."""
+    root = Path(os.environ.get("VLA0_SHARED", REPOSITORY.parent / "shared"))
+    if not (root / relative).exists():
+        pytest.skip(f"{root / relative} is absent: set VLA0_SHARED to the folder with the test data")
+    return root / relative
+
+
+def load_script(relative: str) -> ModuleType:
+    """A script of the repository as a module, without running its main()."""
+    spec = importlib.util.spec_from_file_location(Path(relative).stem, REPOSITORY / relative)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def small_config(**changes) -> VLAConfig:
+    """Fits `small_episode`."""
+    fields = {"cameras": ["front", "wrist"], "action_dim": 2, "state_dim": 3, "chunk_size": 4, "use_state": True}
+    return VLAConfig(**fields | changes)
+
+
+def small_episode(index: int = 0, frames: int = 7) -> Episode:
+    """Two cameras of different size, two actions that wander off from a three-dimensional state."""
+    rng = np.random.default_rng(index)
+    states = (np.cumsum(rng.normal(size=(frames, 3)), 0) * 10 + 100).astype(np.float32)
+    return Episode(
+        task=f"task {index % 2}",
+        actions=(states[:, :2] + rng.normal(size=(frames, 2)) * 5).astype(np.float32),
+        states=states,
+        images={
+            "front": rng.integers(0, 256, (frames, 16, 20, 3), np.uint8),
+            "wrist": rng.integers(0, 256, (frames, 8, 8, 3), np.uint8),
+        },
+        name=f"small source, episode {index}",
+    )
+
+
+@dataclass
+class SmallSource:
+    """`count` small episodes; those in `rejected` are none, and `broken` replaces one with a bad one."""
+
+    count: int = 5
+    rejected: tuple[int, ...] = ()
+    broken: Episode | None = None
+    broken_index: int = -1
+    revision: str = "1"
+
+    @property
+    def info(self) -> SourceInfo:
+        return SourceInfo("small source", self.revision, "mit", "none", 10.0, "Made up for tests.")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def task(self, index: int) -> str:
+        return f"task {index % 2}"
+
+    def episode(self, index: int) -> Episode | None:
+        if index == self.broken_index:
+            return self.broken
+        return None if index in self.rejected else small_episode(index, frames=5 + index)

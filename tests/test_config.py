@@ -1,0 +1,72 @@
+import json
+
+import numpy as np
+import pytest
+
+from vla0_trl import NormStats, VLAConfig
+
+STATS = NormStats.from_array(np.array([[0.0, 0.0], [1.0, 1.0]]))
+
+
+def test_saved_and_loaded_is_the_same(tmp_path):
+    config = VLAConfig(cameras=["a", "b"], state_dim=5, action_stats=STATS, normalization=[-1.0, 1.0], use_state=True)
+    config.save_pretrained(tmp_path)
+    assert VLAConfig.from_pretrained(tmp_path) == config
+    assert [path.name for path in tmp_path.iterdir()] == ["vla_config.json"]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"n_action_steps": 9}, "n_action_steps=9 is more than the chunk_size=8"),
+        ({"ensemble_size": 4, "n_action_steps": 5}, "would do nothing"),
+        ({"ensemble_size": 9}, "ensemble_size=9 is more than the 8"),
+        ({"use_state": True}, "state_dim=0"),
+        ({"relative_actions": True, "state_dim": 1}, "relative_actions=False"),
+        ({"crop_ratio": 0.0}, "crop_ratio"),
+        ({"normalization": "minmax"}, "normalization='minmax'"),
+        ({"cameras": []}, "cameras is empty"),
+        ({"cameras": ["a", "a"]}, "duplicates"),
+        ({"action_dim": 3, "action_stats": STATS}, "action_stats has 2 dimensions"),
+        ({"chunk_size": 0}, "chunk_size=0"),
+        ({"gripper": "yes"}, "gripper"),
+    ],
+)
+def test_impossible_combinations_raise(fields, message):
+    with pytest.raises(ValueError, match=message):
+        VLAConfig(**fields)
+
+
+def test_execution_follows_chunk_and_ensemble():
+    config = VLAConfig(chunk_size=8)
+    assert config.n_action_steps == 8
+    assert config.replace(chunk_size=4).n_action_steps == 4
+    assert config.replace(ensemble_size=8).n_action_steps == 1
+    assert config.replace(ensemble_size=8).replace(ensemble_size=1).n_action_steps == 8
+    assert config.replace(n_action_steps=5).replace(chunk_size=6).n_action_steps == 5
+    with pytest.raises(ValueError, match="would do nothing"):
+        config.replace(n_action_steps=5).replace(ensemble_size=2)
+
+
+def test_gripper_is_executed_as_its_sign():
+    actions = np.array([[0.5, 0.2], [0.5, -0.1]])
+    assert VLAConfig(gripper="sign").executable(actions).tolist() == [[0.5, 1.0], [0.5, -1.0]]
+    assert VLAConfig().executable(actions) is actions
+
+
+def test_a_folder_without_config_and_unknown_fields_raise(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} has no vla_config.json"):
+        VLAConfig.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder 'no/such'"):
+        VLAConfig.from_pretrained("no/such")
+    (tmp_path / "vla_config.json").write_text(json.dumps({"chunk_sise": 3}))
+    with pytest.raises(ValueError, match="chunk_sise"):
+        VLAConfig.from_pretrained(tmp_path)
+
+
+def test_codecs_need_statistics():
+    with pytest.raises(ValueError, match="no action_stats"):
+        VLAConfig().action_tokenizer()
+    with pytest.raises(ValueError, match="no state_stats"):
+        VLAConfig(state_dim=2, use_state=True).state_quantizer()
+    assert VLAConfig(state_dim=2).state_quantizer() is None

@@ -1,0 +1,131 @@
+"""Evaluations read back, and the tables that compare them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vla0_trl.results import RESULTS, VIDEOS, aggregate_tasks, read_episodes
+
+OFFLINE = "offline.json"
+
+Table = tuple[list[str], list[list[str]]]
+
+
+@dataclass
+class Run:
+    """One evaluation's output folder, read.
+
+    Attributes:
+        name (`str`): what tables and pictures call it.
+        folder (`Path`): where it is.
+        results (`dict`): its results.json.
+        episodes (`list[dict]`): its episodes.jsonl.
+        offline (`dict`, *optional*): its offline.json, if `eval_offline.py` wrote one there.
+        log_history (`list[dict]`): of the training that made the checkpoint; empty without trainer_state.json.
+    """
+
+    name: str
+    folder: Path
+    results: dict[str, Any]
+    episodes: list[dict[str, Any]]
+    offline: dict[str, Any] | None
+    log_history: list[dict[str, Any]]
+
+    def video(self, episode: dict[str, Any]) -> Path | None:
+        """The film of one of its episodes, if it was filmed."""
+        return next((self.folder / VIDEOS).glob(f"episode_{episode['seed']:06d}_*.mp4"), None)
+
+
+def load_runs(folders: list[Path]) -> list[Run]:
+    """Read evaluations, in this order; named by their folders as far as that tells them apart.
+
+    Raises:
+        `FileNotFoundError`: a folder has no finished evaluation.
+        `ValueError`: an offline.json is of another checkpoint.
+    """
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    return [_load_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def _load_run(folder: Path, name: str) -> Run:
+    if not (folder / RESULTS).is_file():
+        raise FileNotFoundError(f"{folder} has no {RESULTS}: no evaluation, or one to finish by running it again")
+    results = json.loads((folder / RESULTS).read_text())
+    offline = None
+    if (folder / OFFLINE).is_file():
+        offline = json.loads((folder / OFFLINE).read_text())
+        if offline["checkpoint_hash"] != results["checkpoint_hash"]:
+            raise ValueError(
+                f"{folder}/{OFFLINE} is of checkpoint {offline['checkpoint']} ({offline['checkpoint_hash'][:8]}), "
+                f"{RESULTS} of {results['checkpoint']} ({results['checkpoint_hash'][:8]}): run eval_offline.py again"
+            )
+    state = Path(results["checkpoint"]) / "trainer_state.json"
+    log_history = json.loads(state.read_text())["log_history"] if state.is_file() else []
+    return Run(name, folder, results, read_episodes(folder), offline, log_history)
+
+
+def summary_table(runs: list[tuple[str, dict[str, Any]]]) -> Table:
+    """A row a run, from (name, `results.aggregate`'s numbers)."""
+    header = ["run", "episodes", "success %", "95 %", "max coverage", "95 %", "s/episode", "ms/chunk"]
+    rows = []
+    for name, run in runs:
+        success, coverage = run["success_rate_interval"], run["mean_max_coverage_interval"]
+        rows.append(
+            [
+                name,
+                str(run["num_episodes"]),
+                f"{100 * run['success_rate']:.1f}",
+                f"{100 * success[0]:.1f} – {100 * success[1]:.1f}",
+                f"{run['mean_max_coverage']:.3f}",
+                f"{coverage[0]:.3f} – {coverage[1]:.3f}",
+                f"{run['seconds_per_episode']:.2f}",
+                f"{run['ms_per_chunk']:.1f}",
+            ]
+        )
+    return header, rows
+
+
+def tasks(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
+    """`aggregate`'s numbers of each run, for each task that all of them have."""
+    by_run = [aggregate_tasks(run.episodes) for run in runs]
+    shared = sorted(set.intersection(*(set(numbers) for numbers in by_run)))
+    return {task: [numbers[task] for numbers in by_run] for task in shared}
+
+
+def task_table(runs: list[Run]) -> Table | None:
+    """A row a task and run; None if there are not several tasks."""
+    by_task = tasks(runs)
+    rows = [(f"{task} · {run.name}", row) for task in by_task for run, row in zip(runs, by_task[task], strict=True)]
+    return summary_table(rows) if len(by_task) > 1 else None
+
+
+def offline_table(runs: list[Run]) -> Table | None:
+    """Held-out open-loop metrics, with the baselines as rows of their own; None if no run has any."""
+    header = ["run", "frames", "token accuracy %", "RMSE chunk", "RMSE first action"]
+    rows: dict[str, list[str]] = {}
+    for run in runs:
+        if run.offline is None:
+            continue
+        frames, metrics = str(run.offline["num_frames"]), {run.name: run.offline} | run.offline["baselines"]
+        for name, numbers in metrics.items():
+            accuracy = f"{100 * numbers['token_accuracy']:.1f}" if name == run.name else "–"
+            rows.setdefault(name, [name, frames, accuracy, f"{numbers['rmse']:.2f}", f"{numbers['first_rmse']:.2f}"])
+    ordered = sorted(rows.values(), key=lambda row: row[2] == "–")  # baselines last, otherwise as they came
+    return (header, ordered) if rows else None
+
+
+def format_table(table: Table, markdown: bool = False) -> str:
+    """Aligned columns for a terminal, or Markdown: the first to the left, the others to the right."""
+    header, rows = table
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for first, *others in [header, *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append([first.ljust(widths[0]), *cells])
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + "-:"[markdown] for width in widths[1:])])
+    if markdown:
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
