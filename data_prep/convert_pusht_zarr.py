@@ -2,7 +2,7 @@
 
     python data_prep/convert_pusht_zarr.py --source PATH/pusht_cchi_v7_replay.zarr --output_dir data/pusht_human
 
-206 episodes, 25,650 frames, 15 s on one core. The zarr is in https://diffusion-policy.cs.columbia.edu/data/training/pusht.zip
+206 episodes, 25,650 frames, 10 s on one core. The zarr is in https://diffusion-policy.cs.columbia.edu/data/training/pusht.zip
 (Chi et al., "Diffusion Policy", 2023). Needs the extra [zarr]: pip install -e ".[zarr]".
 """
 

@@ -14,7 +14,7 @@ from importlib.metadata import version
 import numpy as np
 
 from vla0_trl import __version__
-from vla0_trl.conversion_cli import ConversionParser, command_line_errors
+from vla0_trl.conversion_cli import ConversionParser, command_line_errors, positive
 from vla0_trl.envs.pusht import CAMERA, FPS, STATE_MODES, TASK
 from vla0_trl.envs.pusht_expert import record_episode
 from vla0_trl.episodes import Episode, SourceInfo
@@ -25,8 +25,8 @@ class PushTExpertEpisodes:
 
     Args:
         state (`str`): "agent": the agent's x, y; "full": with the block's x, y and angle.
-        action_noise (`float`): standard deviation in pixels of what is added to the executed targets: the expert
-            has to recover, and the data shows how.
+        action_noise (`float`): standard deviation in pixels of what is added to the expert's targets on execution:
+            it has to recover, and the data, which holds its own targets, shows how.
         noise_fraction (`float`): share of the episodes with noise.
     """
 
@@ -56,7 +56,7 @@ class PushTExpertEpisodes:
 
     def episode(self, index: int) -> Episode | None:
         seed = self.seed + index
-        noisy = np.random.default_rng(seed).random() < self.noise_fraction
+        noisy = np.random.default_rng([seed, 1]).random() < self.noise_fraction  # not the noise's own stream
         recording = record_episode(seed, action_noise=self.action_noise if noisy else 0.0)
         if not recording.success:
             return None
@@ -71,7 +71,7 @@ class PushTExpertEpisodes:
 
 def main() -> None:
     parser = ConversionParser(__doc__, [CAMERA], chunk_size=10, num_bins=511, relative_actions=True, use_state=True)
-    parser.add_argument("--num_episodes", type=int, default=200, help="seeds to try (default: %(default)s)")
+    parser.add_argument("--num_episodes", type=positive, default=200, help="seeds to try (default: %(default)s)")
     parser.add_argument("--state", choices=STATE_MODES, default="agent", help="(default: %(default)s)")
     parser.add_argument("--action_noise", type=float, default=0.0, help="in pixels (default: %(default)s)")
     parser.add_argument(

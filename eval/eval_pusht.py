@@ -19,14 +19,14 @@ from pathlib import Path
 from vla0_trl.config import VLAConfig
 from vla0_trl.ensembling import check_decay
 from vla0_trl.envs.pusht import CAMERA, FPS, MAX_EPISODE_STEPS, STATE_MODES, SUCCESS_COVERAGE, PushTEnv
-from vla0_trl.policy import VLAPolicy
+from vla0_trl.modeling import checkpoint_folder
+from vla0_trl.policy import VLAPolicy, resolve_device
 from vla0_trl.results import (
     RESULTS,
     VIDEOS,
     EpisodeLog,
     WriteError,
     aggregate,
-    checkpoint_folder,
     checkpoint_hash,
     provenance,
     write_json,
@@ -108,7 +108,7 @@ def main() -> None:
             "n_action_steps": config.n_action_steps,
             "ensemble_size": config.ensemble_size,
             "ensemble_decay": args.ensemble_decay,
-            "dtype": args.dtype or "auto",
+            "dtype": str(resolve_device(args.device, args.dtype)[1]).removeprefix("torch."),
         }
         run = {"checkpoint": args.model_name_or_path, "checkpoint_hash": checkpoint_hash(checkpoint)}
         log = EpisodeLog(Path(args.output_dir), run | {"protocol": protocol}, args.overwrite)

@@ -48,7 +48,23 @@ def test_relative_actions_count_from_the_state():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "1", "1 2 3", "1  2", "1 2a", "-1 2", "+1 2", "1.0 2", "1 1001", "01 2", "1_0 2", "١ 2", "1\t2", "1, 2", "² 2"],
+    [
+        "",
+        "1",
+        "1 2 3",
+        "1  2",
+        "1 2a",
+        "-1 2",
+        "+1 2",
+        "1.0 2",
+        "1 1001",
+        "01 2",
+        "1_0 2",
+        "١ 2",
+        "1\t2",
+        "1, 2",
+        "² 2",
+    ],
 )
 def test_anything_else_is_a_parse_error(text):
     with pytest.raises(ActionParseError):

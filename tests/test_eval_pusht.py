@@ -1,6 +1,7 @@
 """eval/eval_pusht.py with a real nano checkpoint in the real simulator."""
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY
 from helpers import REPOSITORY, load_script
 
@@ -33,6 +35,15 @@ def _save_checkpoint(folder: Path, seed: int, **changes) -> str:
     for part in (model, processor, config):
         part.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A nano model on all cores waits for its threads most of the time, the more the busier the machine is."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +70,13 @@ def _flags(checkpoint: str, output_dir: Path) -> list[str]:
     return [*flags, "--num_episodes", "4", "--num_envs", "4", "--num_videos", "0"]
 
 
+def _read(text: str) -> dict:
+    # of the same polygons, GEOS's intersection area differs in its last bit with the heap's layout: coverage does, too
+    return json.loads(text, parse_float=lambda number: round(float(number), 9))
+
+
 def _rows(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
+    rows = [_read(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
     return [_without(row, TIMES) for row in sorted(rows, key=lambda row: row["seed"])]
 
 
@@ -69,7 +85,7 @@ def _without(data: dict, keys: set[str]) -> dict:
 
 
 def _results(folder: Path) -> dict:
-    return _without(json.loads((folder / "results.json").read_text()), TIMES | RUN_BY)
+    return _without(_read((folder / "results.json").read_text()), TIMES | RUN_BY)
 
 
 def test_an_evaluation_leaves_episodes_results_and_videos(evaluate, checkpoint, capsys):
@@ -89,40 +105,51 @@ def test_an_evaluation_leaves_episodes_results_and_videos(evaluate, checkpoint, 
         "n_action_steps": 2,
         "ensemble_size": 1,
         "ensemble_decay": None,
-        "dtype": "auto",
+        "dtype": "float32",
     }
     assert results["versions"].keys() == {"python", "torch", "transformers", "gym-pusht", "pymunk", "numpy"}
     table = capsys.readouterr().out
     assert "success %" in table and "0.0 – 49.0" in table and str(folder) in table
 
 
-def test_interrupted_killed_and_continued_gives_the_same_episodes_once(evaluate, checkpoint, tmp_path):
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    more = ["--num_episodes", "24", "--max_steps", "20"]
-    command = [sys.executable, "eval/eval_pusht.py", *_flags(checkpoint, stopped), *more, "--num_envs", "2"]
-    for how, at, code in ((signal.SIGINT, 2, 130), (signal.SIGKILL, 6, -signal.SIGKILL)):
-        with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
-            path = stopped / "episodes.jsonl"
-            while not path.exists() or path.read_bytes().count(b"\n") < at:
-                assert process.poll() is None, process.stderr.read()
-                time.sleep(0.01)
-            process.send_signal(how)
-            errors = process.communicate()[1]
-        assert process.returncode == code, errors
-        if how == signal.SIGINT:
-            assert f"episodes are in {stopped}; run it again to go on" in errors
-            assert "Traceback" not in errors
+def test_killed_and_continued_gives_the_same_episodes_once(evaluate, checkpoint, tmp_path):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    more = ["--num_episodes", "24", "--max_steps", "20", "--num_videos", "1"]
+    command = [sys.executable, "eval/eval_pusht.py", *_flags(checkpoint, killed), *more, "--num_envs", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE) as process:
+        path = killed / "episodes.jsonl"
+        while not path.exists() or path.read_bytes().count(b"\n") < 3:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.kill()
     kept = path.read_bytes()
     kept = kept[: kept.rindex(b"\n") + 1]
-    assert 6 <= kept.count(b"\n") < 24
-    assert not (stopped / "results.json").exists()
+    assert 3 <= kept.count(b"\n") < 24
+    assert not (killed / "results.json").exists()
 
-    evaluate(*more, "--num_envs", "8", "--output_dir", str(stopped))
+    evaluate(*more, "--num_envs", "8", "--output_dir", str(killed))
     assert path.read_bytes().startswith(kept)
     evaluate(*more, "--num_envs", "8", "--output_dir", str(whole))
-    assert len({row["seed"] for row in _rows(whole)}) == 24
-    assert _rows(stopped) == _rows(whole)
-    assert _results(stopped) == _results(whole)
+    assert [row["seed"] for row in _rows(whole)] == list(range(100000, 100024))
+    assert _rows(killed) == _rows(whole)
+    assert _results(killed) == _results(whole)
+
+
+def test_ctrl_c_loses_nothing(evaluate, monkeypatch, capsys, tmp_path):
+    class Interrupted(PushTEnv):
+        def reset(self, seed):
+            if seed == 100002:
+                signal.raise_signal(signal.SIGINT)
+            super().reset(seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.script, "PushTEnv", Interrupted)
+        with pytest.raises(SystemExit) as exit_info:
+            evaluate("--num_envs", "1")
+    assert exit_info.value.code == 130
+    assert f"stopped: 2 episodes are in {tmp_path / 'out'}; run it again to go on" in capsys.readouterr().err
+    assert [row["seed"] for row in _rows(evaluate())] == [100000, 100001, 100002, 100003]
 
 
 def test_a_finished_evaluation_returns_at_once_even_without_its_videos(evaluate, monkeypatch, capsys):

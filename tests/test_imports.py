@@ -11,7 +11,8 @@ PACKAGE = Path(vla0_trl.__file__).parent
 # Each module may import from those left of it.
 ORDER = (
     "actions config chat tokenization images grammar collator nano modeling ensembling policy rollout episodes "
-    "chat_dataset staging shards dataset_card conversion arguments training recipe results report"
+    "chat_dataset staging shards dataset_card conversion conversion_cli inspection arguments training recipe results "
+    "offline summary charts report"
 ).split()
 
 

@@ -108,6 +108,17 @@ def test_a_saved_policy_needs_nothing_else(policy, tmp_path):
         VLAPolicy.from_pretrained(tmp_path)
 
 
+def test_a_checkpoint_on_the_hub_is_fetched_whole(policy, tmp_path, monkeypatch):
+    """The Hub itself is faked: what it would download is a folder here."""
+    save(policy, tmp_path)
+    asked = []
+    monkeypatch.setattr("vla0_trl.modeling.snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path))
+    monkeypatch.setattr("vla0_trl.config._download", lambda *_: tmp_path / "vla_config.json")
+    loaded = VLAPolicy.from_pretrained("user/policy", revision="v1")
+    assert asked == [(("user/policy",), {"revision": "v1"})]
+    assert np.array_equal(loaded.predict_action_chunk(observations(2)), policy.predict_action_chunk(observations(2)))
+
+
 def test_relative_chunks_count_from_each_rows_own_state(policy, example_config):
     relative = VLAPolicy(policy.model, policy.processor, example_config.replace(relative_actions=True))
     batch = observations(4)
@@ -164,7 +175,12 @@ def shrunk(name: str) -> AutoConfig:
         vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads = 2, 32, 64, 2
         vision.out_hidden_size, vision.fullatt_block_indexes = 32, [1]
     else:
-        vision.num_hidden_layers, vision.hidden_size, vision.intermediate_size, vision.num_attention_heads = 1, 32, 64, 2
+        vision.num_hidden_layers, vision.hidden_size, vision.intermediate_size, vision.num_attention_heads = (
+            1,
+            32,
+            64,
+            2,
+        )
     return config
 
 

@@ -97,7 +97,7 @@ def test_user_errors_are_one_line(dot_dataset, tmp_path, monkeypatch):
         (["--dataset_name", tmp_path / "nothing"], "no folder"),
         (["--dataset_name", dot_dataset, "--chunk_size", "99"], "chunk_size=99"),
         (["--dataset_name", dot_dataset, "--lerning_rate", "1"], "--lerning_rate"),
-        (["--dataset_name", dot_dataset, "--image_size", "48", "--rollout_steps", "5"], "no simulator"),
+        (["--dataset_name", dot_dataset, "--n_action_steps", "2", "--rollout_steps", "5"], "no simulator"),
     ):
         monkeypatch.setattr(sys, "argv", ["sft", *map(str, arguments), "--output_dir", str(tmp_path / "r")])
         with pytest.raises(SystemExit) as error:

@@ -38,7 +38,8 @@ def test_results_do_not_depend_on_the_number_of_environments(execution):
     alone, batched = (_run(PushBlock(**execution), num_envs) for num_envs in (1, 4))
     assert alone.keys() == batched.keys() == set(SEEDS)
     for seed in SEEDS:
-        assert alone[seed].result == batched[seed].result
+        # approx: GEOS's intersection area, and with it coverage, varies in its last bit
+        assert alone[seed].result == pytest.approx(batched[seed].result, abs=1e-9)
         assert alone[seed].model_calls == batched[seed].model_calls
     assert any(episode.result["max_coverage"] > 0 for episode in alone.values())
 

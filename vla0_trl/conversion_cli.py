@@ -44,9 +44,9 @@ class ConversionParser(argparse.ArgumentParser):
         add("--use_state", action=flag, help="write the state into the prompt (default: %(default)s)")
         add("--cameras", type=_names, default=cameras, metavar="A,B", help="which, in this order (default: all)")
         add("--episodes", type=_slice, default=slice(None), metavar="FROM:TO", help="only these of the source: 0:10")
-        add("--max_episodes_per_task", type=_positive, metavar="N", help="at most N of each task, drawn with --seed")
+        add("--max_episodes_per_task", type=positive, metavar="N", help="at most N of each task, drawn with --seed")
         add("--seed", type=int, default=0, help="(default: %(default)s)")
-        add("--num_proc", type=_positive, default=1, help="processes; the result is the same (default: %(default)s)")
+        add("--num_proc", type=positive, default=1, help="processes; the result is the same (default: %(default)s)")
         add("--overwrite", action="store_true", help="replace what is in output_dir")
         add("--push_to_hub", metavar="USER/NAME", help="upload to this dataset repository; needs `hf auth login`")
         add("--public", action="store_true", help="make the repository public (default: private)")
@@ -123,7 +123,8 @@ def _normalization(text: str) -> str | list[float]:
     return [low, high]
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """For argparse: a whole number of at least 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return int(text)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 VISION_MODULES = ("vision_model", "visual", "vision_tower")  # the image encoder, as transformers' models name it
+
+
+def checkpoint_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint, downloaded if it is a Hub id. `FileNotFoundError` if it is none of ours."""
+    VLAConfig.from_pretrained(name_or_path, revision=revision)  # says what is wrong before gigabytes are fetched
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    return Path(snapshot_download(str(name_or_path), revision=revision))
 
 
 def load_processor(name_or_path: str | Path, config: VLAConfig, revision: str | None = None) -> ProcessorMixin:

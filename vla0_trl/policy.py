@@ -15,7 +15,7 @@ from vla0_trl.config import VLAConfig
 from vla0_trl.ensembling import TemporalEnsembler
 from vla0_trl.grammar import ActionGrammar, ActionGrammarLogitsProcessor
 from vla0_trl.images import crop, model_inputs, stack_cameras
-from vla0_trl.modeling import load_model, load_processor
+from vla0_trl.modeling import checkpoint_folder, load_model, load_processor
 from vla0_trl.tokenization import ChatTokenizer
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class VLAPolicy:
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, processor: ProcessorMixin, config: VLAConfig):
-        self.model, self.processor, self.config = model, processor, config
+        self.model, self.processor = model, processor
+        self.config = config
         self.chat = ChatTokenizer(processor, config)
         self.grammar = ActionGrammar(self.chat, config.num_values, config.num_bins)
         self.actions = config.action_tokenizer()
@@ -52,7 +53,6 @@ class VLAPolicy:
         )
         backbone = model if isinstance(model, PreTrainedModel) else model.get_base_model()
         backbone.generation_config = self.generation_config
-        self.reset()
 
     @classmethod
     def from_pretrained(
@@ -65,16 +65,22 @@ class VLAPolicy:
         """Load a checkpoint, full or adapter, from a folder or the Hub; it needs nothing else.
 
         Args:
-            device: where to run; a GPU if there is one.
-            dtype: of the weights; bfloat16 on a GPU, float32 on a CPU.
+            device, dtype: see [`resolve_device`].
         """
-        config = VLAConfig.from_pretrained(name_or_path, revision=revision)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if dtype is None:
-            dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        model = load_model(name_or_path, revision=revision, dtype=dtype).to(device).eval()
-        return cls(model, load_processor(name_or_path, config, revision), config)
+        folder = checkpoint_folder(name_or_path, revision)
+        device, dtype = resolve_device(device, dtype)
+        config = VLAConfig.from_pretrained(folder)
+        return cls(load_model(folder, dtype=dtype).to(device).eval(), load_processor(folder, config), config)
+
+    @property
+    def config(self) -> VLAConfig:
+        """How the checkpoint speaks, and how its chunks are executed; another execution may be set at any time."""
+        return self._config
+
+    @config.setter
+    def config(self, config: VLAConfig) -> None:
+        self._config = config
+        self.reset()
 
     @torch.no_grad()
     def predict_action_chunk(self, observations: list[Observation]) -> np.ndarray:
@@ -140,3 +146,13 @@ class VLAPolicy:
         text = self.processor.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         integers = parse_integers(text, self.config.num_values, self.config.num_bins)
         return self.actions.from_integers(integers, observation["state"])
+
+
+def resolve_device(
+    device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> tuple[torch.device, torch.dtype]:
+    """Where to run, by default on a GPU if there is one, and in what: bfloat16 there, float32 on a CPU."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    return device, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)

@@ -66,7 +66,7 @@ def write_report(path: Path, runs: list[Run], title: str, commands: list[str] | 
         runs (`list[Run]`): in the order of showing.
         commands (`list[str]`, *optional*): what was run to get here; by default what the results recorded.
     """
-    sections = [_cards(runs), _simulator(runs), _held_out(runs), _training(runs), _videos(runs)]
+    sections = [_cards(runs), _simulator(runs), _open_loop(runs), _training(runs), _videos(runs)]
     sections += [_commands(runs, commands), _provenance(runs)]
     body = "\n".join(section for section in sections if section)
     task = runs[0].episodes[0]["task"]
@@ -109,22 +109,26 @@ def _simulator(runs: list[Run]) -> str:
     threshold = runs[0].results["protocol"]["success_coverage"]
     strip = charts.coverage_strip(coverages, [run.name for run in runs], threshold)
     tables = [summary_table([(run.name, run.results) for run in runs]), task_table(runs)]
-    note = "Success rates have Wilson's interval, coverages a bootstrapped one. ms/chunk is the model's time, batched."
+    note = (
+        "Success rates have Wilson's interval, coverages a bootstrapped one. An episode's highest coverage counts its "
+        "start, so doing nothing does not give zero. ms/chunk is the model's time divided by the chunks that it gave."
+    )
     return (
         f"<section><h2>In the simulator</h2>{_pictures(success_figure(runs), strip)}"
         f"{''.join(_html_table(table) for table in tables if table)}<p class='note'>{note}</p></section>"
     )
 
 
-def _held_out(runs: list[Run]) -> str:
+def _open_loop(runs: list[Run]) -> str:
     table = offline_table(runs)
     if table is None:
         return ""
+    sources = dict.fromkeys(f"episodes {o['episodes']} of {o['dataset']}" for o in (run.offline for run in runs) if o)
     note = (
-        "Demonstrations that were not trained on. Token accuracy is teacher-forced; the RMSE is of actions that the "
-        "policy generates from the stored frames, in the environment's units (pixels in PushT)."
+        f"Frames of {' and '.join(sources)}. Token accuracy is teacher-forced; the RMSE is of actions that the policy "
+        "generates from the stored frames, in the environment's units (pixels in PushT)."
     )
-    return f"<section><h2>On held-out demonstrations</h2>{_html_table(table)}<p class='note'>{note}</p></section>"
+    return f"<section><h2>On demonstrations</h2>{_html_table(table)}<p class='note'>{escape(note)}</p></section>"
 
 
 def _training(runs: list[Run]) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import imageio_ffmpeg
 import numpy as np
 
-from vla0_trl.config import CONFIG_NAME, VLAConfig
+from vla0_trl.config import CONFIG_NAME
 from vla0_trl.rollout import EpisodeResult
 
 EPISODES = "episodes.jsonl"
@@ -48,16 +48,6 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 10_000) -> tuple[flo
     draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
     return float(low), float(high)
-
-
-def checkpoint_folder(name_or_path: str) -> Path:
-    """The local folder of a checkpoint, downloaded if it is a Hub id. `FileNotFoundError` if it is no VLA's."""
-    VLAConfig.from_pretrained(name_or_path)  # says what is wrong before gigabytes are fetched
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name_or_path))
 
 
 def checkpoint_hash(folder: Path) -> str:

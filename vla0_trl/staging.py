@@ -99,7 +99,13 @@ def _stage_in_parallel(
         initargs=(source, config, partial),
     )
     try:
-        for future in as_completed([executor.submit(_stage_in_worker, index) for index in missing]):
+        # Ctrl-C reaches the whole process group. Workers inherit that it is blocked; this process ends them itself.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            futures = [executor.submit(_stage_in_worker, index) for index in missing]
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for future in as_completed(futures):
             future.result()
             progress.update()
     except BrokenProcessPool as error:
@@ -121,7 +127,6 @@ _worker_arguments: tuple[Source, VLAConfig, Path]
 def _start_worker(source: Source, config: VLAConfig, partial: Path) -> None:
     global _worker_arguments
     _worker_arguments = source, config, partial
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers itself
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -1,136 +1,163 @@
-"""Scripted PushT expert."""
+"""A scripted expert for PushT: it sees the block's pose, plans pushes, and demonstrates them with smooth targets."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import shapely
-import shapely.ops
 
 from vla0_trl.envs.pusht import CAMERA, WORKSPACE, PushTEnv
 from vla0_trl.envs.pusht_planner import (
-    AGENT_RADIUS,
     APPROACH,
-    CENTRES,
-    NORMALS,
-    STEP_LENGTH,
-    TEE,
     MARGIN,
+    TEE,
+    Push,
     Walks,
     clear,
     plan_push,
-    pose_error,
+    pose_distance,
     to_block,
-    transform,
+    to_world,
 )
 
-LOOKAHEAD = 48.0
-MAX_DISTANCE = 50.0
-MAX_MOVE = 22.0
+LOOKAHEAD = 48.0  # px that the target is ahead of the agent on its way: about 19 px a step under gym-pusht's control
+MAX_DISTANCE = 50.0  # px between agent and target; people's targets run up to 176 px ahead
+MAX_MOVE = 22.0  # px between one step's target and the next
+WALK_CLEARANCE = 17.0  # px from the block that the straight line to the target keeps
+TOUCHING = 17.5  # px from the block's edge within which the agent backs off before it walks
+ALIGNED = 3.0  # px beside the push within which it may begin: the rest is gone before the agent touches
+STOPPED = 1.0  # px before the end of a push at which it counts as done
+# px that the block may be off before a new plan is made; a fast push squeezes the bodies into each other by 2 px
+MAX_DRIFT_WALKING, MAX_DRIFT_PUSHING = 1.5, 4.0
 
 
-def limit(point, centre, radius):
-    offset = point - centre
-    distance = np.linalg.norm(offset)
-    return point if distance <= radius else centre + offset * (radius / distance)
+def _within(point: np.ndarray, centre: np.ndarray, radius: float) -> np.ndarray:
+    """The point of the disc around `centre` that is nearest to `point` (all float[2])."""
+    distance = np.linalg.norm(point - centre)
+    radius -= 1e-3  # so that the bound holds in float32 too
+    return point if distance <= radius else centre + (point - centre) * (radius / distance)
 
 
 class PushTExpert:
+    """Walks around the block, pushes straight, plans again, until the block covers the target.
+
+    It keeps a plan between calls but nobody has to follow it: any state is answered, with a new plan if the block or
+    the agent is elsewhere than expected. So it can label what another policy does (DAgger).
+    """
+
     def __init__(self):
         self.reset()
 
-    def reset(self):
-        self._push = None
-        self._target = None
-        self.plans = 0
+    def reset(self) -> None:
+        """Forget the plan and the last target; call it when an episode begins."""
+        self._push: Push | None = None
+        self._pushing = False
+        self._target: np.ndarray | None = None
 
-    def act(self, full_state):
-        agent, pose = full_state[:2], full_state[2:].astype(float)
-        if self._target is None:
-            self._target = agent
-        if self._push is None or self._stale(agent, pose):
-            self._push = plan_push(agent, pose)
-            self.plans += 1
-            self._touching = False
-            if self._push is None:
-                return agent.astype(np.float32)
-        goal = self._pursue(agent, pose)
-        goal = np.clip(goal, MARGIN, WORKSPACE - MARGIN)
-        target = limit(goal, self._target, MAX_MOVE - 1e-3)
-        target = limit(target, agent, MAX_DISTANCE - 1e-3)
-        self._target = target
-        return target.astype(np.float32)
+    def act(self, full_state: np.ndarray) -> np.ndarray:
+        """The target for this state.
 
-    def _line(self, agent):
-        """advance beyond touching, sideways"""
-        p0 = self._push.poses[0]
-        a = to_block(p0, agent)
-        r = a - CENTRES[self._push.contact]
-        n = NORMALS[self._push.contact]
-        return r @ n, r @ np.array([-n[1], n[0]])
+        Args:
+            full_state (`np.ndarray`): float[5], [`PushTEnv.full_state`].
 
-    def _stale(self, agent, pose):
-        s, l = self._line(agent)
-        if self._touching:
-            if s > self._push.length - 1.0 or abs(l) > 6:
-                return True
-            i = int(np.clip(s / STEP_LENGTH, 0, len(self._push.poses) - 1))
-            return pose_error(pose, self._push.poses[i]) > 4.0
-        return pose_error(pose, self._push.poses[0]) > 1.5
+        Returns:
+            `np.ndarray`: float32[2] in px, at most `MAX_DISTANCE` from the agent, and at most `MAX_MOVE` from the last
+            target as long as the agent follows. The agent's own position if no push helps.
+        """
+        agent, pose = np.asarray(full_state[:2], float), np.asarray(full_state[2:], float)
+        if self._push is None or self._is_over(self._push, agent, pose):
+            self._push, self._pushing = plan_push(agent, pose), False
+        wanted = agent if self._push is None else self._ahead(self._push, agent, pose)
+        wanted = np.clip(wanted, MARGIN, WORKSPACE - MARGIN)
+        if self._target is None or np.linalg.norm(self._target - agent) > MAX_DISTANCE:
+            self._target = agent  # the episode begins, or somebody else moves the agent
+        self._target = _within(_within(wanted, self._target, MAX_MOVE), agent, MAX_DISTANCE)
+        return self._target.astype(np.float32)
 
-    def _pursue(self, agent, pose):
-        push = self._push
-        s, l = self._line(agent)
-        if not self._touching and abs(l) < 3 and -APPROACH - 4 < s < 2:
-            self._touching = True
-        if self._touching:
-            s = min(s + 45, push.length)
-            return transform(push.poses[0], CENTRES[push.contact] + s * NORMALS[push.contact])
-        a = to_block(pose, agent)
-        here = shapely.Point(a)
-        d = TEE.distance(here)
-        if d < 17.5:
-            q = shapely.ops.nearest_points(TEE.exterior, here)[0]
-            q = np.array([q.x, q.y])
-            out = (a - q) if d > 0 else (q - a)
-            out = out / max(np.linalg.norm(out), 1e-6)
-            return transform(pose, a + 40 * out)
-        path = Walks(pose).path(a, push.contact)
-        legs = np.linalg.norm(np.diff(path, axis=0), axis=1)
-        ends = np.concatenate([[0], np.cumsum(legs)])
-        ahead = np.array([48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4.0])
-        points = np.stack([np.interp(ahead, ends, path[:, i]) for i in range(2)], -1)
-        ok = clear(a, points, 17.0)
-        return transform(pose, points[int(np.argmax(ok))])
+    def _is_over(self, push: Push, agent: np.ndarray, pose: np.ndarray) -> bool:
+        """Whether the push is done, or the world is not as it expects."""
+        if not self._pushing:
+            return pose_distance(pose, push.poses[0]) > MAX_DRIFT_WALKING
+        advance, beside = push.locate(agent)
+        lost = abs(beside) > 2 * ALIGNED or advance < -2 * APPROACH
+        drift = pose_distance(pose, push.predicted_pose(advance))
+        return lost or advance > push.length - STOPPED or drift > MAX_DRIFT_PUSHING
+
+    def _ahead(self, push: Push, agent: np.ndarray, pose: np.ndarray) -> np.ndarray:
+        """float64[2]: the point up to `LOOKAHEAD` px ahead on the agent's way, in the world."""
+        advance, beside = push.locate(agent)
+        self._pushing = self._pushing or (abs(beside) < ALIGNED and -1.5 * APPROACH < advance < 2)
+        if self._pushing:
+            return push.point(min(advance + LOOKAHEAD, push.length))
+
+        here = to_block(pose, agent)
+        if TEE.distance(shapely.Point(here)) < TOUCHING:
+            return to_world(pose, here + LOOKAHEAD * _outward(here))
+        path = Walks(pose).path(here, push.contact)
+        legs = np.linalg.norm(np.diff(path, axis=0), axis=-1)
+        along = np.concatenate([[0.0], np.cumsum(legs)])
+        ahead = LOOKAHEAD * np.arange(12, 0, -1) / 12
+        points = np.stack([np.interp(ahead, along, path[:, i]) for i in range(2)], axis=-1)
+        # the farthest point in sight: around a corner the agent looks no farther than it can go straight
+        return to_world(pose, points[np.argmax(clear(here, points, WALK_CLEARANCE))])
 
 
-def run(seed, noise=0.0):
-    import time
+def _outward(point: np.ndarray) -> np.ndarray:
+    """float64[2]: unit vector from the block's nearest edge to the agent, or back to that edge if it is inside."""
+    edge = TEE.exterior.interpolate(TEE.exterior.project(shapely.Point(point)))
+    offset = point - (edge.x, edge.y)
+    offset = -offset if TEE.contains(shapely.Point(point)) else offset
+    return offset / max(np.linalg.norm(offset), 1e-6)
 
-    env = PushTEnv()
+
+@dataclass
+class Recording:
+    """One demonstration of T steps; `frames[t]` and `states[t]` are what was seen before `actions[t]`.
+
+    Args:
+        seed (`int`): of [`PushTEnv.reset`].
+        frames (`np.ndarray`): uint8[T, 96, 96, 3], as [`PushTEnv.observe`] gives them.
+        states (`np.ndarray`): float32[T, 5], [`PushTEnv.full_state`]: agent x, y, block x, y, angle.
+        actions (`np.ndarray`): float32[T, 2], the expert's targets in px, without noise.
+        max_coverage (`float`): the best coverage of the episode.
+        success (`bool`): gym-pusht's own verdict.
+    """
+
+    seed: int
+    frames: np.ndarray
+    states: np.ndarray
+    actions: np.ndarray
+    max_coverage: float
+    success: bool
+
+
+def record_episode(seed: int, action_noise: float = 0.0) -> Recording:
+    """Let the expert solve one episode; the same arguments give the same arrays in any process.
+
+    With noise, the expert's action plus Gaussian noise is executed and the expert's own is recorded: the noise leads
+    to states beside the way, the labels show how to come back (Laskey et al., "DART", 2017).
+
+    Args:
+        seed (`int`): of the environment and of the noise.
+        action_noise (`float`, *optional*, defaults to `0.0`): standard deviation in px.
+
+    Returns:
+        [`Recording`]: also of a failed episode; look at `success`.
+    """
+    env, expert, rng = PushTEnv(), PushTExpert(), np.random.default_rng(seed)
     env.reset(seed)
-    rng = np.random.default_rng(seed)
-    ex = PushTExpert()
-    tg = []
-    ag = []
-    tt = []
+    frames, states, actions = [], [], []
     done = False
-    t = time.process_time()
     while not done:
-        s = env.full_state
-        t0 = time.process_time()
-        a = ex.act(s)
-        tt.append(time.process_time() - t0)
-        tg.append(a)
-        ag.append(s[:2])
-        done = env.step(a + noise * rng.standard_normal(2))
-    tg = np.array(tg)
-    ag = np.array(ag)
-    return (
-        env.success,
-        env.steps,
-        env.max_coverage,
-        ex.plans,
-        time.process_time() - t,
-        np.linalg.norm(tg - ag, axis=1).max(),
-        np.linalg.norm(np.diff(tg, axis=0), axis=1).max(),
+        frames.append(env.observe()["images"][CAMERA])
+        states.append(env.full_state)
+        actions.append(expert.act(env.full_state))
+        done = env.step(actions[-1] + action_noise * rng.standard_normal(2))
+    env.close()
+    return Recording(
+        seed=seed,
+        frames=np.stack(frames),
+        states=np.stack(states).astype(np.float32),
+        actions=np.stack(actions),
+        max_coverage=env.max_coverage,
+        success=env.success,
     )
