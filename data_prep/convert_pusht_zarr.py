@@ -3,7 +3,7 @@
     python data_prep/convert_pusht_zarr.py --source PATH/pusht_cchi_v7_replay.zarr --output_dir data/pusht_human
 
 206 episodes, 25,650 frames, 10 s on one core. The zarr is in https://diffusion-policy.cs.columbia.edu/data/training/pusht.zip
-(Chi et al., "Diffusion Policy", 2023). Needs the extra [zarr]: pip install -e ".[zarr]".
+(Chi et al., "Diffusion Policy", 2023). Needs the extra [convert]: pip install -e ".[convert]".
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vla0_trl.conversion_cli import ConversionParser, command_line_errors
+from vla0_trl.conversion.cli import ConversionParser, command_line_errors
+from vla0_trl.conversion.staging import ConversionError
 from vla0_trl.envs.pusht import CAMERA, FPS, STATE_MODES, TASK
 from vla0_trl.episodes import Episode, EpisodeError, SourceInfo
-from vla0_trl.staging import ConversionError
 
 
 class PushTZarr:
@@ -31,7 +31,7 @@ class PushTZarr:
         try:
             import zarr
         except ImportError as error:
-            raise ConversionError('reading this format needs zarr: pip install -e ".[zarr]"') from error
+            raise ConversionError('reading this format needs zarr: pip install -e ".[convert]"') from error
         if not (path / "data").is_dir() or not (path / "meta").is_dir():
             raise ConversionError(f"{path} is no zarr of PushT demonstrations: it has no data/ and meta/ folders")
         self.path = path

@@ -14,7 +14,7 @@ from importlib.metadata import version
 import numpy as np
 
 from vla0_trl import __version__
-from vla0_trl.conversion_cli import ConversionParser, command_line_errors, positive
+from vla0_trl.conversion.cli import ConversionParser, command_line_errors, positive
 from vla0_trl.envs.pusht import CAMERA, FPS, STATE_MODES, TASK
 from vla0_trl.envs.pusht_expert import record_episode
 from vla0_trl.episodes import Episode, SourceInfo

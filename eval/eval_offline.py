@@ -15,8 +15,8 @@ from vla0_trl.config import VLAConfig
 from vla0_trl.modeling import checkpoint_folder
 from vla0_trl.offline import action_errors, pick_frames, token_accuracy
 from vla0_trl.policy import VLAPolicy
+from vla0_trl.report.summary import OFFLINE
 from vla0_trl.results import checkpoint_hash, provenance, write_json
-from vla0_trl.summary import OFFLINE
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 

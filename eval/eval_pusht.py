@@ -21,6 +21,7 @@ from vla0_trl.ensembling import check_decay
 from vla0_trl.envs.pusht import CAMERA, FPS, MAX_EPISODE_STEPS, STATE_MODES, SUCCESS_COVERAGE, PushTEnv
 from vla0_trl.modeling import checkpoint_folder
 from vla0_trl.policy import VLAPolicy, resolve_device
+from vla0_trl.report.summary import format_table, summary_table
 from vla0_trl.results import (
     RESULTS,
     VIDEOS,
@@ -33,7 +34,6 @@ from vla0_trl.results import (
     write_video,
 )
 from vla0_trl.rollout import rollout
-from vla0_trl.summary import format_table, summary_table
 
 PACKAGES = ("torch", "transformers", "gym-pusht", "pymunk", "numpy")
 

@@ -9,8 +9,8 @@ checkpoint are shown where they exist. report.html is one file, with videos insi
 import argparse
 from pathlib import Path
 
-from vla0_trl.report import REPORT, success_figure, write_report
-from vla0_trl.summary import format_table, load_runs, offline_table, summary_table, task_table
+from vla0_trl.report.page import REPORT, success_figure, write_report
+from vla0_trl.report.summary import format_table, load_runs, offline_table, summary_table, task_table
 
 
 def main() -> None:

@@ -19,13 +19,13 @@ import yaml
 from datasets import Image, List, Value, load_dataset
 from helpers import PUSHT_ZARR, REPOSITORY, SmallSource, shared_path, small_config, small_episode
 
-from vla0_trl import dataset_card, shards
 from vla0_trl.actions import NormStats
 from vla0_trl.chat_dataset import align_config, load_chat_dataset
 from vla0_trl.config import VLAConfig
-from vla0_trl.conversion import Selection, convert
+from vla0_trl.conversion import card, shards
+from vla0_trl.conversion.convert import Selection, convert
+from vla0_trl.conversion.staging import ConversionError
 from vla0_trl.episodes import EpisodeError, action_windows
-from vla0_trl.staging import ConversionError
 
 NUM_EPISODES = 16  # of the human demonstrations: enough for a signal to come in between
 
@@ -283,7 +283,7 @@ def test_push_to_hub(tmp_path, monkeypatch, capsys):
         def upload_folder(self, *, folder_path, **kwargs):
             calls.append(("upload", sorted(contents(folder_path)), kwargs))
 
-    monkeypatch.setattr(dataset_card, "HfApi", FakeApi)
+    monkeypatch.setattr(card, "HfApi", FakeApi)
     output_dir = tmp_path / "dataset"
     convert(SmallSource(), small_config(), output_dir, push_to_hub="me/small")
     convert(SmallSource(), small_config(), output_dir, push_to_hub="me/small", public=True)  # already converted

@@ -16,10 +16,10 @@ from PIL import Image
 from vla0_trl.chat_dataset import load_chat_dataset
 from vla0_trl.collator import VLADataCollator
 from vla0_trl.config import VLAConfig
-from vla0_trl.conversion import convert
+from vla0_trl.conversion.convert import convert
+from vla0_trl.conversion.staging import ConversionError
 from vla0_trl.inspection import PICTURE_SIDE, decoding_error, row_picture, token_spans
 from vla0_trl.modeling import load_processor
-from vla0_trl.staging import ConversionError
 
 
 def run_main(script, monkeypatch, *flags) -> None:

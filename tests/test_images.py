@@ -28,7 +28,7 @@ def test_crops_are_central_or_seeded():
 
 def test_equals_the_processors_own_call(backbone):
     """On the same images: our batched path and `processor(images=…)`, with its own resizing."""
-    name, processor, config = backbone
+    _, processor, config = backbone
     images = smooth_images(4)
     config = config.replace(cameras=["a", "b"])
     nested = [[Image.fromarray(images[0]), Image.fromarray(images[1])], [Image.fromarray(i) for i in images[2:]]]

@@ -12,10 +12,10 @@ from helpers import load_script
 from test_rollout import SEEDS, PushBlock
 
 from vla0_trl.envs.pusht import FPS, PushTEnv
-from vla0_trl.report import write_report
+from vla0_trl.report.page import write_report
+from vla0_trl.report.summary import format_table, load_runs, task_table
 from vla0_trl.results import EpisodeLog, aggregate, provenance, write_json, write_video
 from vla0_trl.rollout import rollout
-from vla0_trl.summary import format_table, load_runs, task_table
 
 PROTOCOL = {"env": "gym_pusht/PushT-v0", "max_steps": 30, "success_coverage": 0.95, "n_action_steps": 4}
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from vla0_trl import results
-from vla0_trl.config import VLAConfig
 from vla0_trl.results import EpisodeLog, aggregate, checkpoint_hash, read_episodes, wilson_interval
 from vla0_trl.rollout import EpisodeResult
 

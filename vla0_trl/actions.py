@@ -105,7 +105,7 @@ class NormStats:
         """Lowest and highest representable value, each (D,).
 
         Args:
-            normalization: `"min_max"`, `"quantile"` (1 % to 99 %; values outside are clipped) or a fixed `[low, high]`.
+            normalization: `"min_max"`, `"quantile"` (1 to 99 %; values outside are clipped) or a fixed `[low, high]`.
 
         Raises:
             ValueError: a dimension never changes, so that integers can't say anything about it.

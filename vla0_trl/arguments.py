@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from trl import ModelConfig, SFTConfig, TrlParser
 
@@ -67,16 +67,14 @@ class DataArguments:
 class VLASFTConfig(SFTConfig):
     """TRL's `SFTConfig`, and what is special in training a policy."""
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "nano"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "nano"]
 
     # The collator needs the raw columns, which TRL would remove.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false."})
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute activations: a third slower, for when memory is short."}
     )
-    report_to: str = field(
-        default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or a list."}
-    )
+    report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or a list."})
     mask_max: float = field(
         default=0.4, metadata={"help": "Hide up to this fraction of a sample's action values in the input."}
     )

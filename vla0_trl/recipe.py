@@ -32,8 +32,8 @@ _IDENTITY = {
     ModelConfig: "model_name_or_path model_revision dtype load_in_4bit load_in_8bit use_peft lora_r lora_alpha "
     "lora_dropout lora_target_modules use_rslora use_dora",
     VLASFTConfig: "learning_rate lr_scheduler_type warmup_steps weight_decay optim max_grad_norm adam_beta1 "
-    "adam_beta2 adam_epsilon per_device_train_batch_size gradient_accumulation_steps bf16 seed nano freeze_vision mask_max "
-    "mask_skip mask_unit",
+    "adam_beta2 adam_epsilon per_device_train_batch_size gradient_accumulation_steps bf16 seed nano freeze_vision "
+    "mask_max mask_skip mask_unit",
 }
 
 

@@ -23,10 +23,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from vla0_trl.config import VLAConfig
-from vla0_trl.dataset_card import push_dataset, write_card
+from vla0_trl.conversion.card import push_dataset, write_card
+from vla0_trl.conversion.shards import with_statistics, write_shards
+from vla0_trl.conversion.staging import ConversionError, read_staged, stage_episodes, staged_path
 from vla0_trl.episodes import Source, SourceInfo
-from vla0_trl.shards import with_statistics, write_shards
-from vla0_trl.staging import ConversionError, read_staged, stage_episodes, staged_path
 
 CONVERSION_NAME = "conversion.json"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

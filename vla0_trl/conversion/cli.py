@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vla0_trl.config import VLAConfig
-from vla0_trl.conversion import Selection, Source, convert
+from vla0_trl.conversion.convert import Selection, Source, convert
+from vla0_trl.conversion.staging import ConversionError
 from vla0_trl.episodes import EpisodeError
-from vla0_trl.staging import ConversionError
 
 # What does not change the dataset's content stays out of the command that its card shows.
 _NOT_CONTENT = ("output_dir", "num_proc", "overwrite", "push_to_hub", "public")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from vla0_trl.actions import NormStats
 from vla0_trl.chat_dataset import FEATURES
 from vla0_trl.config import VLAConfig
+from vla0_trl.conversion.staging import ConversionError, read_staged, staged_path
 from vla0_trl.episodes import (
     Episode,
     EpisodeError,
@@ -21,7 +22,6 @@ from vla0_trl.episodes import (
     frame_sizes,
     relative_windows,
 )
-from vla0_trl.staging import ConversionError, read_staged, staged_path
 
 ROW_GROUP_ROWS = 100  # what a reader must decompress to get at one row
 SHARD_BYTES = 400_000_000  # of staged episodes; with the text columns a shard stays below the Hub's usual 500 MB

@@ -5,8 +5,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vla0_trl import charts
-from vla0_trl.summary import Run, Table, offline_table, summary_table, task_table, tasks
+from vla0_trl.report import charts
+from vla0_trl.report.summary import Run, Table, offline_table, summary_table, task_table, tasks
 
 REPORT = "report.html"
 

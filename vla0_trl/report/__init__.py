@@ -1,0 +1,1 @@
+"""Evaluations -> tables (`summary`), pictures (`charts`) and one self-contained HTML page (`page`)."""
