@@ -106,11 +106,14 @@ def test_draws_depend_on_seed_epoch_and_frame_alone(tiny_nano, example_config, r
         collator.set_epoch(epoch)
         return collator(rows[order])
 
+    def camera(batch):
+        return batch["images"]["cameras"][0]
+
     def same(a, b):
-        return torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["images"][0], b["images"][0])
+        return torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(camera(a), camera(b))
 
     assert same(batch(), batch()) and not same(batch(), batch(epoch=1)) and not same(batch(), batch(seed=1))
-    assert torch.equal(batch(order=slice(None, None, -1))["images"][0].flip(0), batch()["images"][0])
+    assert torch.equal(camera(batch(order=slice(None, None, -1))).flip(0), camera(batch()))
 
 
 def test_epochs_reach_worker_processes(tiny_nano, dot_dataset, dot_config):
@@ -133,8 +136,8 @@ def test_deferred_images_become_the_same_pixels(backbone, rows):
     _, processor, config = backbone
     now = VLADataCollator(processor, config, train=False)(rows)
     later = VLADataCollator(processor, config, train=False, defer_images=True)(rows)
-    assert [camera.dtype for camera in later["images"]] == [torch.uint8]
-    pixels = model_inputs(processor.image_processor, later.pop("images"), config)
+    assert [camera.dtype for camera in later["images"]["cameras"]] == [torch.uint8]
+    pixels = model_inputs(processor.image_processor, config=config, **later.pop("images"))
     assert now.keys() == later.keys() | pixels.keys()
     assert all(torch.equal(now[key], pixels[key]) for key in pixels)
 
@@ -164,9 +167,19 @@ def test_cameras_are_taken_by_name(tiny_nano, example_config):
     collator = VLADataCollator(
         load_processor(tiny_nano, config), config, defer_images=True, stored_cameras=["front", "wrist"]
     )
-    assert collator([row])["images"][0][0, :, 0, 0].tolist() == [0, 255, 0]
+    assert collator([row])["images"]["cameras"][0][0, :, 0, 0].tolist() == [0, 255, 0]
     with pytest.raises(ValueError, match=r"1 images, but the dataset has the cameras \['front', 'wrist'\]"):
         collator([{**row, "images": images[:1]}])
+
+
+def test_jitter_is_drawn_in_training_only(tiny_nano, example_config, rows):
+    config = example_config.replace(image_jitter=[0.2, 0.2, 0.2, 0.05])
+    processor = load_processor(tiny_nano, config)
+    train, evaluation = (VLADataCollator(processor, config, train=train, mask_max=0)(rows) for train in (True, False))
+    plain = VLADataCollator(processor, example_config, mask_max=0)(rows)
+    assert torch.equal(evaluation["pixel_values"], plain["pixel_values"])
+    assert not torch.equal(train["pixel_values"], plain["pixel_values"])
+    assert torch.equal(train["input_ids"], plain["input_ids"])
 
 
 def test_cameras_of_changing_size_raise(tiny_nano, example_config, rows):

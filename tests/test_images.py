@@ -4,9 +4,10 @@ import torch
 from conftest import QWEN, SMOLVLM
 from helpers import shared_path
 from PIL import Image
+from torchvision.transforms.v2 import functional as tvF
 from transformers import AutoConfig, AutoProcessor
 
-from vla0_trl.images import crop, model_inputs, stack_cameras
+from vla0_trl.images import crop, draw_jitter, jitter_colors, model_inputs, stack_cameras
 from vla0_trl.modeling import load_processor, set_image_size
 
 
@@ -53,6 +54,27 @@ def test_close_to_smolvlms_original_lanczos():
     processor = load_processor(folder, config)
     ours = model_inputs(processor.image_processor, stack_cameras([[i] for i in images], ["image"]), config)
     assert (ours["pixel_values"] - theirs["pixel_values"]).abs().mean() < 2 / 255
+
+
+def test_jitter_equals_torchvisions_factors_and_is_drawn_per_sample():
+    images = torch.from_numpy(smooth_images(3, 32)).permute(0, 3, 1, 2)
+    neutral = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    assert torch.equal(jitter_colors(images, neutral.repeat(3, 1)), images)
+    for position, adjust in enumerate((tvF.adjust_brightness, tvF.adjust_contrast, tvF.adjust_saturation)):
+        factors = neutral.repeat(3, 1)
+        factors[:, position] = torch.tensor([0.8, 1.0, 1.15])
+        expected = torch.stack([adjust(i, f.item()) for i, f in zip(images, factors[:, position], strict=True)])
+        assert (jitter_colors(images, factors).int() - expected.int()).abs().max() <= 2
+    hue = jitter_colors(images, torch.tensor([[1.0, 1.0, 1.0, h] for h in (0.05, 0.5, 1.0)]))
+    assert not torch.equal(hue[0], images[0]) and (hue[2].int() - images[2].int()).abs().max() <= 1
+    gray = torch.full((1, 3, 4, 4), 77, dtype=torch.uint8)
+    assert torch.equal(jitter_colors(gray, torch.tensor([[1.0, 0.5, 1.5, 0.3]])), gray)
+
+
+def test_jitter_draws_within_its_strength():
+    draws = np.stack([draw_jitter([0.2, 0.1, 0.0, 0.05], np.random.default_rng(seed)) for seed in range(500)])
+    assert (abs(draws - [1, 1, 1, 0]).max(0) <= [0.2001, 0.1001, 1e-6, 0.0501]).all()
+    assert (abs(draws - [1, 1, 1, 0]).max(0) >= [0.19, 0.09, 0, 0.045]).all()
 
 
 def test_tiles_are_side_by_side_in_order(example_config):

@@ -37,6 +37,10 @@ class DataArguments:
     crop_ratio: float | None = field(
         default=None, metadata={"help": "Side of the crop over side of the image: random in training, else central."}
     )
+    image_jitter: list[float] | None = field(
+        default=None,
+        metadata={"help": "Strengths of random brightness, contrast, saturation, hue in training."},
+    )
     tile_images: bool | None = field(
         default=None, metadata={"help": "Show all cameras side by side as one image (VLA-0)."}
     )

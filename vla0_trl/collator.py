@@ -13,7 +13,7 @@ from transformers import ProcessorMixin
 
 from vla0_trl.actions import parse_integers
 from vla0_trl.config import VLAConfig
-from vla0_trl.images import crop, model_inputs, stack_cameras
+from vla0_trl.images import crop, draw_jitter, model_inputs, stack_cameras
 from vla0_trl.tokenization import IGNORED, ChatTokenizer
 
 Row = dict[str, Any]
@@ -76,16 +76,20 @@ class VLADataCollator:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """B rows -> `input_ids`, `attention_mask`, `labels` (B, L), padded on the right, and the images."""
-        encoded, images = [], []
+        encoded, images, jitter = [], [], []
         for row in rows:
             rng = self._rng(row) if self.train else None
             encoded.append(self._encode(row, rng))
             images.append([crop(image, self.config.crop_ratio, rng) for image in self._images(row)])
+            if rng is not None and self.config.image_jitter:
+                jitter.append([draw_jitter(self.config.image_jitter, rng) for _ in self.config.cameras])
         batch = self._pad(encoded)
-        cameras = stack_cameras(images, self.config.cameras)
+        pixels = {"cameras": stack_cameras(images, self.config.cameras)}
+        if jitter:
+            pixels["jitter"] = torch.from_numpy(np.array(jitter))
         if self.defer_images:
-            return batch | {"images": cameras}
-        return batch | model_inputs(self.processor.image_processor, cameras, self.config)
+            return batch | {"images": pixels}
+        return batch | model_inputs(self.processor.image_processor, config=self.config, **pixels)
 
     def integers(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
         """State and action of a row as integers, from its raw columns, or from its text where there are none."""

@@ -27,6 +27,8 @@ class VLAConfig:
             overlapping predictions (ACT's temporal ensembling); excludes `n_action_steps` > 1.
         image_size (`int`): side of the square that the model sees, in pixels.
         crop_ratio (`float`): side of the crop over side of the image: random in training, central in evaluation.
+        image_jitter (`list[float]`, *optional*): strength of random brightness, contrast, saturation and hue in
+            training (VLA-0: 0.2, 0.2, 0.2, 0.05).
         tile_images (`bool`): show all cameras as one image, side by side (VLA-0), instead of one image each.
         num_bins (`int`): integers run 0…num_bins, inclusive (1000 in VLA-0; 511 makes VLA-0-Smol's 512 levels).
         use_state (`bool`): write the state into the prompt, as integers.
@@ -48,6 +50,7 @@ class VLAConfig:
     ensemble_size: int = 1
     image_size: int = 512
     crop_ratio: float = 1.0
+    image_jitter: list[float] | None = None
     tile_images: bool = False
     num_bins: int = 511
     use_state: bool = False
@@ -96,6 +99,10 @@ class VLAConfig:
             f"ensemble_size={self.ensemble_size} is more than the {self.chunk_size} predictions that can overlap",
         )
         need(0 < self.crop_ratio <= 1, f"crop_ratio={self.crop_ratio} must be in (0, 1]")
+        need(
+            self.image_jitter is None or (len(self.image_jitter) == 4 and min(self.image_jitter) >= 0),
+            f"image_jitter={self.image_jitter} must be four strengths: brightness, contrast, saturation, hue",
+        )
         need(
             self.normalization in ("min_max", "quantile")
             or (isinstance(self.normalization, list | tuple) and len(self.normalization) == 2),

@@ -15,6 +15,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from vla0_trl.config import VLAConfig
 
+# NTSC's: the first row is luma, the other two span the plane of colours, in which hue is the angle.
+_RGB_TO_YIQ = [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]
+
 
 def crop(image: np.ndarray, ratio: float, rng: np.random.Generator | None = None) -> np.ndarray:
     """Cut `ratio` of each side out of an image (H, W, 3): at random, or from the centre without `rng`."""
@@ -42,20 +45,61 @@ def stack_cameras(samples: Sequence[Sequence[np.ndarray]], names: Sequence[str])
     return cameras
 
 
+def draw_jitter(strength: Sequence[float], rng: np.random.Generator) -> np.ndarray:
+    """Random brightness, contrast and saturation factors and a hue shift in turns: float32 (4,).
+
+    Args:
+        strength: of each, as in torchvision's `ColorJitter`: factors from 1 ± strength, hue from 0 ± strength.
+    """
+    return (np.array([1, 1, 1, 0]) + rng.uniform(-1, 1, 4) * strength).astype(np.float32)
+
+
+def jitter_colors(images: torch.Tensor, jitter: torch.Tensor) -> torch.Tensor:
+    """Change the colours of a batch, each sample by its own draw, in a handful of batched operations.
+
+    Brightness, saturation and hue (a rotation of the YIQ plane, where `ColorJitter` goes through HSV) are one matrix
+    a sample; contrast is about the sample's mean luma.
+
+    Args:
+        images: uint8 (B, 3, H, W).
+        jitter: float32 (B, 4) from [`draw_jitter`].
+
+    Returns:
+        uint8 (B, 3, H, W).
+    """
+    to_yiq = images.new_tensor(_RGB_TO_YIQ, dtype=torch.float32)
+    brightness, contrast, saturation, hue = (factor[:, None, None] for factor in jitter.to(images.device).unbind(1))
+    cos, sin = torch.cos(2 * torch.pi * hue), torch.sin(2 * torch.pi * hue)
+    one, zero = torch.ones_like(hue), torch.zeros_like(hue)
+    rows = [[one, zero, zero], [zero, saturation * cos, -saturation * sin], [zero, saturation * sin, saturation * cos]]
+    in_yiq = brightness * torch.cat([torch.cat(row, 2) for row in rows], 1)
+    matrix = torch.linalg.inv(to_yiq) @ in_yiq @ to_yiq
+    colors = torch.einsum("bij,bjhw->bihw", matrix, images.float())
+    luma = torch.einsum("j,bjhw->bhw", to_yiq[0], colors).mean((1, 2))[:, None, None, None]
+    colors = luma + contrast[..., None] * (colors - luma)
+    return colors.round().clamp(0, 255).to(torch.uint8)
+
+
 def model_inputs(
-    image_processor: BaseImageProcessor, cameras: Sequence[torch.Tensor], config: VLAConfig
+    image_processor: BaseImageProcessor,
+    cameras: Sequence[torch.Tensor],
+    config: VLAConfig,
+    jitter: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Resize, tile, rescale, normalise and pack, batched, on the device where the images are.
 
     Args:
         image_processor: the model's own, set up by [`modeling.load_processor`]; it normalises and packs.
         cameras: C tensors uint8 (B, 3, H, W), already cropped.
+        jitter (`torch.Tensor`, *optional*): float32 (B, C, 4), see [`jitter_colors`]; in training only.
 
     Returns:
         `pixel_values` and what goes with them, as the model's own processor makes them of the same images.
     """
     side = [config.image_size, config.image_size]
     resized = [tvF.resize(c, side, interpolation=tvF.InterpolationMode.BICUBIC, antialias=True) for c in cameras]
+    if jitter is not None:
+        resized = [jitter_colors(camera, draw) for camera, draw in zip(resized, jitter.unbind(1), strict=True)]
     if config.tile_images:
         resized = [torch.cat(resized, dim=-1)]
     nested = [list(images) for images in zip(*resized, strict=True)]

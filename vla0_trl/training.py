@@ -75,8 +75,8 @@ class VLATrainer(SFTTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
         if "images" in inputs:
-            cameras = inputs.pop("images")
-            inputs |= model_inputs(self.processing_class.image_processor, cameras, self.vla_config)
+            pixels = inputs.pop("images")
+            inputs |= model_inputs(self.processing_class.image_processor, config=self.vla_config, **pixels)
         return inputs
 
     def save_policy(self, directory: Path) -> None:
