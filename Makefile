@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM := false
 # What `make demo` runs, and what its report shows.
 define DEMO_COMMANDS
 python data_prep/record_pusht.py --num_episodes 40 --num_proc 2 --output_dir $(DEMO)/data
-accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/sft_pusht.py --config recipes/pusht/nano.yaml --dataset_name $(DEMO)/data --output_dir $(DEMO)/train
+accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft_pusht.py --config recipes/pusht/nano.yaml --dataset_name $(DEMO)/data --output_dir $(DEMO)/train
 python eval/eval_offline.py --model_name_or_path $(DEMO)/train/initial --dataset_name $(DEMO)/data --episodes 36:40 --output_dir $(DEMO)/untrained
 python eval/eval_offline.py --model_name_or_path $(DEMO)/train --dataset_name $(DEMO)/data --episodes 36:40 --output_dir $(DEMO)/trained
 python eval/eval_pusht.py --model_name_or_path $(DEMO)/train/initial --num_episodes 16 --num_videos 16 --output_dir $(DEMO)/untrained

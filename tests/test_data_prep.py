@@ -252,5 +252,5 @@ def test_inspect_bad_flags(human, inspector, monkeypatch, capsys, flags, message
 def test_zarr_missing_says_how_to_install(tmp_path, zarr_script, monkeypatch):
     monkeypatch.setitem(sys.modules, "zarr", None)
     shutil.copytree(shared_path(PUSHT_ZARR) / "meta", tmp_path / "z.zarr/meta")
-    with pytest.raises(ConversionError, match=r"pip install -e \"\.\[zarr\]\""):
+    with pytest.raises(ConversionError, match=r"pip install -e \"\.\[convert\]\""):
         zarr_script.PushTZarr(tmp_path / "z.zarr", "agent")

@@ -106,6 +106,7 @@ def test_sizes_that_patches_do_not_fit_raise(example_config, name, size, message
 
 def test_smolvlm_does_not_tile(example_config):
     folder = shared_path(f"data/models/{SMOLVLM}")
-    processor, backbone = AutoProcessor.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    backbone = AutoConfig.from_pretrained(folder)
     with pytest.raises(ValueError, match="tile_images"):
         set_image_size(processor, backbone, example_config.replace(tile_images=True, image_size=512))

@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoProcessor,
     PreTrainedConfig,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 ADAPTER_CONFIG = "adapter_config.json"
+_SMOLVLM = ("smolvlm", "idefics3")  # one architecture under two names
 VISION_MODULES = ("vision_model", "visual", "vision_tower")  # the image encoder, as transformers' models name it
 
 
@@ -38,6 +40,9 @@ def checkpoint_folder(name_or_path: str | Path, revision: str | None = None) -> 
 def load_processor(name_or_path: str | Path, config: VLAConfig, revision: str | None = None) -> ProcessorMixin:
     """The processor of a backbone or checkpoint, set to `config.image_size` and to one view an image."""
     processor = AutoProcessor.from_pretrained(name_or_path, revision=revision)
+    # transformers prefers PIL's for SmolVLM where torchvision lacks Lanczos, but that knows neither batches nor GPUs.
+    image_processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision, backend="torchvision")
+    processor.image_processor = image_processor
     backbone = base_model_of(name_or_path) if is_adapter(name_or_path) else name_or_path
     set_image_size(processor, AutoConfig.from_pretrained(backbone, revision=revision), config)
     return processor
@@ -54,7 +59,7 @@ def set_image_size(processor: ProcessorMixin, backbone: PreTrainedConfig, config
     """
     side, vision = config.image_size, backbone.vision_config
     processor.image_processor.resample = Image.Resampling.BICUBIC
-    if backbone.model_type in ("smolvlm", "idefics3"):
+    if backbone.model_type in _SMOLVLM:
         if config.tile_images:
             raise ValueError(
                 f"tile_images=True: {backbone.model_type} squares every image, which would squash the cameras: "
@@ -115,6 +120,18 @@ def base_model_of(adapter: str | Path) -> str:
         if (folder / Path(named).name).is_dir():
             return str(folder / Path(named).name)
     raise FileNotFoundError(f"{adapter}: its base model {named} is gone; put the folder back, or beside the adapter")
+
+
+def cast_image_features(model: PreTrainedModel) -> None:
+    """Let image features have the embeddings' type when they meet.
+
+    Under autocast the connector gives bfloat16 and the embeddings are float32; transformers before 5.20 writes the one
+    into the other, which raises.
+    """
+    if model.config.model_type in _SMOLVLM:
+        connector = model.model.connector
+        dtype = model.get_input_embeddings().weight.dtype
+        connector.register_forward_hook(lambda module, inputs, features: features.to(dtype))
 
 
 def freeze_vision(model: PreTrainedModel) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,26 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
 from vla0_trl.arguments import VLASFTConfig
-from vla0_trl.collator import VLADataCollator
+from vla0_trl.collator import Row, VLADataCollator
 from vla0_trl.config import CONFIG_NAME, VLAConfig
 from vla0_trl.images import model_inputs
+from vla0_trl.modeling import cast_image_features
 from vla0_trl.policy import VLAPolicy
 from vla0_trl.rollout import Environment, rollout
+from vla0_trl.run_report import EnergyCallback, SpeedCallback
 
 # Rollouts during training choose checkpoints, so final evaluations use other seeds (eval_pusht.py starts at 100000).
 ROLLOUT_SEED = 50_000
-BEST = "best"
+INITIAL, BEST = "initial", "best"
+_ROWS = "row_indices"
+
+
+class NotFiniteError(RuntimeError):
+    """The loss became NaN or infinite: the weights are lost, and what comes after would be, too."""
 
 
 class VLATrainer(SFTTrainer):
@@ -50,12 +60,13 @@ class VLATrainer(SFTTrainer):
     ):
         self.vla_config = vla_config
         self.interrupted = False
+        cast_image_features(model)
         shared = {"seed": args.seed, "defer_images": True, "stored_cameras": stored_cameras}
-        self._eval_collator = VLADataCollator(processing_class, vla_config, train=False, **shared)
+        self.eval_collator = VLADataCollator(processing_class, vla_config, train=False, **shared)
         super().__init__(
             model=model,
             args=args,
-            data_collator=VLADataCollator(
+            data_collator=_TracedCollator(
                 processing_class, vla_config, args.mask_max, args.mask_skip, mask_unit=args.mask_unit, **shared
             ),
             train_dataset=train_dataset,
@@ -63,31 +74,82 @@ class VLATrainer(SFTTrainer):
             processing_class=processing_class,
             peft_config=peft_config,
         )
+        self._rows = self._previous_rows = None
         self.add_callback(_PolicyCallback(self))
+        self.add_callback(SpeedCallback(self))
+        if args.log_energy:
+            self.add_callback(EnergyCallback(self))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        train_collator, self.data_collator = self.data_collator, self._eval_collator
+        train_collator, self.data_collator = self.data_collator, self.eval_collator
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = train_collator
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        self._previous_rows, self._rows = self._rows, inputs.pop(_ROWS, None)
         inputs = super()._prepare_inputs(inputs)
         if "images" in inputs:
             pixels = inputs.pop("images")
             inputs |= model_inputs(self.processing_class.image_processor, config=self.vla_config, **pixels)
         return inputs
 
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise NotFiniteError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the batch's rows are in "
+                f"{self._save_rows()}: look at them, lower learning_rate, or set max_grad_norm"
+            )
+        return loss
+
+    def _save_rows(self) -> Path:
+        """Which rows this process saw last: the batch itself may be at fault, or the update by the one before."""
+        step, rank = self.state.global_step + 1, self.args.process_index
+        rows = {"step": step, "epoch": self.state.epoch, "columns": ["episode_index", "frame_index"]}
+        rows |= {name: r if r is None else r.tolist() for name, r in (("rows", self._rows), ("before", self._previous_rows))}
+        file = Path(self.args.output_dir, f"not_finite_step{step}_process{rank}.json")
+        file.write_text(json.dumps(rows, indent=2) + "\n")
+        return file
+
     def save_policy(self, directory: Path) -> None:
         """Save a self-sufficient checkpoint; all processes call it."""
-        self.save_model(str(directory))
+        with self._marked_whole(directory):
+            self.save_model(str(directory))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        # Old checkpoints may only go once the new one is whole, or a kill in between would leave none.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with self._marked_whole(Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    @contextmanager
+    def _marked_whole(self, directory: Path) -> Iterator[None]:
+        """`vla_config.json` is gone while a checkpoint is written, and back once every process has written its part."""
+        if self.args.should_save:
+            (directory / CONFIG_NAME).unlink(missing_ok=True)
+        yield
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.vla_config.save_pretrained(directory)
 
 
+class _TracedCollator(VLADataCollator):
+    """Says which rows a batch is made of: (B, 2), episode and frame."""
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        indices = [[row["episode_index"], row["frame_index"]] for row in rows]
+        return super().__call__(rows) | {_ROWS: torch.tensor(indices)}
+
+
 class _PolicyCallback(TrainerCallback):
-    """Turns the collator's epoch, completes checkpoints, and stops at the wanted accuracy or at Ctrl-C."""
+    """Turns the collator's epoch, saves the untrained policy, and stops at the wanted accuracy or at Ctrl-C."""
 
     def __init__(self, trainer: VLATrainer):
         self.trainer = trainer
@@ -100,21 +162,22 @@ class _PolicyCallback(TrainerCallback):
             print("\nsaving after this step; Ctrl-C again to stop without", flush=True)
 
         self._previous_handler = signal.signal(signal.SIGINT, interrupt)
+        # Here, because sharded models can only be saved once the engine has wrapped them.
+        if args.save_initial and state.global_step == 0:
+            self.trainer.save_policy(Path(args.output_dir, INITIAL))
 
     def on_train_end(self, args, state, control, **kwargs):
         signal.signal(signal.SIGINT, self._previous_handler)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer.interrupted:
-            control.should_save = control.should_training_stop = True
+        # Together: a Ctrl-C reaches processes in different steps, and saving needs all of them in one.
+        interrupted = torch.tensor(float(self.trainer.interrupted), device=args.device)
+        if self.trainer.accelerator.reduce(interrupted, "sum") > 0:
+            self.trainer.interrupted = control.should_save = control.should_training_stop = True
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Before the first step of a run `epoch` is None or 0; after a resume it is a fraction. Rounded: n/n is not 1.
         self.trainer.data_collator.set_epoch(math.floor(round(state.epoch or 0, 6)))
-
-    def on_save(self, args, state, control, **kwargs):
-        if args.should_save:
-            self.trainer.vla_config.save_pretrained(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         threshold = args.stop_at_token_accuracy
