@@ -1,23 +1,24 @@
 """Compare evaluations: a table with 95 % intervals here, and summary.md, success.png and report.html in --output.
 
     python eval/summarize.py runs/eval_untrained runs/eval --output runs/report
+    python eval/summarize.py runs/libero/eval runs/libero/eval/perturbed/*
 
-Each OUTPUT_DIR is what eval_pusht.py wrote; an offline.json of eval_offline.py and the training log beside the
-checkpoint are shown where they exist. report.html is one file, with videos inside.
+Each OUTPUT_DIR is what eval_pusht.py or eval_libero.py wrote; an offline.json of eval_offline.py and the training log
+beside the checkpoint are shown where they exist. report.html is one file, with videos inside.
 """
 
 import argparse
 from pathlib import Path
 
 from vla0_trl.report.page import REPORT, success_figure, write_report
-from vla0_trl.report.summary import format_table, load_runs, offline_table, summary_table, task_table
+from vla0_trl.report.summary import format_table, load_runs, offline_table, suite_table, summary_table, task_table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dirs", nargs="+", type=Path, metavar="OUTPUT_DIR", help="finished evaluations")
     parser.add_argument("--output", type=Path, help="where to write (default: the first OUTPUT_DIR)")
-    parser.add_argument("--title", default="PushT evaluation", help="of the page (default: %(default)s)")
+    parser.add_argument("--title", default="Evaluation", help="of the page (default: %(default)s)")
     parser.add_argument("--commands", type=Path, help="a file with what was run, for the page (default: as recorded)")
     args = parser.parse_args()
     output = args.output or args.output_dirs[0]
@@ -28,7 +29,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
 
-    tables = [summary_table([(run.name, run.results) for run in runs]), task_table(runs), offline_table(runs)]
+    total = summary_table([(run.name, run.results) for run in runs])
+    tables = [suite_table(runs), total, task_table(runs), offline_table(runs)]
     tables = [table for table in tables if table is not None]
     print("\n\n".join(format_table(table) for table in tables))
     (output / "summary.md").write_text("\n\n".join(format_table(table, markdown=True) for table in tables) + "\n")

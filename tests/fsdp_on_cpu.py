@@ -1,7 +1,7 @@
 """FSDP2 without a GPU: runs a script with its arguments, in processes that talk over gloo.
 
-accelerate only shards where it sees one of the accelerators that it knows; PyTorch itself shards on a CPU just as well.
-DDP and DeepSpeed need no such help.
+accelerate only shards where it sees one of the accelerators that it knows, PyTorch shards on a CPU just as well. DDP
+and DeepSpeed need no such help.
 
     accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2 tests/fsdp_on_cpu.py recipes/… …
 """

@@ -9,8 +9,9 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from vla0_trl import results
-from vla0_trl.results import EpisodeLog, aggregate, checkpoint_hash, read_episodes, wilson_interval
+from vla0_trl import metrics, results
+from vla0_trl.metrics import aggregate, wilson_interval
+from vla0_trl.results import EpisodeLog, checkpoint_hash, read_episodes
 from vla0_trl.rollout import EpisodeResult
 
 RUN = {"checkpoint": "runs/a", "checkpoint_hash": "aa" * 32, "protocol": {"env": "PushT", "n_action_steps": 5}}
@@ -39,10 +40,10 @@ def test_wilson_interval_of_nothing_and_of_failures_only():
 def test_bootstrap_interval_agrees_with_the_normal_one_where_that_holds():
     values = np.random.default_rng(1).normal(0.5, 0.1, 400)
     half = 1.96 * values.std() / 20
-    interval = results.bootstrap_interval(values)
+    interval = metrics.bootstrap_interval(values)
     assert interval == pytest.approx((values.mean() - half, values.mean() + half), abs=1e-3)
-    assert interval == results.bootstrap_interval(values)
-    assert results.bootstrap_interval(np.array([0.25])) == (0.25, 0.25)
+    assert interval == metrics.bootstrap_interval(values)
+    assert metrics.bootstrap_interval(np.array([0.25])) == (0.25, 0.25)
 
 
 def test_a_line_holds_all_that_the_contract_names(tmp_path):
@@ -183,7 +184,7 @@ def test_aggregate():
     assert summary["seconds_per_episode"] == 2.0
     assert summary["ms_per_chunk"] == 300
     assert (summary["model_seconds"], summary["environment_seconds"], summary["model_calls"]) == (6, 2, 20)
-    assert results.aggregate_tasks([*rows, rows[0] | {"task": "lift"}])["lift"]["num_episodes"] == 1
+    assert metrics.aggregate_tasks([*rows, rows[0] | {"task": "lift"}])["lift"]["num_episodes"] == 1
 
 
 def test_checkpoint_hash_covers_weights_and_configs_only(tmp_path):

@@ -16,7 +16,7 @@ from vla0_trl.arguments import DataArguments, VLASFTConfig
 from vla0_trl.chat_dataset import load_chat_dataset
 from vla0_trl.modeling import load_model, load_processor
 from vla0_trl.recipe import hold_out, prepare, train
-from vla0_trl.training import VLATrainer, last_checkpoint
+from vla0_trl.training import NotFiniteError, VLATrainer, last_checkpoint
 
 
 def run(dataset: str, output_dir: Path, model: dict | None = None, data: dict | None = None, **training) -> Path:
@@ -158,6 +158,43 @@ def test_stops_at_token_accuracy(dot_dataset, tmp_path):
     state = json.loads((out / "trainer_state.json").read_text())
     assert state["global_step"] < 50 and state["log_history"][-2]["mean_token_accuracy"] >= 0.01
     assert (out / f"checkpoint-{state['global_step']}" / "vla_config.json").exists()
+
+
+def test_a_run_says_what_it_will_take(dot_dataset, tmp_path, capsys):
+    model = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
+    run(dot_dataset, tmp_path / "r", model, max_steps=21, per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    printed = capsys.readouterr().out
+    model, sample, batch, duration = printed[printed.index("model:") :].splitlines()[:4]
+    assert "base_model, 0.2 M parameters" in model
+    # 4 image tokens of a 48 px image; 8 integers of up to 3 digits, 7 or 8 spaces and an end of turn.
+    assert sample == "sample:   98 tokens: 4 of images, 33 of the answer"
+    assert batch == "batch:    6 samples = 2 at once × 3 accumulated × 1 process"
+    assert duration == "duration: 21 steps = 2.10 epochs over 60 samples"
+    speed, memory = printed[printed.index("speed:") :].splitlines()[:2]
+    assert "samples/s; about " in speed and speed.endswith(" s left")
+    assert 0.1 < float(memory.split("at most ")[1].split(" GiB")[0]) < 64
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(dot_dataset, tmp_path):
+    out = tmp_path / "r"
+    with pytest.raises(NotFiniteError, match=r"the loss is nan at step 2; the batch's rows are in .*process0.json"):
+        run(dot_dataset, out, learning_rate=1e30, max_steps=9)
+    found = json.loads((out / "not_finite_step2_process0.json").read_text())
+    assert found["columns"] == ["episode_index", "frame_index"] and found["step"] == 2
+    rows = {tuple(row) for row in found["rows"] + found["before"]}
+    assert len(found["rows"]) == len(found["before"]) == 8 and len(rows) == 16, "two batches of one epoch"
+    assert rows < {(episode, frame) for episode in range(6) for frame in range(10)}
+    assert not list(out.glob("checkpoint-*"))
+
+
+def test_energy_adds_up_over_the_sessions_of_a_run(dot_dataset, tmp_path):
+    pytest.importorskip("codecarbon", reason="needs the extra [energy]")
+    first, second = (
+        json.loads((run(dot_dataset, tmp_path / "r", max_steps=n, save_steps=2, log_energy=True) / f).read_text())
+        for n, f in ((2, "energy.json"), (4, "energy.json"))
+    )
+    assert 0 < first["kwh"] < second["kwh"] < 0.01 and 0 < first["seconds"] < second["seconds"]
+    assert (first["steps"], second["steps"], second["samples"]) == (2, 4, 32)
 
 
 def test_held_out_episodes_are_evaluated_without_masking(dot_dataset, tmp_path):

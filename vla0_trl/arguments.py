@@ -78,6 +78,9 @@ class VLASFTConfig(SFTConfig):
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute activations: a third slower, for when memory is short."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "All parameters get gradients here: looking for others costs time."}
+    )
     report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or a list."})
     mask_max: float = field(
         default=0.4, metadata={"help": "Hide up to this fraction of a sample's action values in the input."}
@@ -101,6 +104,9 @@ class VLASFTConfig(SFTConfig):
         default=0, metadata={"help": "Every so many steps, run episodes in the simulator; 0: never."}
     )
     rollout_episodes: int = field(default=16, metadata={"help": "Episodes of such an evaluation, on fixed seeds."})
+    log_energy: bool = field(
+        default=False, metadata={"help": "Measure the energy of the run with codecarbon, into output_dir/energy.json."}
+    )
     overwrite: bool = field(
         default=False, metadata={"help": "Start again in an output_dir that another run has used."}
     )
@@ -113,12 +119,14 @@ class VLASFTConfig(SFTConfig):
             )
 
 
-def parse_recipe(default_config: Path, description: str) -> tuple[DataArguments, VLASFTConfig, ModelConfig]:
+def parse_recipe(
+    default_config: Path, description: str, arguments: list[str] | None = None
+) -> tuple[DataArguments, VLASFTConfig, ModelConfig]:
     """Arguments from `--config YAML` (`default_config` if there is none) and the command line, which wins.
 
     An unknown key, in either, is an error.
     """
-    arguments = sys.argv[1:]
+    arguments = sys.argv[1:] if arguments is None else arguments
     if "--config" not in arguments:
         arguments = ["--config", str(default_config), *arguments]
     parser = TrlParser((DataArguments, VLASFTConfig, ModelConfig), description=description)

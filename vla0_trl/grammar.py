@@ -60,10 +60,41 @@ class ActionGrammar:
         # Spelled out with one token a character, this is the longest answer.
         self.max_new_tokens = num_values * (len(str(num_bins)) + 1) + 1
         self.live = self._live_states()
+        self._classes = self._count_classes()
+        self._choices: dict[tuple[int, int], list[int]] = {}
         if not self.live[self.initial_count, self.initial_state]:
             raise ValueError(
                 f"this tokenizer can't spell {num_values} integers in 0…{num_bins}: digits or the space are missing"
             )
+
+    def choices(self, count: int, state: int) -> list[int]:
+        """The columns that may follow, lowest token id first; for a loop that decodes on the host.
+
+        Args:
+            count (`int`): numbers finished so far, −1 before the prefix.
+            state (`int`): see above.
+        """
+        key = (self._classes[count], state)
+        if key not in self._choices:
+            allowed = (self.min_count <= count) & (count <= self.max_count)
+            reached = np.minimum(count + self.finishes[:-1], self.num_values - 1)
+            columns = np.flatnonzero(allowed & self.live[reached, self.next_state[state, :-1]])
+            self._choices[key] = columns[np.argsort(self.token_ids[columns])].tolist()
+        return self._choices[key]
+
+    def _count_classes(self) -> list[int]:
+        """Counts with equal choices in every state share a class, so that few lists of choices are ever made.
+
+        Far from the end of an answer that is all of them. The last entry is of count −1.
+        """
+        reach = self.finishes.max() + 1
+        classes: dict[bytes, int] = {}
+        found = []
+        for count in [*range(self.num_values), -1]:
+            after = self.live[np.minimum(count + np.arange(reach), self.num_values - 1)]
+            signature = ((self.min_count <= count) & (count <= self.max_count)).tobytes() + after.tobytes()
+            found.append(classes.setdefault(signature, len(classes)))
+        return found
 
     def _character_transitions(self) -> np.ndarray:
         """(states, 11): ten digits and the space."""

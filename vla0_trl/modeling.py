@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.utils import cached_file
 
 from vla0_trl.config import VLAConfig
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 ADAPTER_CONFIG = "adapter_config.json"
+BASE_FINGERPRINT = "base_model.json"  # beside an adapter: of which weights it is a change
+_PROBES, _PROBE_BYTES = 64, 4096
 _SMOLVLM = ("smolvlm", "idefics3")  # one architecture under two names
 VISION_MODULES = ("vision_model", "visual", "vision_tower")  # the image encoder, as transformers' models name it
 
@@ -102,7 +106,9 @@ def load_model(
         return AutoModelForImageTextToText.from_pretrained(name_or_path, revision=revision, **options)
     from peft import PeftModel  # takes seconds to import, and most checkpoints don't need it
 
-    base = AutoModelForImageTextToText.from_pretrained(base_model_of(name_or_path), **options)
+    base_name = base_model_of(name_or_path)
+    base = AutoModelForImageTextToText.from_pretrained(base_name, **options)
+    _check_base(Path(name_or_path), base_name)
     return PeftModel.from_pretrained(base, name_or_path)
 
 
@@ -120,6 +126,44 @@ def base_model_of(adapter: str | Path) -> str:
         if (folder / Path(named).name).is_dir():
             return str(folder / Path(named).name)
     raise FileNotFoundError(f"{adapter}: its base model {named} is gone; put the folder back, or beside the adapter")
+
+
+def fingerprint(name_or_path: str | Path) -> str:
+    """Tells one model's weights from another's: a hash of names, shapes and a few thousand values, in milliseconds.
+
+    Args:
+        name_or_path: a folder, or a Hub id that has been downloaded.
+    """
+    config = Path(cached_file(str(name_or_path), "config.json", local_files_only=True))
+    digest = hashlib.sha256()
+    for file in sorted(config.parent.glob("*.safetensors")):
+        with file.open("rb") as data:
+            header = int.from_bytes(data.read(8), "little")
+            digest.update(data.read(header))
+            size = file.stat().st_size - header - 8
+            for part in range(_PROBES):
+                data.seek(header + 8 + size * part // _PROBES)
+                digest.update(data.read(_PROBE_BYTES))
+    return digest.hexdigest()
+
+
+def save_base_fingerprint(adapter: Path) -> None:
+    """Write beside an adapter which weights it is a change of; it would load on others of that shape, and be noise."""
+    name = base_model_of(adapter)
+    (adapter / BASE_FINGERPRINT).write_text(json.dumps({"name": name, "fingerprint": fingerprint(name)}) + "\n")
+
+
+def _check_base(adapter: Path, base: str) -> None:
+    file = adapter / BASE_FINGERPRINT
+    if not file.is_file():
+        return  # made by another program
+    trained_on = json.loads(file.read_text())
+    if fingerprint(base) != trained_on["fingerprint"]:
+        raise ValueError(
+            f"{adapter} is an adapter of {trained_on['name']} as it was when it was trained, but {base} holds other "
+            f"weights now: an adapter only means something on its own base model. If they are the same in another "
+            f"file format, delete {file}"
+        )
 
 
 def cast_image_features(model: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, ProcessorMixin
 
-from vla0_trl.actions import parse_integers
+from vla0_trl.actions import parse_integers, relative_reference
 from vla0_trl.config import VLAConfig
+from vla0_trl.decoding import ChunkDecoder, DecodingOptions
 from vla0_trl.ensembling import TemporalEnsembler
 from vla0_trl.grammar import ActionGrammar, ActionGrammarLogitsProcessor
 from vla0_trl.images import crop, model_inputs, stack_cameras
@@ -27,19 +29,34 @@ Observation = dict[str, Any]
 class VLAPolicy:
     """A checkpoint that acts.
 
-    An observation is `{"images": {camera: uint8[H, W, 3]}, "state": float32[state_dim] | None, "task": str}`.
+    An observation is `{"images": {camera: uint8[H, W, 3]}, "state": float32[state_dim] | None, "task": str}`. It may
+    carry an `"episode"`, any key; without one, its place in the batch is the key. The last chunk predicted under a key
+    is a draft of the next one, which makes that come sooner if it is alike, and never changes it.
 
     Args:
         model: a backbone, full or with adapter; its own generation_config is replaced: evaluation is greedy.
         processor: made by [`modeling.load_processor`].
         config ([`VLAConfig`]): with statistics.
+        decoding ([`DecodingOptions`], *optional*): what to leave out of fast decoding, to compare.
+
+    Attributes:
+        decoder ([`ChunkDecoder`] or `None`): set to None to decode with stock `generate()` and a logits processor.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, processor: ProcessorMixin, config: VLAConfig):
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        processor: ProcessorMixin,
+        config: VLAConfig,
+        decoding: DecodingOptions | None = None,
+    ):
         self.model, self.processor = model, processor
-        self.config = config
         self.chat = ChatTokenizer(processor, config)
         self.grammar = ActionGrammar(self.chat, config.num_values, config.num_bins)
+        self.config = config
+        prompt = self.chat.encode_prompt("task", [0] * config.state_dim)
+        prefix = prompt[: prompt.index(self.chat.image_token_id)]
+        self.decoder: ChunkDecoder | None = ChunkDecoder(self.grammar, decoding, prefix)
         self.actions = config.action_tokenizer()
         self.states = config.state_quantizer()
         # What a checkpoint says of sampling, penalties or lengths must not leak into evaluation, and generate() fills
@@ -70,7 +87,8 @@ class VLAPolicy:
         folder = checkpoint_folder(name_or_path, revision)
         device, dtype = resolve_device(device, dtype)
         config = VLAConfig.from_pretrained(folder)
-        return cls(load_model(folder, dtype=dtype).to(device).eval(), load_processor(folder, config), config)
+        model = load_model(folder, dtype=dtype).to(device).eval().requires_grad_(False)
+        return cls(model, load_processor(folder, config), config)
 
     @property
     def config(self) -> VLAConfig:
@@ -79,6 +97,11 @@ class VLAPolicy:
 
     @config.setter
     def config(self, config: VLAConfig) -> None:
+        if (config.num_values, config.num_bins) != (self.grammar.num_values, self.grammar.num_bins):
+            raise ValueError(
+                f"this policy writes {self.grammar.num_values} integers in 0…{self.grammar.num_bins}, the config "
+                f"wants {config.num_values} in 0…{config.num_bins}: chunk and bins are a checkpoint's own"
+            )
         self._config = config
         self.reset()
 
@@ -90,13 +113,18 @@ class VLAPolicy:
             ValueError: an observation lacks a camera or state, or does not fit the config.
         """
         inputs = self._inputs(observations)
-        output = self.model.generate(
-            **inputs,
-            generation_config=self.generation_config,
-            logits_processor=LogitsProcessorList([ActionGrammarLogitsProcessor(grammar=self.grammar)]),
-        )
+        keys = [observation.get("episode", place) for place, observation in enumerate(observations)]
+        if self.decoder is None:
+            processor = ActionGrammarLogitsProcessor(grammar=self.grammar)
+            options = {"logits_processor": LogitsProcessorList([processor])}
+        else:
+            drafts = [self._draft(key, o) for key, o in zip(keys, observations, strict=True)]
+            options = {"custom_generate": self.decoder, "drafts": drafts}
+        output = self.model.generate(**inputs, generation_config=self.generation_config, **options)
         answers = output[:, inputs["input_ids"].shape[1] :].cpu()
-        return np.stack([self._decode(a, o) for a, o in zip(answers, observations, strict=True)])
+        chunks = np.stack([self._decode(a, o) for a, o in zip(answers, observations, strict=True)])
+        self._last_chunks = dict(zip(keys, chunks, strict=True))
+        return chunks
 
     def select_action(self, observation: Observation) -> np.ndarray:
         """One observation -> the next action, float32 (action_dim,), ready to execute.
@@ -116,6 +144,24 @@ class VLAPolicy:
         """Forget the current chunk: a new episode begins."""
         self._queue: deque[np.ndarray] = deque()
         self._ensembler = TemporalEnsembler(self.config.chunk_size, self.config.ensemble_size)
+        self._last_chunks: dict[Hashable, np.ndarray] = {}
+
+    def _draft(self, key: Hashable, observation: Observation) -> list[int] | None:
+        """A guess of the answer: the last chunk from where its execution ended, then its last action on and on.
+
+        At the beginning a robot that counts from its own state is expected to stay; about others nothing is known.
+        """
+        last = self._last_chunks.get(key)
+        if last is not None:
+            rest = last[self.config.n_action_steps :]
+            guess = np.concatenate([rest, np.repeat(last[-1:], self.config.chunk_size - len(rest), axis=0)])
+        elif self.config.relative_actions:
+            guess = np.tile(
+                relative_reference(observation["state"], self.config.action_dim), (self.config.chunk_size, 1)
+            )
+        else:
+            return None
+        return self.chat.encode_answer(self.actions.to_integers(guess, observation["state"]))[0]
 
     def _inputs(self, observations: list[Observation]) -> dict[str, torch.Tensor]:
         """The batch for `generate`: prompts padded on the left, images on the model's device."""

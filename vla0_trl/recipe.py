@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 from datasets import Dataset
 from peft import PeftConfig
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -22,18 +24,19 @@ from vla0_trl.config import CONFIG_NAME, VLAConfig
 from vla0_trl.modeling import VISION_MODULES, freeze_vision, load_model, load_processor, set_image_size
 from vla0_trl.nano import NANO, build_nano, nano_from_dict
 from vla0_trl.rollout import Environment
-from vla0_trl.training import RolloutCallback, VLATrainer, last_checkpoint
+from vla0_trl.run_report import describe_run, global_batch_size
+from vla0_trl.training import NotFiniteError, RolloutCallback, VLATrainer, last_checkpoint
 
 RUN_FILE = "run.json"
-INITIAL, BASE_MODEL = "initial", "base_model"
-# What a run is: change one of these, and it is another run. How long it goes on, and what is logged, may change.
+BASE_MODEL = "base_model"
+# What a run is: change one of these, and it is another run. How long it goes on, what is logged, and on how many GPUs
+# the same batch is spread may change.
 _IDENTITY = {
     DataArguments: "dataset_name dataset_revision num_eval_episodes",
     ModelConfig: "model_name_or_path model_revision dtype load_in_4bit load_in_8bit use_peft lora_r lora_alpha "
     "lora_dropout lora_target_modules use_rslora use_dora",
     VLASFTConfig: "learning_rate lr_scheduler_type warmup_steps weight_decay optim max_grad_norm adam_beta1 "
-    "adam_beta2 adam_epsilon per_device_train_batch_size gradient_accumulation_steps bf16 seed nano freeze_vision "
-    "mask_max mask_skip mask_unit",
+    "adam_beta2 adam_epsilon bf16 seed nano freeze_vision mask_max mask_skip mask_unit",
 }
 
 
@@ -61,7 +64,11 @@ def main(default_config: Path, description: str, make_env: Callable[[VLAConfig],
             raise ValueError("rollout_steps is set, but this recipe has no simulator: set rollout_steps=0")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    if not train(run, make_env):
+    try:
+        finished = train(run, make_env)
+    except NotFiniteError as error:
+        sys.exit(f"error: {error}")
+    if not finished:
         sys.exit(130)
 
 
@@ -75,7 +82,8 @@ def prepare(data: DataArguments, training: VLASFTConfig, model_args: ModelConfig
     dataset, stored = load_chat_dataset(data.dataset_name, revision=data.dataset_revision)
     config = align_config(dataset, stored, **data.overrides())
     config.base_model = model_args.model_name_or_path
-    with training.main_process_first(desc="claiming the output folder"):
+    # One process of all machines: their output_dir is on storage that they share.
+    with training.main_process_first(local=False, desc="claiming the output folder"):
         if training.should_save:
             claim_run(data, training, model_args, config)
     return Run(data, training, model_args, dataset, stored.cameras, config)
@@ -105,9 +113,7 @@ def train(run: Run, make_env: Callable[[VLAConfig], Environment] | None = None) 
     )
     if training.rollout_steps:
         trainer.add_callback(RolloutCallback(trainer, make_env))
-    if training.save_initial and not (output_dir / INITIAL).exists():
-        trainer.save_policy(output_dir / INITIAL)
-
+    trainer.accelerator.print(describe_run(trainer, trainer.eval_collator))
     resume = training.resume_from_checkpoint or last_checkpoint(output_dir)
     if resume:
         trainer.accelerator.print(f"continuing from {resume}")
@@ -152,7 +158,8 @@ def load_backbone(
     """The model to train and its processor, as `model_name_or_path` names it; `nano` is built on the spot."""
     name, revision = model_args.model_name_or_path, model_args.model_revision
     if name == NANO:
-        model, processor = build_nano(nano_from_dict(training.nano), seed=training.seed)
+        with _built_whole(training):
+            model, processor = build_nano(nano_from_dict(training.nano), seed=training.seed)
         if not model_args.use_peft:
             set_image_size(processor, model.config, config)
             if training.freeze_vision:
@@ -161,7 +168,7 @@ def load_backbone(
         # An adapter names its base model, so that must exist somewhere: beside the run.
         name, revision = str((Path(training.output_dir) / BASE_MODEL).resolve()), None
         config.base_model = name
-        with training.main_process_first(desc="saving the nano backbone"):
+        with training.main_process_first(local=False, desc="saving the nano backbone"):
             if training.should_save:
                 model.save_pretrained(name)
                 processor.save_pretrained(name)
@@ -175,6 +182,15 @@ def load_backbone(
     if training.freeze_vision:
         freeze_vision(model)
     return model, load_processor(name, config, revision)
+
+
+@contextmanager
+def _built_whole(training: VLASFTConfig) -> Iterator[None]:
+    """ZeRO-3 shards every model as it is constructed, before random weights are there; this one is sharded later."""
+    unset_hf_deepspeed_config()
+    yield
+    if training.deepspeed_plugin is not None:
+        training.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def lora_config(model_args: ModelConfig, training: VLASFTConfig) -> PeftConfig | None:
@@ -193,7 +209,8 @@ def claim_run(data: DataArguments, training: VLASFTConfig, model_args: ModelConf
     """
     output_dir = Path(training.output_dir)
     settings = {name: getattr(a, name) for a in (data, model_args, training) for name in _IDENTITY[type(a)].split()}
-    identity = json.loads(json.dumps({**settings, "vla_config": config.to_dict()}, default=str))
+    settings |= {"global_batch": global_batch_size(training), "vla_config": config.to_dict()}
+    identity = json.loads(json.dumps(settings, default=str))
     file = output_dir / RUN_FILE
     if file.exists() and training.overwrite:
         shutil.rmtree(output_dir)

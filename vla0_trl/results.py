@@ -1,7 +1,8 @@
-"""What an evaluation leaves behind: a line an episode, the aggregate with its uncertainty, and videos.
+"""What an evaluation leaves behind: a line an episode, results.json, videos, and what each number needs beside it.
 
 An output folder belongs to one run: one checkpoint (by the hash of its weights and configs) under one protocol.
-`episodes.jsonl` is the truth: what is in it is never run again, and `results.json` follows from it.
+`episodes.jsonl` is the truth: what is in it is never run again, and `results.json` follows from it. Several processes
+write a file each, `episodes-RANK.jsonl`, which the last of them puts together.
 """
 
 import fcntl
@@ -13,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,33 +23,17 @@ import imageio_ffmpeg
 import numpy as np
 
 from vla0_trl.config import CONFIG_NAME
-from vla0_trl.rollout import EpisodeResult
+from vla0_trl.metrics import identity
+from vla0_trl.rollout import EpisodeResult, Seed
 
 EPISODES = "episodes.jsonl"
+_SHARDS = "episodes-*.jsonl"
 RESULTS = "results.json"
 VIDEOS = "videos"
 
 
 class WriteError(OSError):
     """The disk is full, or something else kept a result from being written; what was written before is whole."""
-
-
-def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a success rate (Wilson 1927); 95 % for z = 1.96. (0, 1) if nothing was tried."""
-    if n == 0:
-        return 0.0, 1.0
-    rate, spread = successes / n, z * z / n
-    center = (rate + spread / 2) / (1 + spread)
-    half = z * float(np.sqrt(rate * (1 - rate) / n + spread / n / 4)) / (1 + spread)
-    return max(0.0, center - half), min(1.0, center + half)
-
-
-def bootstrap_interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of the mean of `values` (n,); the same numbers at every call."""
-    values = np.asarray(values, np.float64)
-    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def checkpoint_hash(folder: Path) -> str:
@@ -63,11 +49,30 @@ def checkpoint_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def video_name(row: dict[str, Any]) -> str:
+    """The file of an episode's film."""
+    words = [f"{part:06d}" if len(identity(row)) == 1 else str(part) for part in identity(row)]
+    return f"episode_{'_'.join(words)}_{'success' if row['success'] else 'failure'}.mp4"
+
+
 def read_episodes(folder: Path) -> list[dict[str, Any]]:
-    """The finished episodes of an output folder, by task and seed; a half line left by a kill is no episode."""
-    path = folder / EPISODES
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return sorted((json.loads(line) for line in lines), key=lambda row: (row["task"], row["seed"]))
+    """The finished episodes of an output folder, each once, in order; a half line left by a kill is no episode."""
+    rows = {}
+    for path in [*sorted(folder.glob(_SHARDS)), folder / EPISODES]:
+        for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
+            row = json.loads(line)
+            rows[identity(row)] = row
+    return [rows[key] for key in sorted(rows)]
+
+
+def merge_shards(folder: Path) -> None:
+    """Put the files of several processes into one, once all of them have finished."""
+    shards = list(folder.glob(_SHARDS))
+    if not shards:
+        return
+    _replace(folder / EPISODES, "".join(json.dumps(row) + "\n" for row in read_episodes(folder)))
+    for shard in shards:
+        shard.unlink(missing_ok=True)
 
 
 class EpisodeLog:
@@ -80,34 +85,38 @@ class EpisodeLog:
             The run's identity: `checkpoint`, `checkpoint_hash`, `protocol`; becomes part of every line.
         overwrite (`bool`, *optional*, defaults to `False`):
             Delete the evaluation that is there.
+        rank (`int`, *optional*):
+            Which of several processes this is; each has a file of its own. Process 0 deletes for all.
 
     Raises:
         `ValueError`: the folder holds another run, or another process is writing to it.
     """
 
-    def __init__(self, folder: Path, run: dict[str, Any], overwrite: bool = False):
+    def __init__(self, folder: Path, run: dict[str, Any], overwrite: bool = False, rank: int | None = None):
         self.folder = folder
         self.run = run
+        self.path = folder / (EPISODES if rank is None else _SHARDS.replace("*", str(rank)))
         folder.mkdir(parents=True, exist_ok=True)
         # unbuffered: after a full disk, a buffer would try the same line again when it is closed
-        self._file = (folder / EPISODES).open("ab", buffering=0)
+        self._file = self.path.open("ab", buffering=0)
         try:
-            self._claim(overwrite)
+            self._claim(overwrite, rank)
         except ValueError:
             self.close()
             raise
 
-    def _claim(self, overwrite: bool) -> None:
+    def _claim(self, overwrite: bool, rank: int | None) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel, however we end
         except BlockingIOError:
             raise ValueError(f"another process is evaluating into {self.folder}: wait for it, or stop it") from None
         if overwrite:
-            for video in (self.folder / VIDEOS).glob("episode_*.mp4"):
-                video.unlink()
-            (self.folder / RESULTS).unlink(missing_ok=True)
             self._file.truncate(0)
-        text = (self.folder / EPISODES).read_bytes()
+            if not rank:
+                self._delete_all(keep_shards=rank is not None)
+            self.episodes: list[dict[str, Any]] = []  # process 0 may not have deleted the rest yet
+            return
+        text = self.path.read_bytes()
         self._file.truncate(text.rfind(b"\n") + 1)  # or the next line would be glued to half a one
         self.episodes = read_episodes(self.folder)
         for row in self.episodes[:1]:
@@ -117,15 +126,24 @@ class EpisodeLog:
                     f"this run: {_describe(self.run, row)}. Give another --output_dir, or --overwrite to delete them"
                 )
 
+    def _delete_all(self, keep_shards: bool) -> None:
+        """All that an evaluation left here but our own file, and those of processes that run beside us."""
+        doomed = [*(self.folder / VIDEOS).glob("episode_*.mp4"), self.folder / RESULTS, self.folder / EPISODES]
+        doomed += [] if keep_shards else self.folder.glob(_SHARDS)
+        for path in doomed:
+            if path != self.path:
+                path.unlink(missing_ok=True)
+
     def append(self, episode: EpisodeResult) -> dict[str, Any]:
         """Add a line that survives a kill from now on, or raise [`WriteError`]."""
         row = {
             "task": episode.task,
-            "seed": episode.seed,
+            "seed": episode.seed[-1] if isinstance(episode.seed, tuple) else episode.seed,
             **episode.result,
             "seconds": episode.model_seconds + episode.environment_seconds,
             "model_seconds": episode.model_seconds,
             "model_calls": episode.model_calls,
+            **({"crashes": episode.crashes} if episode.crashes else {}),
             **self.run,
         }
         size = os.fstat(self._file.fileno()).st_size
@@ -136,14 +154,14 @@ class EpisodeLog:
             os.fsync(self._file.fileno())
         except OSError as error:
             self._file.truncate(size)
-            raise WriteError(f"could not write {self.folder / EPISODES}: {error.strerror}") from error
+            raise WriteError(f"could not write {self.path}: {error.strerror}") from error
         self.episodes.append(row)
         return row
 
-    def missing(self, seeds: list[int]) -> list[int]:
+    def missing(self, seeds: Sequence[Seed]) -> list[Seed]:
         """Those of `seeds` that no line has yet."""
-        done = {row["seed"] for row in self.episodes}
-        return [seed for seed in seeds if seed not in done]
+        done = {identity(row) for row in self.episodes}
+        return [seed for seed in seeds if (seed if isinstance(seed, tuple) else (seed,)) not in done]
 
     def close(self) -> None:
         self._file.close()
@@ -167,41 +185,13 @@ def _describe(run: dict[str, Any], other: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def aggregate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rates with 95 % intervals and times of at least one episode, in whatever order they finished.
-
-    `ms_per_chunk` is the wall-clock time of the model over the chunks that it gave: batching makes it smaller.
-    """
-    rows = sorted(rows, key=lambda row: (row["task"], row["seed"]))  # so that float sums are the same after a resume
-    successes, n = sum(row["success"] for row in rows), len(rows)
-    coverage = np.array([row["max_coverage"] for row in rows])
-    model_seconds = sum(row["model_seconds"] for row in rows)
-    return {
-        "num_episodes": n,
-        "successes": successes,
-        "success_rate": successes / n,
-        "success_rate_interval": wilson_interval(successes, n),
-        "mean_max_coverage": float(coverage.mean()),
-        "mean_max_coverage_interval": bootstrap_interval(coverage),
-        "mean_steps": float(np.mean([row["steps"] for row in rows])),
-        "seconds_per_episode": sum(row["seconds"] for row in rows) / n,
-        "ms_per_chunk": 1000 * model_seconds / sum(row["model_calls"] for row in rows),
-        "model_seconds": model_seconds,
-        "environment_seconds": sum(row["seconds"] for row in rows) - model_seconds,
-        "model_calls": sum(row["model_calls"] for row in rows),
-    }
-
-
-def aggregate_tasks(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`aggregate` for each task of `rows`, by name."""
-    tasks = sorted({row["task"] for row in rows})
-    return {task: aggregate([row for row in rows if row["task"] == task]) for task in tasks}
-
-
 def write_json(path: Path, data: Any) -> None:
     """Write all of `data`, or leave what was there and raise [`WriteError`]."""
-    partial = path.with_name(f".{path.name}.partial")
-    text = json.dumps(data, indent=2) + "\n"
+    _replace(path, json.dumps(data, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two last processes may write at the same time
     try:
         partial.write_text(text)
         partial.replace(path)

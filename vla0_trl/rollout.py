@@ -1,13 +1,13 @@
 """Many environments, one batched policy: from seeds to finished episodes.
 
 The environments go in lock-step by *query*, not by time: all of them ask for a chunk together, in one call of the
-model, then each executes its share of it. One that finishes takes the next seed at once, so the batch stays full.
+model, then each executes its share of it: one after another in this process, or all at once in worker processes
+(`vla0_trl.workers`). One that finishes takes the next seed at once, so the batch stays full.
 """
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,12 +18,13 @@ from vla0_trl.config import VLAConfig
 from vla0_trl.ensembling import TemporalEnsembler, check_decay
 
 Observation = dict[str, Any]
+Seed = Hashable  # what an environment's `reset` takes: a number, or a tuple that names task and initial state
 
 
 class Environment(Protocol):
     """What a simulator must do to be evaluated. Anything it raises ends the evaluation: a crash is no failure."""
 
-    def reset(self, seed: int) -> None:
+    def reset(self, seed: Seed) -> None:
         """Start the episode of this seed, whatever happened before."""
 
     def observe(self) -> Observation:
@@ -51,86 +52,150 @@ class Policy(Protocol):
         """float32[B, chunk_size, action_dim] in environment units."""
 
 
+class EpisodeCrash(RuntimeError):
+    """The simulator broke down, or its process died, during an episode, which therefore has no result."""
+
+
 @dataclass
 class EpisodeResult:
-    """One finished episode.
+    """One finished episode, or one that its simulator could not finish.
 
     Attributes:
-        seed (`int`), task (`str`): which one.
+        seed (`Seed`), task (`str`): which one.
         result (`dict`): the environment's numbers.
         model_calls (`int`): chunks predicted for this episode.
         model_seconds (`float`): its share of the model's wall-clock time; a batched call is divided evenly.
-        environment_seconds (`float`): wall-clock time in its environment: reset, physics, rendering.
+        environment_seconds (`float`): wall-clock time spent waiting for its environment to reset, step and draw;
+            of worker processes, which work at the same time, only the sum over all episodes means something.
         frames (`list[np.ndarray]`): uint8[256, 256, 3], the start and one after each step; empty if not recorded.
+        crashes (`list[str]`): what went wrong in the simulator; with a `result`, a later attempt went well.
     """
 
-    seed: int
+    seed: Seed
     task: str = ""
     result: dict[str, Any] = field(default_factory=dict)
     model_calls: int = 0
     model_seconds: float = 0.0
     environment_seconds: float = 0.0
     frames: list[np.ndarray] = field(default_factory=list)
+    crashes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Turn:
+    """What an environment gives back: the next observation, or the result of the finished episode."""
+
+    observation: Observation | None = None
+    result: dict[str, Any] | None = None
+    frames: list[np.ndarray] = field(default_factory=list)
+
+
+class Player:
+    """Plays episodes in one environment: a turn is asked for, then waited for.
+
+    This one works when it is waited for; [`vla0_trl.workers.Worker`] at once, in another process.
+    """
+
+    def __init__(self, env: Environment):
+        self.env = env
+
+    def start(self, seed: Seed, record: bool) -> None:
+        """Ask for the first turn of an episode."""
+        self._turn = (self._start, seed, record)
+
+    def execute(self, actions: np.ndarray) -> None:
+        """Ask for the turn after these actions (n, action_dim)."""
+        self._turn = (self._execute, actions)
+
+    def wait(self) -> Turn:
+        """The turn that was asked for; a worker raises `EpisodeCrash`, this one what its environment raises."""
+        function, *arguments = self._turn
+        return function(*arguments)
+
+    def restart(self) -> None:
+        """Take a fresh environment after an `EpisodeCrash`."""
+        raise NotImplementedError
+
+    def _start(self, seed: Seed, record: bool) -> Turn:
+        self.record = record
+        self.env.reset(seed)
+        return Turn(self.env.observe(), frames=self._film())
+
+    def _execute(self, actions: np.ndarray) -> Turn:
+        frames = []
+        for action in actions:
+            done = self.env.step(action)
+            frames += self._film()
+            if done:
+                return Turn(result=self.env.result(), frames=frames)
+        return Turn(self.env.observe(), frames=frames)
+
+    def _film(self) -> list[np.ndarray]:
+        return [self.env.frame()] if self.record else []
 
 
 class _Slot:
-    """One environment, the episode in it, and what that episode still remembers of earlier chunks."""
+    """A player, the episode that it plays, and what that episode still remembers of earlier chunks."""
 
-    def __init__(self, env: Environment, config: VLAConfig, ensemble_decay: float | None):
-        self.env = env
-        self.config = config
+    def __init__(self, player: Player, config: VLAConfig, ensemble_decay: float | None):
+        self.player, self.config = player, config
+        self.group: Hashable = None
         self.ensembler = None
         if config.ensemble_size > 1:
             self.ensembler = TemporalEnsembler(config.chunk_size, config.ensemble_size, ensemble_decay)
 
-    def start(self, seed: int, record: bool) -> None:
-        self.episode = EpisodeResult(seed)
+    def start(self, seed: Seed, record: bool, crashes: Sequence[str] = ()) -> None:
+        self.episode = EpisodeResult(seed, crashes=list(crashes))
         self.record = record
         if self.ensembler is not None:
             self.ensembler.reset()
-        with self._timed():
-            self.env.reset(seed)
-            self._film()
+        self.player.start(seed, record)
 
-    def observe(self) -> Observation:
-        with self._timed():
-            observation = self.env.observe()
-        self.episode.task = observation["task"]
-        return observation
-
-    def execute(self, chunk: np.ndarray) -> bool:
-        """Act until the next chunk is needed; True if the episode ended."""
+    def execute(self, chunk: np.ndarray) -> None:
+        """Act until the next chunk is needed."""
         if self.ensembler is not None:
             actions = self.ensembler.update(chunk)[None]
         else:
             actions = chunk[: self.config.n_action_steps]
-        with self._timed():
-            for action in self.config.executable(actions):
-                done = self.env.step(action)
-                self._film()
-                if done:
-                    self.episode.result = self.env.result()
-                    return True
-        return False
+        self.player.execute(self.config.executable(actions))
 
-    def _film(self) -> None:
-        if self.record:
-            self.episode.frames.append(self.env.frame())
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
+    def wait(self) -> bool:
+        """Take the turn that was asked for; whether the episode goes on."""
         began = time.perf_counter()
-        yield
-        self.episode.environment_seconds += time.perf_counter() - began
+        try:
+            turn = self.player.wait()
+        except EpisodeCrash as crash:
+            return self._recover(str(crash))
+        finally:
+            self.episode.environment_seconds += time.perf_counter() - began
+        self.episode.frames += turn.frames
+        if turn.result is not None:
+            self.episode.result = turn.result
+            return False
+        self.observation = turn.observation
+        self.episode.task = turn.observation["task"]
+        return True
+
+    def _recover(self, crash: str) -> bool:
+        """The episode once more from its start, in a fresh environment; after its second crash it has ended."""
+        seed, crashes = self.episode.seed, [*self.episode.crashes, crash]
+        tqdm.write(f"episode {seed} crashed{' again' if len(crashes) > 1 else ', trying once more'}: {crash}")
+        self.player.restart()
+        if len(crashes) > 1:
+            self.episode = EpisodeResult(seed, crashes=crashes)
+            return False
+        self.start(seed, self.record, crashes)
+        return self.wait()
 
 
 def rollout(
     policy: Policy,
-    envs: Sequence[Environment],
-    seeds: Sequence[int],
-    record: Collection[int] = (),
+    envs: Sequence[Environment | Player],
+    seeds: Sequence[Seed],
+    record: Collection[Seed] = (),
     ensemble_decay: float | None = None,
     progress: bool = True,
+    group: Callable[[Seed], Hashable] = lambda seed: None,
 ) -> Iterator[EpisodeResult]:
     """Run one episode a seed; give each result the moment it is known, in order of finishing.
 
@@ -140,59 +205,98 @@ def rollout(
     Args:
         policy ([`Policy`]):
             Called once a round with the observations of all unfinished episodes.
-        envs (`Sequence[Environment]`):
+        envs (`Sequence[Environment | Player]`):
             As many as may run side by side. They stay open: closing them is up to the caller.
-        seeds (`Sequence[int]`):
+        seeds (`Sequence[Seed]`):
             The episodes, in the order of starting.
-        record (`Collection[int]`, *optional*, defaults to `()`):
+        record (`Collection[Seed]`, *optional*, defaults to `()`):
             Seeds whose frames are kept in memory (59 MB for 300 steps) and given with the result.
         ensemble_decay (`float`, *optional*):
             See [`TemporalEnsembler`].
         progress (`bool`, *optional*, defaults to `True`):
             Show a progress bar with the success rate so far.
+        group (`Callable`, *optional*):
+            What a seed has in common with others that are cheap to run after it in the same environment: its task.
 
     Raises:
         `ValueError`: at once, for an `ensemble_decay` that would do nothing, or if there is no environment.
+        `EpisodeCrash`: an episode crashed twice, and none before it has ever finished. Later, an episode that
+            crashed twice is given without a `result`.
     """
     if seeds and not envs:
         raise ValueError("no environment to run the episodes in")
     check_decay(policy.config.ensemble_size, ensemble_decay)
-    slots = [_Slot(env, policy.config, ensemble_decay) for env in envs]
-    return _rounds(policy, slots, deque(seeds), record, progress)
+    players = [env if isinstance(env, Player) else Player(env) for env in envs]
+    slots = [_Slot(player, policy.config, ensemble_decay) for player in players]
+    return _rounds(policy, slots, _Queue(seeds, group), record, progress)
+
+
+class _Queue:
+    """Seeds that wait, by group."""
+
+    def __init__(self, seeds: Sequence[Seed], group: Callable[[Seed], Hashable]):
+        self.waiting: dict[Hashable, deque[Seed]] = {}
+        for seed in seeds:
+            self.waiting.setdefault(group(seed), deque()).append(seed)
+        self.untouched = deque(self.waiting)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.waiting.values()))
+
+    def take(self, slot: _Slot) -> Seed:
+        """A seed of the slot's own group, else of one that nobody has begun, else of the one with most to do."""
+        if not self.waiting.get(slot.group):
+            slot.group = self.untouched.popleft() if self.untouched else max(self.waiting, key=self._length)
+        elif slot.group in self.untouched:
+            self.untouched.remove(slot.group)
+        return self.waiting[slot.group].popleft()
+
+    def _length(self, group: Hashable) -> int:
+        return len(self.waiting[group])
 
 
 def _rounds(
-    policy: Policy, idle: list[_Slot], pending: deque[int], record: Collection[int], progress: bool
+    policy: Policy, slots: list[_Slot], queue: _Queue, record: Collection[Seed], progress: bool
 ) -> Iterator[EpisodeResult]:
-    running: list[_Slot] = []
+    waiting: list[_Slot] = []
+
+    def begin(slot: _Slot) -> None:
+        seed = queue.take(slot)
+        slot.start(seed, seed in record)
+        waiting.append(slot)
+
+    for slot in slots[: len(queue)]:
+        begin(slot)
     rounds = successes = finished = 0
-    with tqdm(total=len(pending), unit="episode", disable=not progress) as bar:
-        while True:
-            while idle and pending:
-                seed = pending.popleft()
-                running.append(idle.pop())
-                running[-1].start(seed, seed in record)
-            if not running:
+    with tqdm(total=len(queue) + len(waiting), unit="episode", disable=not progress) as bar:
+        while waiting:
+            ready = []
+            for slot in waiting:  # grows meanwhile: a slot whose episode ends waits for the next one at once
+                if slot.wait():
+                    ready.append(slot)
+                    continue
+                episode = slot.episode
+                if episode.result:
+                    finished += 1
+                    successes += bool(episode.result["success"])
+                elif not finished:
+                    raise EpisodeCrash(f"episode {episode.seed} crashed twice: {episode.crashes[-1]}")
+                if len(queue):
+                    begin(slot)
+                bar.update()
+                yield episode
+            waiting.clear()
+            if not ready:
                 return
 
-            observations = [slot.observe() for slot in running]
             began = time.perf_counter()
-            chunks = policy.predict_action_chunk(observations)
-            share = (time.perf_counter() - began) / len(running)
-
-            still_running = []
-            for slot, chunk in zip(running, chunks, strict=True):
+            chunks = policy.predict_action_chunk([slot.observation for slot in ready])
+            share = (time.perf_counter() - began) / len(ready)
+            for slot, chunk in zip(ready, chunks, strict=True):
                 slot.episode.model_calls += 1
                 slot.episode.model_seconds += share
-                if not slot.execute(chunk):
-                    still_running.append(slot)
-                    continue
-                idle.append(slot)
-                finished += 1
-                successes += bool(slot.episode.result["success"])
-                bar.update()
-                yield slot.episode
-            running = still_running
+                slot.execute(chunk)
+            waiting += ready
             rounds += 1
             # Failures end together, at the time limit: until then only the rounds show that something moves.
-            bar.set_postfix_str(f"success {successes}/{finished}, {len(running)} running, round {rounds}")
+            bar.set_postfix_str(f"success {successes}/{finished}, {len(ready)} running, round {rounds}")

@@ -23,7 +23,7 @@ from vla0_trl.arguments import VLASFTConfig
 from vla0_trl.collator import Row, VLADataCollator
 from vla0_trl.config import CONFIG_NAME, VLAConfig
 from vla0_trl.images import model_inputs
-from vla0_trl.modeling import cast_image_features
+from vla0_trl.modeling import cast_image_features, is_adapter, save_base_fingerprint
 from vla0_trl.policy import VLAPolicy
 from vla0_trl.rollout import Environment, rollout
 from vla0_trl.run_report import EnergyCallback, SpeedCallback
@@ -108,7 +108,9 @@ class VLATrainer(SFTTrainer):
         """Which rows this process saw last: the batch itself may be at fault, or the update by the one before."""
         step, rank = self.state.global_step + 1, self.args.process_index
         rows = {"step": step, "epoch": self.state.epoch, "columns": ["episode_index", "frame_index"]}
-        rows |= {name: r if r is None else r.tolist() for name, r in (("rows", self._rows), ("before", self._previous_rows))}
+        rows |= {
+            name: r if r is None else r.tolist() for name, r in (("rows", self._rows), ("before", self._previous_rows))
+        }
         file = Path(self.args.output_dir, f"not_finite_step{step}_process{rank}.json")
         file.write_text(json.dumps(rows, indent=2) + "\n")
         return file
@@ -131,12 +133,14 @@ class VLATrainer(SFTTrainer):
 
     @contextmanager
     def _marked_whole(self, directory: Path) -> Iterator[None]:
-        """`vla_config.json` is gone while a checkpoint is written, and back once every process has written its part."""
+        """`vla_config.json` is gone while a checkpoint is written, and back once all processes have written theirs."""
         if self.args.should_save:
             (directory / CONFIG_NAME).unlink(missing_ok=True)
         yield
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            if is_adapter(directory):
+                save_base_fingerprint(directory)
             self.vla_config.save_pretrained(directory)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from vla0_trl import __version__
 from vla0_trl.actions import NormStats
 from vla0_trl.config import CONFIG_NAME, VLAConfig
-from vla0_trl.episodes import Episode, SourceInfo
+from vla0_trl.episodes import SourceInfo
 
 SAMPLE_NAME = "sample.png"
 _SAMPLE_FRAMES = 6
@@ -39,7 +40,7 @@ answer in plain text ([VLA-0](https://arxiv.org/abs/2510.13054)); made with vla0
 | robot | {robot} |
 | cameras | {cameras} |
 | action text | {chunk_size} steps × {action_dim} dimensions, integers 0…{num_bins}, {normalization}, {kind} |
-| rejected episodes | {rejected} |
+| episodes left out | {rejected} |
 
 ```
 {command}
@@ -65,7 +66,7 @@ units; `episode_index` counts the source's episodes. `{config_name}` holds what 
 
 def write_card(
     directory: Path,
-    episode: Episode,
+    sample: dict[str, list[bytes]],
     config: VLAConfig,
     info: SourceInfo,
     episodes: int,
@@ -76,11 +77,11 @@ def write_card(
     """Write README.md and the sample picture.
 
     Args:
-        episode (`Episode`): one to show, with encoded frames.
+        sample (`dict[str, list[bytes]]`): camera -> the image files to show.
         episodes, frames (`int`): in the dataset.
         command (`str`): how the conversion was called.
     """
-    sample_picture(episode, config.cameras).save(directory / SAMPLE_NAME)
+    sample_picture(sample, config.cameras).save(directory / SAMPLE_NAME)
     # No `configs` here: load_dataset finds data/train-* by itself, and with `configs` its cache would know a local
     # folder by its name alone: another folder of that name, or one converted again, would give the old rows.
     header = {
@@ -116,14 +117,24 @@ def write_card(
     (directory / "README.md").write_text(f"---\n{front_matter}---\n\n{card}")
 
 
-def sample_picture(episode: Episode, cameras: list[str]) -> Image.Image:
-    """Evenly spaced frames side by side, one line a camera."""
+def sampled_frames(pieces: Iterable[dict[str, list[bytes]]], frames: int) -> dict[str, list[bytes]]:
+    """Evenly spaced frames of an episode's `frames`, which come piece by piece: camera -> image files."""
+    wanted = np.linspace(0, frames - 1, _SAMPLE_FRAMES).astype(int)
+    sample: dict[str, list[bytes]] = {}
+    start = 0
+    for piece in pieces:
+        for camera, encoded in piece.items():
+            inside = wanted[(wanted >= start) & (wanted < start + len(encoded))]
+            sample.setdefault(camera, []).extend(encoded[position - start] for position in inside)
+        start += len(encoded)
+    return sample
+
+
+def sample_picture(sample: dict[str, list[bytes]], cameras: list[str]) -> Image.Image:
+    """Frames side by side, one line a camera."""
     lines = []
     for camera in cameras:
-        frames = episode.images[camera]
-        chosen = [
-            Image.open(io.BytesIO(frames[i])) for i in np.linspace(0, len(frames) - 1, _SAMPLE_FRAMES).astype(int)
-        ]
+        chosen = [Image.open(io.BytesIO(frame)) for frame in sample[camera]]
         width = round(chosen[0].width * _SAMPLE_HEIGHT / chosen[0].height)
         lines.append([frame.convert("RGB").resize((width, _SAMPLE_HEIGHT)) for frame in chosen])
     picture = Image.new("RGB", (max(sum(f.width for f in line) for line in lines), _SAMPLE_HEIGHT * len(lines)))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.conversion.convert import Selection, Source, convert
 from vla0_trl.conversion.staging import ConversionError
-from vla0_trl.episodes import EpisodeError
+from vla0_trl.episodes import EpisodeError, ImageFormat
 
 # What does not change the dataset's content stays out of the command that its card shows.
 _NOT_CONTENT = ("output_dir", "num_proc", "overwrite", "push_to_hub", "public")
@@ -24,7 +25,7 @@ class ConversionParser(argparse.ArgumentParser):
     Args:
         script_doc (`str`): the script's docstring, shown by --help.
         cameras (`list[str]`, *optional*): the source's; None: it says itself which it has.
-        defaults: of `chunk_size`, `num_bins`, `relative_actions` and `use_state`.
+        defaults: of `chunk_size`, `num_bins`, `relative_actions`, `use_state`, and others.
     """
 
     def __init__(self, script_doc: str, cameras: list[str] | None, **defaults: Any):
@@ -41,11 +42,19 @@ class ConversionParser(argparse.ArgumentParser):
             help="what 0…num_bins spans (default: %(default)s)",
         )
         add("--relative_actions", action=flag, help="write action − state (default: %(default)s)")
-        add("--use_state", action=flag, help="write the state into the prompt (default: %(default)s)")
+        default = "if there is one" if defaults.get("use_state") is None else "%(default)s"
+        add("--use_state", action=flag, help=f"write the state into the prompt (default: {default})")
         add("--cameras", type=_names, default=cameras, metavar="A,B", help="which, in this order (default: all)")
         add("--episodes", type=_slice, default=slice(None), metavar="FROM:TO", help="only these of the source: 0:10")
         add("--max_episodes_per_task", type=positive, metavar="N", help="at most N of each task, drawn with --seed")
         add("--seed", type=int, default=0, help="(default: %(default)s)")
+        add(
+            "--image_format",
+            choices=get_args(ImageFormat),
+            default="png",
+            help="of frames that the source does not hold as files; jpeg has quality 95 (default: %(default)s)",
+        )
+        add("--skip_bad_episodes", action="store_true", help="leave bad episodes out, list them in the end")
         add("--num_proc", type=positive, default=1, help="processes; the result is the same (default: %(default)s)")
         add("--overwrite", action="store_true", help="replace what is in output_dir")
         add("--push_to_hub", metavar="USER/NAME", help="upload to this dataset repository; needs `hf auth login`")
@@ -61,25 +70,39 @@ class ConversionParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def config(self, args: argparse.Namespace, **fields: Any) -> VLAConfig:
-        """The config that the flags and a source's own `fields` make; impossible flags end the program."""
+        """The config that the flags and a source's own `fields`, which win, make; impossible flags end the program."""
         names = ("chunk_size", "num_bins", "normalization", "relative_actions", "use_state", "cameras")
         try:
-            return VLAConfig(**{name: getattr(args, name) for name in names}, **fields)
+            return VLAConfig(**{name: getattr(args, name) for name in names} | fields)
         except ValueError as error:
             self.error(str(error))
 
-    def convert(self, args: argparse.Namespace, source: Source, config: VLAConfig) -> Path:
-        """[`convert`] as the flags say."""
+    def selection(self, args: argparse.Namespace, tasks: list[str] | None = None) -> Selection:
+        """Which episodes the flags choose, of `tasks` only if given."""
+        return Selection(args.episodes, args.max_episodes_per_task, args.seed, tasks)
+
+    def convert(
+        self,
+        args: argparse.Namespace,
+        source: Source,
+        config: VLAConfig,
+        tasks: list[str] | None = None,
+        recipe: str = "recipes/sft_pusht.py",
+    ) -> Path:
+        """[`convert`] as the flags say, of `tasks` only if given; `recipe` is what to train with."""
         return convert(
             source,
             config,
             args.output_dir,
-            selection=Selection(args.episodes, args.max_episodes_per_task, args.seed),
+            selection=self.selection(args, tasks),
             num_proc=args.num_proc,
+            image_format=args.image_format,
+            skip_bad=args.skip_bad_episodes,
             overwrite=args.overwrite,
             push_to_hub=args.push_to_hub,
             public=args.public,
             command=self.command(args),
+            recipe=recipe,
         )
 
     def command(self, args: argparse.Namespace) -> str:
@@ -93,8 +116,11 @@ class ConversionParser(argparse.ArgumentParser):
                 continue
             if isinstance(action, argparse.BooleanOptionalAction):
                 words.append(action.option_strings[0 if value else 1])
+            elif value is True:
+                words.append(action.option_strings[0])
             else:
-                words.append(f"{action.option_strings[0]} {_as_word(value)}")
+                values = value if action.nargs == "+" else [_as_word(value)]
+                words.append(" ".join([action.option_strings[0], *(shlex.quote(str(word)) for word in values)]))
         return " \\\n  ".join(words)
 
 
@@ -111,6 +137,37 @@ def command_line_errors(output_dir: Path) -> Iterator[None]:
             file=sys.stderr,
         )
         sys.exit(130)
+
+
+def chosen_tasks(text: str | None, tasks: dict[int, str]) -> list[str] | None:
+    """What `--tasks` chooses of a source's numbered instructions: "0,3" are numbers, all else is a part of their text.
+
+    Raises:
+        ConversionError: none; lists those that there are.
+    """
+    if text is None:
+        return None
+    words = text.split(",")
+    if all(word.isdigit() for word in words):
+        numbers = [int(word) for word in words]
+    else:
+        numbers = [number for number, task in tasks.items() if text.lower() in task.lower()]
+    if not numbers or not tasks.keys() >= set(numbers):
+        listed = "".join(f"\n  {number} {task}" for number, task in tasks.items())
+        raise ConversionError(f"--tasks {text}: the source has these, choose by number or part of the text:{listed}")
+    return [tasks[number] for number in numbers]
+
+
+def chosen_cameras(asked: list[str] | None, cameras: list[str]) -> list[str]:
+    """What `--cameras` chooses of a source's cameras.
+
+    Raises:
+        ConversionError: one that the source has not.
+    """
+    unknown = [camera for camera in asked or [] if camera not in cameras]
+    if unknown:
+        raise ConversionError(f"--cameras {','.join(asked)}: there is no {unknown[0]!r}, the source has {cameras}")
+    return asked or cameras
 
 
 def _normalization(text: str) -> str | list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,8 @@ from tqdm import tqdm
 from vla0_trl.actions import NormStats
 from vla0_trl.chat_dataset import FEATURES
 from vla0_trl.config import VLAConfig
-from vla0_trl.conversion.staging import ConversionError, read_staged, staged_path
-from vla0_trl.episodes import (
-    Episode,
-    EpisodeError,
-    action_windows,
-    chat_columns,
-    frame_sizes,
-    relative_windows,
-)
+from vla0_trl.conversion.staging import ConversionError, read_staged, staged_frames, staged_path
+from vla0_trl.episodes import action_windows, chat_columns, relative_windows
 
 ROW_GROUP_ROWS = 100  # what a reader must decompress to get at one row
 SHARD_BYTES = 400_000_000  # of staged episodes; with the text columns a shard stays below the Hub's usual 500 MB
@@ -37,14 +31,14 @@ def with_statistics(partial: Path, kept: list[int], config: VLAConfig) -> VLACon
 
     def actions() -> Iterator[np.ndarray]:
         for index in kept:
-            episode = read_staged(partial, index, images=False)
+            episode = read_staged(partial, index)
             windows = action_windows(episode.actions, config.chunk_size)
             if config.relative_actions:
                 windows = relative_windows(windows, episode.states)
             yield windows.reshape(-1, config.action_dim)
 
     def states() -> Iterator[np.ndarray]:
-        return (read_staged(partial, index, images=False).states for index in kept)
+        return (read_staged(partial, index).states for index in kept)
 
     config = config.replace(
         action_stats=NormStats.from_batches(actions),
@@ -59,17 +53,12 @@ def with_statistics(partial: Path, kept: list[int], config: VLAConfig) -> VLACon
 
 
 def write_shards(directory: Path, partial: Path, kept: list[int], config: VLAConfig) -> None:
-    """Write `train-*.parquet` into `directory`, one episode in memory at a time.
-
-    Raises:
-        EpisodeError: an episode's frames have another size than the first's.
-    """
+    """Write `train-*.parquet` into `directory`, a piece of an episode in memory at a time."""
     shards = _shards(partial, kept)
-    sizes = frame_sizes(read_staged(partial, kept[0]))
     with tqdm(total=len(kept), desc="writing", unit="episode") as progress:
         for number, shard in enumerate(shards):
             path = directory / f"train-{number:05d}-of-{len(shards):05d}.parquet"
-            _write_shard(path, _episodes(partial, shard, sizes, progress), config)
+            _write_shard(path, _columns(partial, shard, config, progress))
 
 
 def _shards(partial: Path, kept: list[int]) -> list[list[int]]:
@@ -87,28 +76,25 @@ def _shards(partial: Path, kept: list[int]) -> list[list[int]]:
     return shards
 
 
-def _episodes(
-    partial: Path, shard: list[int], sizes: dict[str, tuple[int, int]], progress: tqdm
-) -> Iterator[tuple[int, Episode]]:
+def _columns(partial: Path, shard: list[int], config: VLAConfig, progress: tqdm) -> Iterator[dict[str, list]]:
     for index in shard:
         episode = read_staged(partial, index)
-        if frame_sizes(episode) != sizes:
-            raise EpisodeError(
-                f"{episode.name}: frames are {frame_sizes(episode)} pixels, those of the first episode {sizes}: all "
-                "frames of a camera must have one size; leave the episode out with --episodes"
-            )
-        yield index, episode
+        first_frame = 0
+        for images in staged_frames(partial, index):
+            columns = chat_columns(replace(episode, images=images), config, index, first_frame)
+            first_frame += len(columns["frame_index"])
+            yield columns
         progress.update()
 
 
-def _write_shard(path: Path, episodes: Iterator[tuple[int, Episode]], config: VLAConfig) -> None:
+def _write_shard(path: Path, pieces: Iterator[dict[str, list]]) -> None:
     schema = FEATURES.arrow_schema  # its metadata tells load_dataset that images are images
     rest = schema.empty_table()
     # Without a list, the smallest and largest image of every row group would go into the footer, too.
     with_stats = ["episode_index", "frame_index"]
     with pq.ParquetWriter(path, schema, compression="zstd", write_statistics=with_stats) as writer:
-        for index, episode in episodes:
-            rest = pa.concat_tables([rest, pa.table(chat_columns(episode, config, index), schema=schema)])
+        for columns in pieces:
+            rest = pa.concat_tables([rest, pa.table(columns, schema=schema)])
             whole = len(rest) // ROW_GROUP_ROWS * ROW_GROUP_ROWS
             if whole:
                 writer.write_table(rest.slice(0, whole), row_group_size=ROW_GROUP_ROWS)

@@ -22,7 +22,7 @@ def success_bars(groups: dict[str, Sequence[dict[str, Any]]], names: Sequence[st
     """Success rates with Wilson intervals: a bar a run.
 
     Args:
-        groups (`dict[str, list[dict]]`): label (a task, or `""`) -> `results.aggregate`'s numbers, one a run.
+        groups (`dict[str, list[dict]]`): label (a task, or `""`) -> `metrics.aggregate`'s numbers, one a run.
         names (`list[str]`): of the runs, in the same order.
     """
     bars = [(label, name, index) for label in groups for index, name in enumerate(names)]

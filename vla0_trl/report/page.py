@@ -5,8 +5,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from vla0_trl.metrics import task_label
 from vla0_trl.report import charts
-from vla0_trl.report.summary import Run, Table, offline_table, summary_table, task_table, tasks
+from vla0_trl.report.summary import Run, Table, offline_table, suite_table, suites, summary_table, task_table, tasks
 
 REPORT = "report.html"
 
@@ -53,9 +54,11 @@ code { display: block; padding-left: 4ch; text-indent: -4ch; font: inherit; }
 
 
 def success_figure(runs: list[Run]) -> charts.Figure:
-    """Bars of all runs; where there are several tasks, of each task, too."""
-    by_task = tasks(runs)
-    groups = {"": [run.results for run in runs]} | (by_task if len(by_task) > 1 else {})
+    """Bars of all runs; where there are several suites or else tasks, of each of them, too."""
+    parts = suites(runs)
+    if len(parts) < 2:
+        parts = tasks(runs)
+    groups = {"": [run.results for run in runs]} | (parts if len(parts) > 1 else {})
     return charts.success_bars(groups, [run.name for run in runs])
 
 
@@ -69,7 +72,8 @@ def write_report(path: Path, runs: list[Run], title: str, commands: list[str] | 
     sections = [_cards(runs), _simulator(runs), _open_loop(runs), _training(runs), _videos(runs)]
     sections += [_commands(runs, commands), _provenance(runs)]
     body = "\n".join(section for section in sections if section)
-    task = runs[0].episodes[0]["task"]
+    names = list(dict.fromkeys(episode["task"] for run in runs for episode in run.episodes))
+    task = names[0] if len(names) == 1 else f"{len(names)} tasks"
     page = f"""<!doctype html>
 <html lang="en">
 <head>
@@ -94,27 +98,33 @@ def _cards(runs: list[Run]) -> str:
     cards = []
     for index, run in enumerate(runs):
         low, high = run.results["success_rate_interval"]
+        last = f"{run.results['mean_steps']:.0f} steps an episode"
+        if "mean_max_coverage" in run.results:
+            last = f"mean highest coverage {run.results['mean_max_coverage']:.3f}"
         cards.append(
             f'<div class="card" style="--run: {charts.color(index)}"><h2>{escape(run.name)}</h2>'
             f"<p><b>{100 * run.results['success_rate']:.1f} %</b> success</p>"
             f"<p>{run.results['successes']} of {run.results['num_episodes']} episodes, "
             f"95 % interval {100 * low:.0f} – {100 * high:.0f} %</p>"
-            f"<p>mean highest coverage {run.results['mean_max_coverage']:.3f}</p></div>"
+            f"<p>{last}</p></div>"
         )
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
 def _simulator(runs: list[Run]) -> str:
-    coverages = [[episode["max_coverage"] for episode in run.episodes] for run in runs]
-    threshold = runs[0].results["protocol"]["success_coverage"]
-    strip = charts.coverage_strip(coverages, [run.name for run in runs], threshold)
-    tables = [summary_table([(run.name, run.results) for run in runs]), task_table(runs)]
-    note = (
-        "Success rates have Wilson's interval, coverages a bootstrapped one. An episode's highest coverage counts its "
-        "start, so doing nothing does not give zero. ms/chunk is the model's time divided by the chunks that it gave."
-    )
+    figures = [success_figure(runs)]
+    note = "Success rates have Wilson's interval. ms/chunk is the model's time divided by the chunks that it gave."
+    if all("mean_max_coverage" in run.results for run in runs):
+        coverages = [[episode["max_coverage"] for episode in run.episodes] for run in runs]
+        threshold = runs[0].results["protocol"]["success_coverage"]
+        figures.append(charts.coverage_strip(coverages, [run.name for run in runs], threshold))
+        note += (
+            " Coverages have a bootstrapped one. An episode's highest coverage counts its start, so doing nothing "
+            "does not give zero."
+        )
+    tables = [suite_table(runs), summary_table([(run.name, run.results) for run in runs]), task_table(runs)]
     return (
-        f"<section><h2>In the simulator</h2>{_pictures(success_figure(runs), strip)}"
+        f"<section><h2>In the simulator</h2>{_pictures(*figures)}"
         f"{''.join(_html_table(table) for table in tables if table)}<p class='note'>{note}</p></section>"
     )
 
@@ -143,17 +153,29 @@ def _training(runs: list[Run]) -> str:
 def _videos(runs: list[Run]) -> str:
     figures = []
     for index, run in enumerate(runs):
-        filmed = sorted(filter(run.video, run.episodes), key=lambda episode: episode["max_coverage"])
+        filmed = sorted(filter(run.video, run.episodes), key=_merit)
         shown = {"worst": filmed[:1], "best": filmed[-1:]}
         for label, episode in ((label, shown[label][0]) for label in ("best", "worst") if filmed):
             data = base64.b64encode(run.video(episode).read_bytes()).decode()
             figures.append(
                 f'<figure style="--run: {charts.color(index)}">'
                 f'<video controls autoplay loop muted playsinline src="data:video/mp4;base64,{data}"></video>'
-                f"<figcaption><b>{escape(run.name)}: {label}</b> of {len(filmed)} filmed<br>seed {episode['seed']}, "
-                f"coverage {episode['max_coverage']:.3f}, {episode['steps']} steps</figcaption></figure>"
+                f"<figcaption><b>{escape(run.name)}: {label}</b> of {len(filmed)} filmed<br>{_caption(episode)}, "
+                f"{episode['steps']} steps</figcaption></figure>"
             )
     return f'<section><h2>Episodes</h2><div class="videos">{"".join(figures)}</div></section>' if figures else ""
+
+
+def _merit(episode: dict[str, Any]) -> tuple[float, int]:
+    """The better the larger: coverage where there is one, else success, and that soon."""
+    return episode.get("max_coverage", float(episode["success"])), -episode["steps"]
+
+
+def _caption(episode: dict[str, Any]) -> str:
+    if "max_coverage" in episode:
+        return f"seed {episode['seed']}, coverage {episode['max_coverage']:.3f}"
+    outcome = "success" if episode["success"] else "failure"
+    return f"{escape(task_label(episode))}<br>initial state {episode['seed']}, {outcome}"
 
 
 def _commands(runs: list[Run], commands: list[str] | None) -> str:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vla0_trl.results import RESULTS, VIDEOS, aggregate_tasks, read_episodes
+from vla0_trl.envs.libero_protocol import COLUMNS
+from vla0_trl.metrics import aggregate_suites, aggregate_tasks, mean_rate
+from vla0_trl.results import RESULTS, VIDEOS, read_episodes, video_name
 
 OFFLINE = "offline.json"
 
@@ -34,7 +36,8 @@ class Run:
 
     def video(self, episode: dict[str, Any]) -> Path | None:
         """The film of one of its episodes, if it was filmed."""
-        return next((self.folder / VIDEOS).glob(f"episode_{episode['seed']:06d}_*.mp4"), None)
+        path = self.folder / VIDEOS / video_name(episode)
+        return path if path.is_file() else None
 
 
 def load_runs(folders: list[Path]) -> list[Run]:
@@ -68,19 +71,24 @@ def _load_run(folder: Path, name: str) -> Run:
 
 
 def summary_table(runs: list[tuple[str, dict[str, Any]]]) -> Table:
-    """A row a run, from (name, `results.aggregate`'s numbers)."""
-    header = ["run", "episodes", "success %", "95 %", "max coverage", "95 %", "s/episode", "ms/chunk"]
+    """A row a run, from (name, `metrics.aggregate`'s numbers)."""
+    with_coverage = all("mean_max_coverage" in run for _, run in runs)
+    middle = ["max coverage", "95 %"] if with_coverage else ["steps"]
+    header = ["run", "episodes", "success %", "95 %", *middle, "s/episode", "ms/chunk"]
     rows = []
     for name, run in runs:
-        success, coverage = run["success_rate_interval"], run["mean_max_coverage_interval"]
+        if with_coverage:
+            coverage = run["mean_max_coverage_interval"]
+            middle = [f"{run['mean_max_coverage']:.3f}", f"{coverage[0]:.3f} – {coverage[1]:.3f}"]
+        else:
+            middle = [f"{run['mean_steps']:.0f}"]
         rows.append(
             [
                 name,
                 str(run["num_episodes"]),
                 f"{100 * run['success_rate']:.1f}",
-                f"{100 * success[0]:.1f} – {100 * success[1]:.1f}",
-                f"{run['mean_max_coverage']:.3f}",
-                f"{coverage[0]:.3f} – {coverage[1]:.3f}",
+                _percent_interval(run["success_rate_interval"]),
+                *middle,
                 f"{run['seconds_per_episode']:.2f}",
                 f"{run['ms_per_chunk']:.1f}",
             ]
@@ -88,11 +96,46 @@ def summary_table(runs: list[tuple[str, dict[str, Any]]]) -> Table:
     return header, rows
 
 
+def suite_table(runs: list[Run]) -> Table | None:
+    """Success rates of LIBERO's suites with their intervals, as papers have them; None for other simulators.
+
+    "Avg" is the mean of the papers' four suites, or of those of them that were run; "90" does not enter it.
+    """
+    by_run = [aggregate_suites(run.episodes) for run in runs if "suite" in run.episodes[0]]
+    if len(by_run) < len(runs):
+        return None
+    suites = [suite for suite in COLUMNS if any(suite in numbers for numbers in by_run)]
+    rows = []
+    for run, numbers in zip(runs, by_run, strict=True):
+        parts = [numbers.get(suite) for suite in suites]
+        cells = [_cell(part["success_rate"], part["success_rate_interval"]) if part else "–" for part in parts]
+        averaged = [part for suite, part in numbers.items() if suite != "libero_90"]
+        cells.append(_cell(*mean_rate(averaged)) if averaged else "–")
+        rows.append([run.name, str(len(run.episodes)), *cells])
+    return ["run", "episodes", *(COLUMNS[suite] for suite in suites), "Avg"], rows
+
+
+def _cell(rate: float, interval: tuple[float, float]) -> str:
+    return f"{100 * rate:.1f} ({_percent_interval(interval)})"
+
+
+def _percent_interval(interval: tuple[float, float]) -> str:
+    return f"{100 * interval[0]:.1f} – {100 * interval[1]:.1f}"
+
+
 def tasks(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
     """`aggregate`'s numbers of each run, for each task that all of them have."""
-    by_run = [aggregate_tasks(run.episodes) for run in runs]
-    shared = sorted(set.intersection(*(set(numbers) for numbers in by_run)))
-    return {task: [numbers[task] for numbers in by_run] for task in shared}
+    return _shared([aggregate_tasks(run.episodes) for run in runs])
+
+
+def suites(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
+    """The same for LIBERO's suites; none for other simulators."""
+    libero = all("suite" in run.episodes[0] for run in runs)
+    return _shared([aggregate_suites(run.episodes) for run in runs]) if libero else {}
+
+
+def _shared(by_run: list[dict[str, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    return {name: [numbers[name] for numbers in by_run] for name in by_run[0] if all(name in n for n in by_run)}
 
 
 def task_table(runs: list[Run]) -> Table | None:

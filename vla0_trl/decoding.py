@@ -1,0 +1,244 @@
+"""Decoding of action chunks under `generate()`: the tokens of greedy decoding under the grammar, in fewer passes.
+
+Written text has a known form, and that is used, exactly, in four ways, each of which can be switched off:
+
+- *forced tokens*: what the grammar leaves no choice in is not asked for (a space after a full-width number);
+- *small head*: logits for the dozen tokens that the grammar can ever allow, not for 49k to 152k;
+- *tries*: all possible next tokens, ten digits mostly, are read in the pass that decides which of them it is, so
+  that the pass also tells what comes after it: two tokens for one pass over the weights;
+- *drafts*: a guess of the whole answer is read in one pass, with the prompt, and kept as far as it is right. A row
+  that left its draft rejoins it at the next number. (Speculative decoding, Leviathan et al. 2023, without a
+  draft model.)
+
+Exact means: each token is the argmax over what the grammar allows, of logits that are mathematically those of stock
+greedy decoding. In floating point a pass over several tokens rounds differently from a pass over one, as a batch
+rounds differently from a single row: where two logits agree to the last bits (in bfloat16, to about 1 %), the other
+may win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from vla0_trl.answers import Row, Speller, Tree, pack
+from vla0_trl.grammar import ActionGrammar
+from vla0_trl.passes import MAX_SCRATCH, Passes
+
+# Tokens in a pass up to which tries cost less than the passes that they save. A CPU is out of breath soon (on one core
+# with AVX-512, 12 tokens cost SmolVLM2-500M as much as 1.7 passes over one); a GPU waits for weights until hundreds.
+TRY_TOKENS = {"cpu": 12, "cuda": 512}
+# Devices on which some more tokens in a pass are for nothing: there, what a try forces is read behind it, drafts and
+# tries go together, and a token that was tried is read once more instead of being moved.
+WIDE_DEVICES = {"cuda"}
+# A prompt prefix this short is read again: it costs nothing.
+SHORTEST_PREFIX = 8
+# A GPU's cache comes in these steps, so that its graphs fit prompts of any length.
+CAPACITY_STEP = 128
+# What `generate` prepares for its own loop; the rest of its inputs is for the model.
+GENERATE_ONLY = ("past_key_values", "use_cache", "logits_to_keep")
+
+
+@dataclass
+class DecodingOptions:
+    """What [`ChunkDecoder`] makes use of. None of it changes a token.
+
+    Args:
+        forced_tokens, small_head, tries (`bool`): see the module.
+        reuse_prefix (`bool`): keep keys and values of what precedes the first image. Only for frozen weights; and
+            not to be used where an adapter is switched on and off between chunks.
+        graphs (`bool`): CUDA graphs, on a GPU.
+        compile (`bool`): `torch.compile` the decoder: faster passes on a GPU, after a minute of compiling a shape.
+    """
+
+    forced_tokens: bool = True
+    small_head: bool = True
+    tries: bool = True
+    reuse_prefix: bool = True
+    graphs: bool = True
+    compile: bool = False
+
+
+@dataclass
+class DecodingStats:
+    """Since the last reset: chunks asked for, model passes (the prompt's included), tokens written, of which from a
+    draft; and tokens of drafts that were read."""
+
+    chunks: int = 0
+    passes: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafted tokens that were right; NaN without drafts."""
+        return self.accepted / self.drafted if self.drafted else float("nan")
+
+
+class ChunkDecoder:
+    """To be given to `generate()` as `custom_generate`, with `drafts` beside it; greedy, whatever the config says.
+
+    Args:
+        grammar ([`ActionGrammar`]): of the answers.
+        options ([`DecodingOptions`], *optional*): everything on by default.
+        prefix (`Sequence[int]`, *optional*): ids with which prompts begin, up to the first image: read once for all.
+
+    Attributes:
+        stats ([`DecodingStats`]): may be replaced to start counting anew.
+    """
+
+    def __init__(self, grammar: ActionGrammar, options: DecodingOptions | None = None, prefix: Sequence[int] = ()):
+        self.grammar, self.options, self.prefix = grammar, options or DecodingOptions(), list(prefix)
+        self.stats = DecodingStats()
+        self._speller = Speller(grammar, self.options.forced_tokens)
+        self._passes: Passes | None = None
+        self._prefix: tuple[list[tuple[int, int]], torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        *,
+        logits_processor=None,
+        stopping_criteria=None,
+        generation_config=None,
+        drafts: list[list[int] | None] | None = None,
+        **inputs,
+    ) -> torch.Tensor:
+        """(B, P) prompts, padded on the left -> (B, P + A) with the answers, padded on the right.
+
+        Args:
+            drafts: guesses, one a row, as token ids from the prefix through the end of the turn.
+            inputs: as `generate` prepares them: `attention_mask` (B, P), None without padding; `position_ids`
+                (…, B, P); what else the prompt's pass takes, such as `pixel_values`.
+
+        Raises:
+            ValueError: prompt and answer are longer than the model's positions, or drafts don't match the batch.
+        """
+        prompts, length = input_ids.shape
+        if drafts is not None and len(drafts) != prompts:
+            raise ValueError(f"{len(drafts)} drafts for {prompts} prompts")
+        limit = model.config.get_text_config().max_position_embeddings
+        if length + self.grammar.max_new_tokens > limit:
+            raise ValueError(
+                f"a prompt of {length} tokens and an answer of up to {self.grammar.max_new_tokens} don't fit into the "
+                f"model's {limit} positions: use fewer or smaller images, or shorter chunks"
+            )
+        rows = [Row(self._speller, draft) for draft in (drafts or [None] * prompts)]
+        pad = int(generation_config.pad_token_id)
+        # Not parameters: `generate` would hand over the caller's own beside those that it has prepared.
+        mask, position_ids = inputs.pop("attention_mask"), inputs.pop("position_ids")
+        kept = torch.ones_like(input_ids) if mask is None else mask
+        passes = self._ready(model, prompts, length)
+        self._read_prompt(passes, rows, input_ids, kept.bool(), position_ids, pad, inputs)
+        while not all(row.done for row in rows):
+            self._step(passes, rows, passes.first + length)
+
+        self.stats.chunks += prompts
+        self.stats.tokens += sum(len(row.tokens) for row in rows)
+        self.stats.accepted += sum(row.accepted for row in rows)
+        longest = max(len(row.tokens) for row in rows)
+        answers = [row.tokens + [pad] * (longest - len(row.tokens)) for row in rows]
+        return torch.cat([input_ids, torch.tensor(answers, device=input_ids.device)], 1)
+
+    def _ready(self, model: PreTrainedModel, rows: int, length: int) -> Passes:
+        """A cache for these prompts; on a GPU the last one with its graphs, if it fits."""
+        on_gpu = model.device.type == "cuda"
+        scratch = min(MAX_SCRATCH, 2 * len(self.grammar.token_ids)) if self.options.tries else 0
+        needed = scratch + 1 + length + self.grammar.max_new_tokens
+        kept = self._passes
+        if kept is not None and kept.model is model and kept.rows == rows and kept.capacity >= needed:
+            return kept
+        token_ids = torch.as_tensor(self.grammar.token_ids, device=model.device)
+        passes = Passes(
+            model,
+            token_ids,
+            rows,
+            -(-needed // CAPACITY_STEP) * CAPACITY_STEP if on_gpu else needed,
+            scratch,
+            self.options.small_head,
+            self.options.graphs,
+            self.options.compile,
+        )
+        self._passes = passes if on_gpu else None
+        return passes
+
+    def _read_prompt(self, passes, rows, input_ids, kept, position_ids, pad, inputs) -> None:
+        """The prompt, what is forced at an answer's beginning, and all of the draft, in one pass."""
+        guesses = [row.guess(self.grammar.max_new_tokens) for row in rows]
+        trees = [row.grow(0, False, False, guess) for row, guess in zip(rows, guesses, strict=True)]
+        known = [[fields[0] for fields in tree.fields] for tree in trees]
+        width = max(map(len, known))
+        ids = torch.tensor([tokens + [pad] * (width - len(tokens)) for tokens in known], dtype=torch.int64)
+        # Inputs for each token of the prompt, such as token types, have done their part in the position ids.
+        images = {
+            name: value
+            for name, value in inputs.items()
+            if name not in GENERATE_ONLY and not (torch.is_tensor(value) and value.shape == input_ids.shape)
+        }
+        skip = self._insert_prefix(passes, input_ids, kept, position_ids)
+        if skip:
+            # Left of a row's rest is padding or its own copy of the prefix, neither of which is to be seen.
+            kept = torch.cat([torch.ones_like(kept[:, :skip]), kept[:, :-skip]], 1)
+        logits = passes.prompt(
+            torch.cat([input_ids, ids.to(input_ids.device)], 1), kept, position_ids, skip, width + 1, **images
+        )
+        # A tree begins with an answer's first certain token, the logits with the prompt's last, which is node −1.
+        for row, tree, row_logits in zip(rows, trees, np.roll(logits, -1, axis=1), strict=True):
+            row.follow(tree, row_logits, 0)
+        self._count(trees)
+
+    def _step(self, passes: Passes, rows: list[Row], first: int) -> None:
+        """One pass for all rows that are not done."""
+        active = [row for row in rows if not row.done]
+        budget = TRY_TOKENS.get(passes.device.type, 0) // len(active)
+        wide = passes.device.type in WIDE_DEVICES
+        trees: list[Tree | None] = []
+        for row in rows:
+            if row.done:
+                trees.append(None)
+                continue
+            guess = row.guess(row.window)
+            tokens = len(self.grammar.choices(row.count, row.state)) * (2 if wide else 1)
+            tries = tokens <= passes.scratch and tokens + len(guess) <= budget
+            if not wide:
+                tries = tries and not guess and self._speller.promising(row.count, row.state)
+            trees.append(row.grow(first, tries, wide, guess))
+        logits = passes.step(pack(trees, passes.scratch))
+        for index, (row, tree) in enumerate(zip(rows, trees, strict=True)):
+            if tree is not None:
+                sources, targets = row.follow(tree, logits[index], first, keep_tries=not wide)
+                if sources:
+                    passes.cache.move(index, sources, targets)
+        self._count(trees)
+
+    def _insert_prefix(
+        self, passes: Passes, input_ids: torch.Tensor, kept: torch.Tensor, positions: torch.Tensor
+    ) -> int:
+        """Put the prefix's keys and values into the cache; how many columns that spares, 0 if it can't be done."""
+        width = len(self.prefix)
+        if not self.options.reuse_prefix or width < SHORTEST_PREFIX:
+            return 0
+        weights = list(passes.model.parameters())
+        if any(weight.requires_grad for weight in weights):
+            return 0  # they may change at any time, and some optimizers don't tell torch that they do
+        columns = (~kept).sum(1, keepdim=True) + torch.arange(width, device=kept.device)
+        wanted = torch.tensor(self.prefix, device=kept.device)
+        if int(columns.max()) >= kept.shape[1] or not bool((input_ids.gather(1, columns) == wanted).all()):
+            return 0
+        versions = [(id(weight), weight._version) for weight in weights]
+        if self._prefix is None or self._prefix[0] != versions:
+            places = positions[..., :1, :][..., columns[0]]
+            self._prefix = versions, passes.read_apart(wanted[None], places)
+        passes.insert(self._prefix[1])
+        return width
+
+    def _count(self, trees: list[Tree | None]) -> None:
+        self.stats.passes += 1
+        self.stats.drafted += sum(tree.guesses for tree in trees if tree is not None)

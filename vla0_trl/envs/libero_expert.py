@@ -1,0 +1,181 @@
+"""A scripted expert for libero_object and libero_spatial: it knows where things are, and picks and places by position.
+
+Above the object → down → close → up → over the target → down → open. Position control in proportion to the distance,
+the hand kept upright as it starts. Boxes, cans and bottles are gripped across their middle, bowls at the rim. It is here
+to make real demonstrations without a network, not to be a strong baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vla0_trl.envs.libero import LiberoEnv
+from vla0_trl.envs.libero_protocol import GRIPPER_CLOSED, GRIPPER_OPEN
+
+SUITES = ("libero_object", "libero_spatial")
+_STEP = 0.05  # m that an action of 1 asks for; robosuite: osc_pose.json, output_max
+_TURN = 0.5  # rad, likewise
+_GAIN = 1.6  # of the distance, asked for at once: the controller reaches about half of what it is asked for
+_ABOVE = 0.12  # m
+_CLOSING_STEPS, _OPENING_STEPS = 14, 20  # the fingers take most of them
+_MAX_WIDTH = 0.075  # m; the fingers open to 0.08
+_FINGER = 0.012  # m from the point that is controlled down to the fingers' ends
+
+
+@dataclass
+class Box:
+    """What surrounds an object's collision geometry: float64[3] corners in the world, in metres."""
+
+    low: np.ndarray
+    high: np.ndarray
+
+    @property
+    def center(self) -> np.ndarray:
+        return (self.low + self.high) / 2
+
+    @property
+    def size(self) -> np.ndarray:
+        return self.high - self.low
+
+
+@dataclass
+class Recording:
+    """A demonstration: T observations, each with the action that was taken on it."""
+
+    images: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    states: list[np.ndarray] = field(default_factory=list)
+    actions: list[np.ndarray] = field(default_factory=list)
+
+
+def record_episode(env: LiberoEnv, seed: int) -> Recording | None:
+    """A demonstration from one initial state; None if the expert fails.
+
+    The actions are found first, without drawing, which is most of the time; then they are replayed and recorded.
+    """
+    actions = find_actions(env, seed)
+    if actions is None:
+        return None
+    env.reset(seed)
+    recording = Recording({camera: [] for camera in env.cameras}, actions=actions)
+    for action in actions:
+        observation = env.observe()
+        for camera, image in observation["images"].items():
+            recording.images[camera].append(image)
+        recording.states.append(observation["state"])
+        env.step(action)
+    if not env.success:
+        raise RuntimeError(f"{env.suite} task {env.task_id}, initial state {seed}: a replay ended otherwise")
+    return recording
+
+
+def find_actions(env: LiberoEnv, seed: int) -> list[np.ndarray] | None:
+    """float32[7] each, the last of which makes the task succeed; None if neither side of a bowl can be gripped."""
+    for near in (True, False):
+        env.reset(seed)
+        actions = []
+        for action in pick_and_place(env, near):
+            actions.append(action)
+            if env.step(action):
+                break
+        if env.success:
+            return actions
+    return None
+
+
+def pick_and_place(env: LiberoEnv, near: bool) -> Iterator[np.ndarray]:
+    """The script, one float32[7] after another; the environment is stepped in between by who asks for them.
+
+    Args:
+        near (`bool`): grip a bowl on the side that is nearer to the hand.
+    """
+    thing, target = env.simulator.obj_of_interest
+    hand = _Hand(env)
+    grip = _grip_point(_box(env, thing), hand.position, near)
+    above = grip + [0, 0, _ABOVE]
+    yield from hand.move(above, GRIPPER_OPEN)
+    yield from hand.move(grip, GRIPPER_OPEN, tolerance=0.006)
+    yield from hand.stay(_CLOSING_STEPS, GRIPPER_CLOSED)
+
+    held, goal = _box(env, thing), _box(env, target)
+    below = hand.position[2] - held.low[2]  # how far the thing hangs below the hand
+    offset = hand.position[:2] - held.center[:2]
+    place = np.append(goal.center[:2] + offset, 0.0)
+    # a basket takes things from above its rim, a plate has them set down
+    release = goal.high[2] + below + (0.0 if goal.size[2] > 0.05 else 0.01)
+    travel = max(release, hand.position[2]) + _ABOVE
+    yield from hand.move(np.append(hand.position[:2], travel), GRIPPER_CLOSED)
+    yield from hand.move(place + [0, 0, travel], GRIPPER_CLOSED)
+    yield from hand.move(place + [0, 0, release], GRIPPER_CLOSED)
+    yield from hand.stay(_OPENING_STEPS, GRIPPER_OPEN)
+    yield from hand.move(place + [0, 0, travel], GRIPPER_OPEN)
+
+
+class _Hand:
+    """The end effector, and actions that bring it somewhere."""
+
+    def __init__(self, env: LiberoEnv):
+        self._data = env.simulator.sim.data
+        self._site = env.simulator.robots[0].eef_site_id
+        self._upright = self._rotation
+
+    @property
+    def position(self) -> np.ndarray:
+        return self._data.site_xpos[self._site].copy()
+
+    @property
+    def _rotation(self) -> np.ndarray:
+        return self._data.site_xmat[self._site].reshape(3, 3).copy()
+
+    def move(
+        self, target: np.ndarray, gripper: float, tolerance: float = 0.012, limit: int = 60
+    ) -> Iterator[np.ndarray]:
+        """Towards a point (3,) until it is nearer than `tolerance`, for `limit` steps at most."""
+        for _ in range(limit):
+            error = target - self.position
+            if np.linalg.norm(error) < tolerance:
+                return
+            yield self._action(error, gripper)
+
+    def stay(self, steps: int, gripper: float) -> Iterator[np.ndarray]:
+        """Keep the place while the fingers move."""
+        place = self.position
+        for _ in range(steps):
+            yield self._action(place - self.position, gripper)
+
+    def _action(self, error: np.ndarray, gripper: float) -> np.ndarray:
+        # for small angles, half of the differences across the diagonal is the rotation vector
+        turn = self._upright @ self._rotation.T
+        angles = np.array([turn[2, 1] - turn[1, 2], turn[0, 2] - turn[2, 0], turn[1, 0] - turn[0, 1]]) / 2
+        motion = np.clip(np.concatenate([_GAIN * error / _STEP, angles / _TURN]), -1, 1)
+        return np.append(motion, gripper).astype(np.float32)
+
+
+def _grip_point(box: Box, hand: np.ndarray, near: bool) -> np.ndarray:
+    """Where the hand, whose fingers close along y, takes hold of what is in the box."""
+    point = box.center
+    if box.size[1] > _MAX_WIDTH:  # a bowl: one finger inside
+        point[1] += np.copysign(box.size[1] / 2 - 0.006, hand[1] - point[1]) * (1 if near else -1)
+        point[2] = box.high[2] - 0.015
+    else:  # not deeper than the fingers are long, or the palm pushes
+        point[2] = max(point[2], box.high[2] - 0.04)
+    point[2] = max(point[2], box.low[2] + _FINGER)
+    return point
+
+
+def _box(env: LiberoEnv, name: str) -> Box:
+    """Around all collision geoms of an object."""
+    model, data = env.simulator.sim.model, env.simulator.sim.data
+    root = env.simulator.obj_body_id[name]
+    corners = []
+    for geom in range(model.ngeom):
+        if model.body_rootid[model.geom_bodyid[geom]] != model.body_rootid[root] or not model.geom_contype[geom]:
+            continue
+        center, half = model.geom_aabb[geom][:3], model.geom_aabb[geom][3:]
+        signs = np.stack(np.meshgrid([-1, 1], [-1, 1], [-1, 1]), -1).reshape(-1, 3)
+        rotation = data.geom_xmat[geom].reshape(3, 3)
+        corners.append((center + signs * half) @ rotation.T + data.geom_xpos[geom])
+    corners = np.concatenate(corners)
+    return Box(corners.min(0), corners.max(0))
