@@ -5,7 +5,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
-# Small models are slower, not faster, with more threads than cores.
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test lint
@@ -40,7 +39,7 @@ demo: .venv/installed
 	@printf '\nreport: %s/report.html\n' "$(CURDIR)/$(DEMO)"
 
 test: .venv/installed
-	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadscope $(PYTEST_ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

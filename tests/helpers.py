@@ -26,6 +26,18 @@ def shared_path(relative: str) -> Path:
     return root / relative
 
 
+def libero_assets() -> str:
+    """LIBERO's assets; skips the test where they, the simulator or something to draw with are absent."""
+    pytest.importorskip("libero", reason='LIBERO is not installed: pip install -e ".[libero]"')
+    from vla0_trl.envs.libero_setup import LiberoError, choose_renderer
+
+    try:
+        choose_renderer()
+    except LiberoError as error:
+        pytest.skip(str(error))
+    return str(shared_path("data/libero/assets"))
+
+
 def load_script(relative: str) -> ModuleType:
     """A script of the repository as a module, without running its main()."""
     spec = importlib.util.spec_from_file_location(Path(relative).stem, REPOSITORY / relative)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, TrainerCallback
 from trl import ModelConfig
+from trl.kernels import chunked_logprob
 
 from vla0_trl.actions import NormStats
 from vla0_trl.arguments import DataArguments, VLASFTConfig
@@ -27,6 +28,9 @@ from vla0_trl.training import VLATrainer
 
 GIB = 2**30
 CARD = 12 * GIB
+# The loss keeps one tile of bf16 logits on a GPU, but several in float32 on a CPU. So the CPU gets a small tile, and the
+# GPU's is added to the estimate.
+_CPU_TOKEN_CHUNK = 16
 PARTS = ("weights", "gradients", "optimizer", "activations")
 Plan = tuple[DataArguments, VLASFTConfig, ModelConfig]
 
@@ -69,7 +73,7 @@ def random_checkpoint(source: str, folder: Path, dtype: torch.dtype, layers: tup
     """
     backbone = AutoConfig.from_pretrained(source)
     if layers is not None:
-        text, vision = depth_fields(backbone)
+        text, vision = _depth_fields(backbone)
         setattr(backbone.text_config, text, layers[0])
         setattr(backbone.vision_config, vision, layers[1])
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -78,16 +82,96 @@ def random_checkpoint(source: str, folder: Path, dtype: torch.dtype, layers: tup
     AutoProcessor.from_pretrained(source, backend="torchvision").save_pretrained(folder)
 
 
-def depth_fields(backbone: PreTrainedConfig) -> tuple[str, str]:
+def _depth_fields(backbone: PreTrainedConfig) -> tuple[str, str]:
     """How the configs of language model and image encoder call their depth."""
     return "num_hidden_layers", "depth" if backbone.model_type.startswith("qwen") else "num_hidden_layers"
 
 
 def measure(plan: Plan, kind: str, rows: int = 256) -> dict[str, float]:
-    """Train the plan's model for its `max_steps`, and say where the memory went, in GiB, and samples/s.
+    """Train the plan's model on a GPU for its `max_steps`: where the memory went, in GiB, and samples/s."""
+    trainer, parts = _trainer(plan, kind, rows)
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    figures = parts.sizes | {"activations": torch.cuda.max_memory_allocated() - sum(parts.sizes.values())}
+    figures |= {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    batch = plan[1].per_device_train_batch_size * plan[1].gradient_accumulation_steps
+    seconds = (parts.ends[-1] - parts.ends[0]) / (len(parts.ends) - 1)
+    return {f"{name}_gib": size / GIB for name, size in figures.items()} | {"samples_per_second": batch / seconds}
 
-    On a GPU the peaks are the allocator's own; on a CPU they are summed up from the profiler's allocations.
+
+def estimate(plan: Plan, kind: str, source: str, folder: Path) -> dict[str, float]:
+    """What [`measure`] would find, without a GPU or the memory: from models of one and two layers on a CPU.
+
+    What is kept from step to step, and for the backward pass, grows linearly with the depth of language model and
+    image encoder, the latter with the batch, too; so a few shallow models, with one and two samples, tell the whole
+    one's figures. Kernels differ between CPU and GPU, and so does what they keep: an estimate.
+
+    Args:
+        folder: for the shallow models.
     """
+    backbone = AutoConfig.from_pretrained(source)
+    text, vision = _depth_fields(backbone)
+    depth = getattr(backbone.text_config, text), getattr(backbone.vision_config, vision)
+    batch = plan[1].per_device_train_batch_size
+    found: dict[tuple[int, int, int], dict[str, int]] = {}
+    usual, chunked_logprob.TOKEN_CHUNK_SIZE = chunked_logprob.TOKEN_CHUNK_SIZE, _CPU_TOKEN_CHUNK
+    try:
+        for layers in ((1, 1), (2, 1), (1, 2)):
+            target = folder / "x".join(map(str, layers))
+            random_checkpoint(source, target, _dtype(plan[2]), layers)
+            for size in (1, 2):
+                training = replace(plan[1], per_device_train_batch_size=size)
+                small = (plan[0], training, replace(plan[2], model_name_or_path=str(target)))
+                found[*layers, size] = _measure_on_cpu(small, kind)
+    finally:
+        chunked_logprob.TOKEN_CHUNK_SIZE = usual
+
+    def whole(name: str, size: int) -> float:
+        shallow = found[1, 1, size][name]
+        of_text, of_vision = found[2, 1, size][name] - shallow, found[1, 2, size][name] - shallow
+        return shallow + (depth[0] - 1) * of_text + (depth[1] - 1) * of_vision
+
+    figures = {name: whole(name, 1) for name in PARTS[:-1]}
+    kept = whole("kept", 1) + (batch - 1) * (whole("kept", 2) - whole("kept", 1))
+    passing = found[1, 1, 1]["passing"] + (batch - 1) * (found[1, 1, 2]["passing"] - found[1, 1, 1]["passing"])
+    head = usual * backbone.get_text_config().vocab_size * torch.bfloat16.itemsize
+    figures["activations"] = kept + passing + head
+    return {f"{name}_gib": size / GIB for name, size in (figures | {"peak": sum(figures.values())}).items()}
+
+
+def _measure_on_cpu(plan: Plan, kind: str) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer; `kept` for a backward pass, and `passing` during it."""
+    trainer, parts = _trainer(plan, kind, rows=8)
+    for name in ("training_step", "compute_loss"):
+        setattr(trainer, name, _recorded(getattr(trainer, name), name))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.train()
+    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
+        profiler.export_chrome_trace(trace.name)  # the only public place with every allocation and release in order
+        events = json.loads(Path(trace.name).read_text())["traceEvents"]
+    times, changes = zip(
+        *sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"), strict=True
+    )
+    allocated = np.cumsum(changes)
+    # The last of them: gradients and optimizer state are there, and are counted on their own.
+    step, forward = (
+        max((e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == name and "dur" in e)
+        for name in ("training_step", "compute_loss")
+    )
+    begun, ready, done = np.searchsorted(times, (forward[0], forward[1], step[1]))
+    kept = allocated[ready - 1] - allocated[begun - 1]
+    return parts.sizes | {"kept": int(kept), "passing": int(allocated[ready - 1 : done].max() - allocated[ready - 1])}
+
+
+def _recorded(function: Callable, name: str) -> Callable:
+    def call(*args, **kwargs):
+        with record_function(name):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _trainer(plan: Plan, kind: str, rows: int) -> tuple[VLATrainer, _PartsCallback]:
     data, training, model_args = plan
     dataset, config = synthetic_dataset(kind, rows)
     config = align_config(dataset, config, **data.overrides())
@@ -103,55 +187,7 @@ def measure(plan: Plan, kind: str, rows: int = 256) -> dict[str, float]:
     )
     parts = _PartsCallback()
     trainer.add_callback(parts)
-    on_gpu = training.device.type == "cuda"
-    profiler = nullcontext() if on_gpu else profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    with profiler:
-        trainer.train()
-    tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
-    weights = sum(tensor.nbytes for tensor in tensors)
-    if on_gpu:
-        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    else:
-        peak = reserved = weights + _profiled_peak(profiler)
-    figures = {"weights": weights, "gradients": parts.gradients, "optimizer": parts.optimizer}
-    figures |= {"activations": peak - sum(figures.values()), "peak": peak, "reserved": reserved}
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    seconds = (parts.ends[-1] - parts.ends[0]) / (len(parts.ends) - 1)
-    return {f"{name}_gib": size / GIB for name, size in figures.items()} | {"samples_per_second": batch / seconds}
-
-
-def estimate(plan: Plan, kind: str, source: str, folder: Path) -> dict[str, float]:
-    """What [`measure`] would find, without a GPU or the memory: from models of one and two layers, one and two
-    samples.
-
-    Memory grows linearly with the depth of language model and image encoder, and activations with the batch, so a few
-    shallow models tell the whole one's figures. Kernels differ between CPU and GPU, and so does what they keep: an
-    estimate.
-    """
-    backbone = AutoConfig.from_pretrained(source)
-    text, vision = depth_fields(backbone)
-    depth = getattr(backbone.text_config, text), getattr(backbone.vision_config, vision)
-    batch = plan[1].per_device_train_batch_size
-    by_batch = {1: {}, 2: {}}
-    for layers in ((1, 1), (2, 1), (1, 2)):
-        target = folder / "x".join(map(str, layers))
-        random_checkpoint(source, target, _dtype(plan[2]), layers)
-        for size, found in by_batch.items():
-            training = replace(plan[1], per_device_train_batch_size=size)
-            found[layers] = measure(
-                (plan[0], training, replace(plan[2], model_name_or_path=str(target))), kind, rows=8
-            )
-    one, two = (
-        {name: _extrapolate(found, name, depth) for name in found[1, 1] if name != "samples_per_second"}
-        for found in by_batch.values()
-    )
-    return {name: one[name] + (batch - 1) * (two[name] - one[name]) for name in one}
-
-
-def _extrapolate(found: dict[tuple[int, int], dict[str, float]], name: str, depth: tuple[int, int]) -> float:
-    shallow = found[1, 1][name]
-    text, vision = found[2, 1][name] - shallow, found[1, 2][name] - shallow
-    return shallow + (depth[0] - 1) * text + (depth[1] - 1) * vision
+    return trainer, parts
 
 
 def build(plan: Plan, source: str, folder: Path) -> Plan:
@@ -174,31 +210,22 @@ def cap_at_card(card: int = CARD) -> float:
 
 
 class _PartsCallback(TrainerCallback):
-    """Sizes of what lives from step to step, and when each step ended."""
+    """Bytes of what lives from step to step, and when each step ended."""
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def __init__(self):
+        self.sizes: dict[str, int] = {}
         self.ends: list[float] = []
-        if args.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        self.gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        self.sizes["weights"] = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        self.sizes["gradients"] = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
 
     def on_step_end(self, args, state, control, optimizer, **kwargs):
         tensors = torch.utils._pytree.tree_leaves(optimizer.state_dict()["state"])
-        self.optimizer = sum(tensor.nbytes for tensor in tensors if torch.is_tensor(tensor))
+        self.sizes["optimizer"] = sum(tensor.nbytes for tensor in tensors if torch.is_tensor(tensor))
         if args.device.type == "cuda":
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
-
-
-def _profiled_peak(profiler: profile) -> int:
-    """The most that was allocated on the CPU at once since the profiler began."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
-        profiler.export_chrome_trace(trace.name)  # the only public place with every allocation and release in order
-        events = json.loads(Path(trace.name).read_text())["traceEvents"]
-    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
-    return max(0, *np.cumsum([size for _, size in sorted(changes)]).tolist())
 
 
 def _dtype(model_args: ModelConfig) -> torch.dtype:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 FIELDS = 5
 MAX_SCRATCH = 62
 # Captured passes are as wide as the next of these: a graph has fixed shapes.
-GRAPH_WIDTHS = (2, 4, 8, 16, 32, 64, 128, 256)
+GRAPH_WIDTHS = (2, 4, 8, 16, 32, 64, 128)
 
 
 class SlotCache(Cache):
@@ -77,8 +77,8 @@ class Passes:
         rows, capacity: size of the cache.
         scratch: slots for tries.
         small_head: multiply with the rows of the LM head that are wanted, not with all and then select.
-        graphs: capture passes as CUDA graphs; ignored elsewhere.
-        compile: compile the decoder as well (a minute, once a shape).
+        graphs: capture passes as CUDA graphs; ignored elsewhere, where shapes change with every pass.
+        compile: compile the decoder as well (a minute, once a width); needs graphs.
     """
 
     def __init__(
@@ -93,8 +93,9 @@ class Passes:
         compile: bool = False,
     ):
         self.model, self.device = model, model.device
+        graphs = graphs and self.device.type == "cuda"
         self.decoder = model.get_decoder()
-        self._step = torch.compile(self.decoder, dynamic=False) if compile else self.decoder
+        self._step = torch.compile(self.decoder, dynamic=False) if compile and graphs else self.decoder
         self.cache = SlotCache(self.decoder.config.num_hidden_layers, rows, capacity, self.device)
         self.scratch, self.first = scratch, scratch + 1
         self.rows, self.capacity = rows, capacity
@@ -110,7 +111,7 @@ class Passes:
         head = model.get_output_embeddings()
         self._small_head = small_head and type(head) is nn.Linear
         self._weight, self._bias = self._head_rows()
-        self._use_graphs = graphs and self.device.type == "cuda"
+        self._use_graphs = graphs
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
 
     def prompt(

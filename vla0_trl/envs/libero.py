@@ -128,7 +128,6 @@ class LiberoEnv:
         if not 0 <= seed < len(self._states):
             raise ValueError(f"{self.suite} task {self.task_id} has initial states 0 to {len(self._states) - 1}")
         self.seed = seed
-        self._rng = np.random.default_rng([SEED, seed])
         np.random.seed(SEED + seed)  # where fixtures stand; robosuite draws from the global generator
         while True:
             try:
@@ -148,7 +147,7 @@ class LiberoEnv:
         """As ControlEnv.regenerate_obs_from_state does it, with the perturbation in between."""
         sim = self.simulator.sim
         sim.set_state_from_flattened(state)
-        self.perturbation.change_state(self, self._rng)
+        self.perturbation.change_state(self, np.random.default_rng([SEED, self.seed]))
         sim.forward()
         self.simulator._post_process()
         self.simulator._update_observables(force=True)
@@ -198,7 +197,9 @@ class LiberoEnv:
         if camera not in self._drawn:
             sim = self.simulator.sim
             picture = sim.render(camera_name=camera, width=IMAGE_SIZE, height=IMAGE_SIZE)
-            self._drawn[camera] = self.perturbation.image(np.ascontiguousarray(picture[ROTATION]), self._rng)
+            # of this picture alone: noise must not depend on how many others were drawn, for a video perhaps
+            rng = np.random.default_rng([SEED, self.seed, self.steps, list(CAMERAS.values()).index(camera)])
+            self._drawn[camera] = self.perturbation.image(np.ascontiguousarray(picture[ROTATION]), rng)
         return self._drawn[camera]
 
     def result(self) -> dict[str, Any]:

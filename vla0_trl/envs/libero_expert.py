@@ -1,8 +1,8 @@
 """A scripted expert for libero_object and libero_spatial: it knows where things are, and picks and places by position.
 
 Above the object → down → close → up → over the target → down → open. Position control in proportion to the distance,
-the hand kept upright as it starts. Boxes, cans and bottles are gripped across their middle, bowls at the rim. It is here
-to make real demonstrations without a network, not to be a strong baseline.
+the hand kept upright as it starts. Boxes, cans and bottles are gripped across their middle, bowls at the rim. It is
+here to make real demonstrations without a network, not to be a strong baseline.
 """
 
 from __future__ import annotations
@@ -94,23 +94,22 @@ def pick_and_place(env: LiberoEnv, near: bool) -> Iterator[np.ndarray]:
     thing, target = env.simulator.obj_of_interest
     hand = _Hand(env)
     grip = _grip_point(_box(env, thing), hand.position, near)
-    above = grip + [0, 0, _ABOVE]
-    yield from hand.move(above, GRIPPER_OPEN)
+    yield from hand.move(np.append(grip[:2], grip[2] + _ABOVE), GRIPPER_OPEN)
     yield from hand.move(grip, GRIPPER_OPEN, tolerance=0.006)
     yield from hand.stay(_CLOSING_STEPS, GRIPPER_CLOSED)
 
     held, goal = _box(env, thing), _box(env, target)
     below = hand.position[2] - held.low[2]  # how far the thing hangs below the hand
     offset = hand.position[:2] - held.center[:2]
-    place = np.append(goal.center[:2] + offset, 0.0)
+    place = goal.center[:2] + offset
     # a basket takes things from above its rim, a plate has them set down
     release = goal.high[2] + below + (0.0 if goal.size[2] > 0.05 else 0.01)
     travel = max(release, hand.position[2]) + _ABOVE
     yield from hand.move(np.append(hand.position[:2], travel), GRIPPER_CLOSED)
-    yield from hand.move(place + [0, 0, travel], GRIPPER_CLOSED)
-    yield from hand.move(place + [0, 0, release], GRIPPER_CLOSED)
+    yield from hand.move(np.append(place, travel), GRIPPER_CLOSED)
+    yield from hand.move(np.append(place, release), GRIPPER_CLOSED)
     yield from hand.stay(_OPENING_STEPS, GRIPPER_OPEN)
-    yield from hand.move(place + [0, 0, travel], GRIPPER_OPEN)
+    yield from hand.move(np.append(place, travel), GRIPPER_OPEN)
 
 
 class _Hand:

@@ -32,14 +32,12 @@ IMAGE_SIZE = 256  # px; what the demonstrations were rendered again at for train
 # Both cameras turned by 180° before anything else, as in the datasets: robosuite's frames begin with the lowest line
 # (that is one flip), and OpenVLA's conversion mirrored them as well.
 ROTATION = (slice(None, None, -1), slice(None, None, -1))
-# A policy's camera -> the simulator's: the names of HuggingFaceVLA/libero (observation.images.image and .image2),
-# of physical-intelligence/libero (image, wrist_image), and of LIBERO's own HDF5 files.
+# A policy's camera -> the simulator's: the names of HuggingFaceVLA/libero (observation.images.image and .image2), and
+# of physical-intelligence/libero (image, wrist_image).
 CAMERAS = {
     "image": "agentview",
     "image2": "robot0_eye_in_hand",
     "wrist_image": "robot0_eye_in_hand",
-    "agentview_rgb": "agentview",
-    "eye_in_hand_rgb": "robot0_eye_in_hand",
 }
 DEFAULT_CAMERAS = ("image", "image2")
 ACTION_DIM = 7  # Δposition, Δrotation (axis-angle), each in [-1, 1] of the controller's range, and the gripper

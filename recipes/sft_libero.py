@@ -1,0 +1,22 @@
+"""Fine-tune a vision-language model to drive LIBERO's robot arm by writing numbers.
+
+The full recipe (VLA-0-Smol's), on the four suites' demonstrations from the Hub:
+
+    python data_prep/convert_lerobot.py --source HuggingFaceVLA/libero --output_dir data/libero
+    accelerate launch recipes/sft_libero.py
+
+Another recipe, and any field of it on the command line:
+
+    accelerate launch recipes/sft_libero.py --config recipes/libero/lora.yaml --dataset_name USER/DATASET --lora_r 16
+    accelerate launch recipes/sft_libero.py --config recipes/libero/debug.yaml --max_steps 30
+
+The same command again continues where it was stopped. Fields: TRL's SFTConfig and ModelConfig, and those of
+`vla0_trl/arguments.py`; `--help` lists them all. The simulator is not needed: eval/eval_libero.py has it.
+"""
+
+from pathlib import Path
+
+from vla0_trl.recipe import main
+
+if __name__ == "__main__":
+    main(Path(__file__).parent / "libero" / "full.yaml", __doc__)
