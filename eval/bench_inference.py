@@ -3,7 +3,7 @@
     python eval/bench_inference.py --models nano smolvlm2-500m --json bench.json
     python eval/bench_inference.py --models smolvlm2-500m qwen2.5-vl-3b --dtype bfloat16 --compile --json gpu.json
 
-(a) stock `generate()` that allows digits and spaces only, as VLA-0 does; (b) stock with xgrammar's automaton, if that is
+(a) stock `generate()` that allows digits and spaces only, as VLA-0 does; (b) stock with xgrammar's automaton, if it is
 installed; (c) ours; (d) ours with drafts from the step before, as when every step asks again. Weights are random: what
 is measured does not depend on what is said, but for (d). There a recorded PushT episode says where drafts are wrong: a
 draft is the model's own answer, off by as many bins in as many places as the recorded chunk of the step before is off
@@ -152,8 +152,7 @@ def open_tokens(speller: Speller, answer: list[int]) -> int:
     """Tokens of an answer that the grammar does not force: passes that one-by-one decoding can't do without."""
     row, count = Row(speller), 0
     while not row.done:
-        row._write(speller.column[answer[len(row.tokens)]])
-        row._write_forced(None, {})
+        row.write(speller.column[answer[len(row.tokens)]])
         count += 1
     return count
 
@@ -179,7 +178,11 @@ def bench(name: str, size: int, policy: VLAPolicy, args: argparse.Namespace) -> 
     device, rng = policy.model.device, np.random.default_rng(0)
     observations, chunks, drafts = record(policy.config, (args.chunks + args.warmup) * size)
     make_xgrammar, timings, speller = xgrammar_processor(policy), {}, Speller(policy.grammar)
-    decoders = {key: ChunkDecoder(policy.grammar, args.decoding, policy.decoder.prefix) for key in ("c", "d", "d±")}
+    decoders = {
+        key: ChunkDecoder(policy.grammar, args.decoding, policy.decoder.prefix)
+        for key in ("c", "d", "d±")
+        if key in args.variants
+    }
     wrong, needed, written, answers = dict.fromkeys(decoders, 0), [], [], []
 
     def generate(inputs, **options):
@@ -189,6 +192,7 @@ def bench(name: str, size: int, policy: VLAPolicy, args: argparse.Namespace) -> 
         batch = slice(turn * size, (turn + 1) * size)
         inputs = policy._inputs(observations[batch])
         length = inputs["input_ids"].shape[1]
+        policy.generation_config.max_new_tokens = policy.grammar.max_new_tokens
         stock = generate(inputs, logits_processor=[ActionGrammarLogitsProcessor(grammar=policy.grammar)])[:, length:]
         expected = [row[: row.index(policy.chat.end_of_turn_id) + 1] for row in stock.tolist()]
         if turn == args.warmup:
@@ -205,11 +209,12 @@ def bench(name: str, size: int, policy: VLAPolicy, args: argparse.Namespace) -> 
             for key, jitter in (("d", 0), ("d±", args.jitter)):
                 integers = (own + rng.integers(-jitter, jitter + 1, own.shape)).clip(0, policy.grammar.num_bins)
                 guesses[key].append(policy.chat.encode_answer(integers)[0])
+        policy.generation_config.max_new_tokens = stock.shape[1]  # (a) has no end
         calls = {"a": {"logits_processor": LogitsProcessorList([DigitsAndSpaces(policy)])}}
-        calls["a"]["max_new_tokens"] = stock.shape[1]
         if make_xgrammar is not None:
             calls["b"] = {"logits_processor": LogitsProcessorList([make_xgrammar()])}
         calls |= {key: {"custom_generate": decoder, "drafts": guesses.get(key)} for key, decoder in decoders.items()}
+        calls = {key: options for key, options in calls.items() if key in args.variants}
         for key in [*calls][turn % len(calls) :] + [*calls][: turn % len(calls)]:
             began = clock(device)
             output = generate(policy._inputs(observations[batch]), **calls[key])[:, length:]
@@ -263,6 +268,7 @@ def main() -> None:
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all that fit")
     add("--batch_sizes", nargs="+", type=int, default=[1, 16])
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all; (c) always")
     add("--chunks", type=int, default=8, help="timed calls a variant (default: %(default)s)")
     add("--warmup", type=int, default=2, help="calls before that; captures and compiles (default: %(default)s)")
     add("--device", help="default: a GPU if there is one")
@@ -276,6 +282,7 @@ def main() -> None:
     add("--compile", action="store_true", help="torch.compile ours as well (on a GPU)")
     add("--json", type=Path, metavar="FILE", help="write the table, versions and ratios (the first model's, and all)")
     args = parser.parse_args()
+    args.variants = {"c", *args.variants}
     args.decoding = DecodingOptions(compile=args.compile)
     device, dtype = resolve_device(args.device, args.dtype)
     rows, skipped = [], {}

@@ -70,7 +70,7 @@ def policy(request):
 
 @pytest.fixture(autouse=True, params=["narrow", "wide"])
 def device_kind(request, monkeypatch) -> str:
-    """What the decoder does on a CPU, and what it would do on a GPU; tries also where a batch is too large for them."""
+    """What the decoder does on a CPU, and would do on a GPU; with tries even where a batch is too large for them."""
     monkeypatch.setitem(decoding.TRY_TOKENS, "cpu", 512)
     monkeypatch.setattr(decoding, "WIDE_DEVICES", {"cpu"} if request.param == "wide" else set())
     return request.param
@@ -138,6 +138,9 @@ def test_drafts_never_change_an_answer(policy, kinds):
     batch = observations(len(kinds), seed=3)
     expected = generate(policy, batch)
     drafts = [draft_like(policy, answer(policy, row), kind) for row, kind in zip(expected, kinds, strict=True)]
+    without = ChunkDecoder(policy.grammar, DecodingOptions(drafts=False))
+    assert torch.equal(generate(policy, batch, custom_generate=without, drafts=drafts), expected)
+    assert without.stats.drafted == 0
     for tries in (True, False):
         decoder = ChunkDecoder(policy.grammar, DecodingOptions(tries=tries))
         assert torch.equal(generate(policy, batch, custom_generate=decoder, drafts=drafts), expected)
@@ -264,8 +267,7 @@ def test_a_draft_is_left_and_rejoined(policy):
         guess = [speller.token_ids[column] for column in row.guess(64)]
         on_draft[len(row.tokens)] = bool(guess)
         assert ids[ids.index(end) + 1 - len(guess) : ids.index(end) + 1] == guess
-        row._write(speller.column[answer[len(row.tokens)]])
-        row._write_forced(None, {})
+        row.write(speller.column[answer[len(row.tokens)]])
     assert row.tokens == answer[: answer.index(end) + 1]
     number = policy.chat.encode_answer([511, 3])[0].index(end)  # tokens up to the 3 of 358
     assert on_draft.pop(number + 1) is False

@@ -148,3 +148,21 @@ def test_rows_are_independent_and_reset_forgets(backbone):
     first = logits(torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, len(processor.tokenizer)))
     logits.reset()
     assert torch.equal(first, logits(torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, len(processor.tokenizer))))
+
+
+def test_choices_on_the_host_are_what_the_processor_allows():
+    for tokens, prefix in ((MULTI, " "), (MULTI, ""), ([*DIGITS, "Ġ5", "Ġ51"], "")):
+        chat = Chat(multi_digit_tokenizer(tokens), prefix)
+        grammar = ActionGrammar(chat, 4, 511)
+        rng = np.random.default_rng(0)
+        for _ in range(40):
+            processor, sequence = ActionGrammarLogitsProcessor(grammar=grammar), [0]
+            count, state = grammar.initial_count, grammar.initial_state
+            while state != grammar.done:
+                scores = processor(torch.tensor([sequence]), torch.zeros(1, len(chat.tokenizer)))
+                choices = grammar.choices(count, state)
+                ids = grammar.token_ids[choices].tolist()
+                assert ids == scores[0].isfinite().nonzero().flatten().tolist()
+                column = rng.choice(choices)
+                sequence.append(int(grammar.token_ids[column]))
+                count, state = count + grammar.finishes[column], grammar.next_state[state, column]

@@ -10,11 +10,12 @@ import vla0_trl
 PACKAGE = Path(vla0_trl.__file__).parent
 # Each module may import from those before it.
 ORDER = """
-actions config chat tokenization images grammar collator nano modeling ensembling policy rollout workers
+actions config chat tokenization images grammar collator nano modeling ensembling
+passes answers decoding policy rollout workers
 episodes chat_dataset conversion.staging conversion.shards conversion.card conversion.convert conversion.cli
 sources.video sources.parquet_images sources.lerobot_meta sources.lerobot sources.lerobot_hub sources.libero_hdf5
 inspection
-arguments run_report training recipe metrics results evaluation libero_evaluation
+arguments run_report training recipe memory metrics results evaluation libero_evaluation
 offline report.summary report.charts report.page
 """.split()  # noqa: SIM905
 

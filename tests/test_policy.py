@@ -141,6 +141,43 @@ def test_select_action_replays_a_chunk_and_then_asks_again(policy):
     assert calls[-1][0] is second
 
 
+def test_stock_generate_gives_the_same_chunks(policy):
+    batches = [observations(size, seed=size) for size in (1, 3, 1)]
+    fast = [policy.predict_action_chunk(batch) for batch in batches]
+    policy.decoder = None
+    for batch, chunks in zip(batches, fast, strict=True):
+        assert np.array_equal(policy.predict_action_chunk(batch), chunks)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_last_chunk_of_an_episode_is_a_draft_of_its_next(policy, relative):
+    """In environment units: counted from another state, the same actions are other numbers."""
+    policy = VLAPolicy(
+        policy.model, policy.processor, policy.config.replace(relative_actions=relative, n_action_steps=1)
+    )
+    first, second = observations(2)
+    drafts, encode = [], policy.actions.to_integers
+    policy.actions.to_integers = lambda chunk, state: drafts.append((chunk, state)) or encode(chunk, state)
+    (chunk,) = policy.predict_action_chunk([{**first, "episode": 7}])
+    assert len(drafts) == relative
+    if relative:  # nothing is known yet: it may stay where it is
+        np.testing.assert_allclose(drafts[0][0], np.tile(first["state"], (3, 1)))
+    drafts.clear()
+    policy.predict_action_chunk([{**second, "episode": 8}, {**second, "episode": 7}])
+    assert len(drafts) == 1 + relative
+    np.testing.assert_array_equal(drafts[-1][0], chunk[[1, 2, 2]])
+    np.testing.assert_array_equal(drafts[-1][1], second["state"])
+    policy.reset()
+    drafts.clear()
+    policy.predict_action_chunk([{**second, "episode": 7}])
+    assert len(drafts) == relative
+
+
+def test_another_chunk_than_the_grammars_raises(policy):
+    with pytest.raises(ValueError, match=r"writes 6 integers in 0…511, the config wants 8 in 0…511"):
+        policy.config = policy.config.replace(chunk_size=4)
+
+
 def test_ensembling_asks_at_every_step_and_averages(policy):
     policy.config = policy.config.replace(ensemble_size=2)
     policy.reset()

@@ -6,6 +6,7 @@ Everything runs for real over gloo: DDP on one and two machines, DeepSpeed's ZeR
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -138,6 +139,14 @@ def test_two_machines_are_one_run(single_lora, dot_dataset, tmp_path):
     assert not any(machine.returncode for machine in machines), printed[0][-2000:] + printed[1][-2000:]
     assert all("policy saved" in text for text in printed)
     same_run(out, single_lora)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(single, dot_dataset, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(single / "checkpoint-2", out / "checkpoint-2")
+    shutil.copy(single / "run.json", out)
+    assert "continuing from" in launch("multi_gpu", 2, dot_dataset, out)
+    same_run(out, single)
 
 
 @pytest.mark.parametrize(("config", "processes"), [("cpu", 1), ("multi_gpu", 2)])

@@ -62,7 +62,9 @@ def test_workers_play_the_same_episodes_as_this_process():
         assert away[seed].result == pytest.approx(here[seed].result, abs=1e-9)
         assert away[seed].task == here[seed].task
     assert len(away[SEEDS[1]].frames) == 21
-    assert all((a == b).all() for a, b in zip(away[SEEDS[1]].frames, here[SEEDS[1]].frames, strict=True))
+    # from the second on: the first shows the last action of whatever episode was before
+    pairs = zip(away[SEEDS[1]].frames[1:], here[SEEDS[1]].frames[1:], strict=True)
+    assert all((frame == other).all() for frame, other in pairs)
 
 
 @pytest.mark.parametrize(("how", "message"), [("raise", "physics exploded"), ("exit", r"died \(exit status 3\)")])

@@ -192,6 +192,11 @@ class Row:
         self.read = read + accepted + len(tries)
         return tries, list(range(first + read, first + read + len(tries)))
 
+    def write(self, column: int) -> None:
+        """Take a token as certain, and all that it forces."""
+        self._write(column)
+        self._write_forced(None, {})
+
     def _write(self, column: int) -> None:
         self.tokens.append(self.speller.token_ids[column])
         self.count, self.state = self.speller.after(self.count, self.state, column)

@@ -25,13 +25,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from vla0_trl.answers import Row, Speller, Tree, pack
+from vla0_trl.answers import FIRST_WINDOW, Row, Speller, Tree, pack
 from vla0_trl.grammar import ActionGrammar
 from vla0_trl.passes import MAX_SCRATCH, Passes
 
 # Tokens in a pass up to which tries cost less than the passes that they save. A CPU is out of breath soon (on one core
 # with AVX-512, 12 tokens cost SmolVLM2-500M as much as 1.7 passes over one); a GPU waits for weights until hundreds.
 TRY_TOKENS = {"cpu": 12, "cuda": 512}
+# Tokens of drafts in a step, all rows together; with a prompt, where they weigh less, PROMPT_FACTOR times as many.
+GUESS_TOKENS = {"cpu": 48, "cuda": 2048}
+PROMPT_FACTOR = 4
 # Devices on which some more tokens in a pass are for nothing: there, what a try forces is read behind it, drafts and
 # tries go together, and a token that was tried is read once more instead of being moved.
 WIDE_DEVICES = {"cuda"}
@@ -48,7 +51,7 @@ class DecodingOptions:
     """What [`ChunkDecoder`] makes use of. None of it changes a token.
 
     Args:
-        forced_tokens, small_head, tries (`bool`): see the module.
+        forced_tokens, small_head, tries, drafts (`bool`): see the module.
         reuse_prefix (`bool`): keep keys and values of what precedes the first image. Only for frozen weights; and
             not to be used where an adapter is switched on and off between chunks.
         graphs (`bool`): CUDA graphs, on a GPU.
@@ -58,6 +61,7 @@ class DecodingOptions:
     forced_tokens: bool = True
     small_head: bool = True
     tries: bool = True
+    drafts: bool = True
     reuse_prefix: bool = True
     graphs: bool = True
     compile: bool = False
@@ -65,8 +69,14 @@ class DecodingOptions:
 
 @dataclass
 class DecodingStats:
-    """Since the last reset: chunks asked for, model passes (the prompt's included), tokens written, of which from a
-    draft; and tokens of drafts that were read."""
+    """Counts since it was made.
+
+    Attributes:
+        chunks (`int`): answers.
+        passes (`int`): of the model, the prompts' included; one pass serves a whole batch.
+        tokens (`int`): written.
+        drafted, accepted (`int`): tokens of drafts that were read, and those of them that were right.
+    """
 
     chunks: int = 0
     passes: int = 0
@@ -96,6 +106,7 @@ class ChunkDecoder:
         self.grammar, self.options, self.prefix = grammar, options or DecodingOptions(), list(prefix)
         self.stats = DecodingStats()
         self._speller = Speller(grammar, self.options.forced_tokens)
+        self._guess_limit = grammar.max_new_tokens
         self._passes: Passes | None = None
         self._prefix: tuple[list[tuple[int, int]], torch.Tensor] | None = None
 
@@ -130,15 +141,18 @@ class ChunkDecoder:
                 f"a prompt of {length} tokens and an answer of up to {self.grammar.max_new_tokens} don't fit into the "
                 f"model's {limit} positions: use fewer or smaller images, or shorter chunks"
             )
-        rows = [Row(self._speller, draft) for draft in (drafts or [None] * prompts)]
+        if drafts is None or not self.options.drafts:
+            drafts = [None] * prompts
+        rows = [Row(self._speller, draft) for draft in drafts]
         pad = int(generation_config.pad_token_id)
         # Not parameters: `generate` would hand over the caller's own beside those that it has prepared.
         mask, position_ids = inputs.pop("attention_mask"), inputs.pop("position_ids")
         kept = torch.ones_like(input_ids) if mask is None else mask
-        passes = self._ready(model, prompts, length)
-        self._read_prompt(passes, rows, input_ids, kept.bool(), position_ids, pad, inputs)
-        while not all(row.done for row in rows):
-            self._step(passes, rows, passes.first + length)
+        with torch.inference_mode():  # less bookkeeping for each small operation than no_grad
+            passes = self._ready(model, prompts, length)
+            self._read_prompt(passes, rows, input_ids, kept.bool(), position_ids, pad, inputs)
+            while not all(row.done for row in rows):
+                self._step(passes, rows, passes.first + length)
 
         self.stats.chunks += prompts
         self.stats.tokens += sum(len(row.tokens) for row in rows)
@@ -171,7 +185,8 @@ class ChunkDecoder:
 
     def _read_prompt(self, passes, rows, input_ids, kept, position_ids, pad, inputs) -> None:
         """The prompt, what is forced at an answer's beginning, and all of the draft, in one pass."""
-        guesses = [row.guess(self.grammar.max_new_tokens) for row in rows]
+        limit = min(self._guess_limit, PROMPT_FACTOR * GUESS_TOKENS.get(passes.device.type, 0) // len(rows))
+        guesses = [row.guess(limit) for row in rows]
         trees = [row.grow(0, False, False, guess) for row, guess in zip(rows, guesses, strict=True)]
         known = [[fields[0] for fields in tree.fields] for tree in trees]
         width = max(map(len, known))
@@ -192,6 +207,9 @@ class ChunkDecoder:
         # A tree begins with an answer's first certain token, the logits with the prompt's last, which is node −1.
         for row, tree, row_logits in zip(rows, trees, np.roll(logits, -1, axis=1), strict=True):
             row.follow(tree, row_logits, 0)
+        if any(guesses):
+            # A draft that goes wrong soon is not read to its end the next time.
+            self._guess_limit = max(FIRST_WINDOW, 4 * max(row.accepted for row in rows))
         self._count(trees)
 
     def _step(self, passes: Passes, rows: list[Row], first: int) -> None:
@@ -204,7 +222,7 @@ class ChunkDecoder:
             if row.done:
                 trees.append(None)
                 continue
-            guess = row.guess(row.window)
+            guess = row.guess(min(row.window, GUESS_TOKENS.get(passes.device.type, 0) // len(active)))
             tokens = len(self.grammar.choices(row.count, row.state)) * (2 if wide else 1)
             tries = tokens <= passes.scratch and tokens + len(guess) <= budget
             if not wide:

@@ -22,15 +22,15 @@ from vla0_trl.arguments import DataArguments, VLASFTConfig
 from vla0_trl.chat_dataset import FEATURES, align_config
 from vla0_trl.config import VLAConfig
 from vla0_trl.episodes import Episode, chat_columns, checked_episode
-from vla0_trl.nano import NANO
 from vla0_trl.recipe import load_backbone, lora_config
 from vla0_trl.training import VLATrainer
 
 GIB = 2**30
 CARD = 12 * GIB
-# The loss keeps one tile of bf16 logits on a GPU, but several in float32 on a CPU. So the CPU gets a small tile, and the
+# The loss keeps one tile of bf16 logits on a GPU, several in float32 on a CPU. So the CPU gets a small tile, and the
 # GPU's is added to the estimate.
-_CPU_TOKEN_CHUNK = 16
+_CPU_TOKEN_CHUNK = 64
+_BATCHES = (2, 3)  # one sample needs no padding, and takes another way through attention
 PARTS = ("weights", "gradients", "optimizer", "activations")
 Plan = tuple[DataArguments, VLASFTConfig, ModelConfig]
 
@@ -76,6 +76,8 @@ def random_checkpoint(source: str, folder: Path, dtype: torch.dtype, layers: tup
         text, vision = _depth_fields(backbone)
         setattr(backbone.text_config, text, layers[0])
         setattr(backbone.vision_config, vision, layers[1])
+        if backbone.model_type.startswith("qwen"):  # lists its layers, too
+            backbone.text_config.layer_types = backbone.text_config.layer_types[: layers[0]]
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForImageTextToText.from_config(backbone, dtype=dtype)
     model.save_pretrained(folder)
@@ -103,7 +105,7 @@ def estimate(plan: Plan, kind: str, source: str, folder: Path) -> dict[str, floa
     """What [`measure`] would find, without a GPU or the memory: from models of one and two layers on a CPU.
 
     What is kept from step to step, and for the backward pass, grows linearly with the depth of language model and
-    image encoder, the latter with the batch, too; so a few shallow models, with one and two samples, tell the whole
+    image encoder, the latter with the batch, too; so a few shallow models, with two and three samples, tell the whole
     one's figures. Kernels differ between CPU and GPU, and so does what they keep: an estimate.
 
     Args:
@@ -119,7 +121,7 @@ def estimate(plan: Plan, kind: str, source: str, folder: Path) -> dict[str, floa
         for layers in ((1, 1), (2, 1), (1, 2)):
             target = folder / "x".join(map(str, layers))
             random_checkpoint(source, target, _dtype(plan[2]), layers)
-            for size in (1, 2):
+            for size in _BATCHES:
                 training = replace(plan[1], per_device_train_batch_size=size)
                 small = (plan[0], training, replace(plan[2], model_name_or_path=str(target)))
                 found[*layers, size] = _measure_on_cpu(small, kind)
@@ -131,9 +133,12 @@ def estimate(plan: Plan, kind: str, source: str, folder: Path) -> dict[str, floa
         of_text, of_vision = found[2, 1, size][name] - shallow, found[1, 2, size][name] - shallow
         return shallow + (depth[0] - 1) * of_text + (depth[1] - 1) * of_vision
 
-    figures = {name: whole(name, 1) for name in PARTS[:-1]}
-    kept = whole("kept", 1) + (batch - 1) * (whole("kept", 2) - whole("kept", 1))
-    passing = found[1, 1, 1]["passing"] + (batch - 1) * (found[1, 1, 2]["passing"] - found[1, 1, 1]["passing"])
+    few, more = _BATCHES
+    figures = {name: whole(name, few) for name in PARTS[:-1]}
+    kept = whole("kept", few) + (batch - few) * (whole("kept", more) - whole("kept", few))
+    passing = found[1, 1, few]["passing"] + (batch - few) * (
+        found[1, 1, more]["passing"] - found[1, 1, few]["passing"]
+    )
     head = usual * backbone.get_text_config().vocab_size * torch.bfloat16.itemsize
     figures["activations"] = kept + passing + head
     return {f"{name}_gib": size / GIB for name, size in (figures | {"peak": sum(figures.values())}).items()}
@@ -192,8 +197,6 @@ def _trainer(plan: Plan, kind: str, rows: int) -> tuple[VLATrainer, _PartsCallba
 
 def build(plan: Plan, source: str, folder: Path) -> Plan:
     """The plan, with a random checkpoint of the whole architecture in place of the pretrained one."""
-    if plan[2].model_name_or_path == NANO:
-        return plan
     random_checkpoint(source, folder, _dtype(plan[2]))
     return (*plan[:2], replace(plan[2], model_name_or_path=str(folder)))
 

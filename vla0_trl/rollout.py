@@ -61,12 +61,11 @@ class EpisodeResult:
     """One finished episode, or one that its simulator could not finish.
 
     Attributes:
-        seed (`Seed`), task (`str`): which one.
-        result (`dict`): the environment's numbers.
+        seed (`Seed`), task (`str`), result (`dict`): which one, and the environment's numbers.
         model_calls (`int`): chunks predicted for this episode.
         model_seconds (`float`): its share of the model's wall-clock time; a batched call is divided evenly.
-        environment_seconds (`float`): wall-clock time spent waiting for its environment to reset, step and draw;
-            of worker processes, which work at the same time, only the sum over all episodes means something.
+        environment_seconds (`float`): wall-clock time spent waiting for its environment to reset, step and draw; for
+            workers, which do so at the same time, its share of that.
         frames (`list[np.ndarray]`): uint8[256, 256, 3], the start and one after each step; empty if not recorded.
         crashes (`list[str]`): what went wrong in the simulator; with a `result`, a later attempt went well.
     """
@@ -96,6 +95,8 @@ class Player:
     This one works when it is waited for; [`vla0_trl.workers.Worker`] at once, in another process.
     """
 
+    concurrent = False
+
     def __init__(self, env: Environment):
         self.env = env
 
@@ -113,8 +114,7 @@ class Player:
         return function(*arguments)
 
     def restart(self) -> None:
-        """Take a fresh environment after an `EpisodeCrash`."""
-        raise NotImplementedError
+        """Take a fresh environment after an `EpisodeCrash`, which only workers raise."""
 
     def _start(self, seed: Seed, record: bool) -> Turn:
         self.record = record
@@ -161,13 +161,10 @@ class _Slot:
 
     def wait(self) -> bool:
         """Take the turn that was asked for; whether the episode goes on."""
-        began = time.perf_counter()
         try:
             turn = self.player.wait()
         except EpisodeCrash as crash:
             return self._recover(str(crash))
-        finally:
-            self.episode.environment_seconds += time.perf_counter() - began
         self.episode.frames += turn.frames
         if turn.result is not None:
             self.episode.result = turn.result
@@ -211,22 +208,19 @@ def rollout(
             The episodes, in the order of starting.
         record (`Collection[Seed]`, *optional*, defaults to `()`):
             Seeds whose frames are kept in memory (59 MB for 300 steps) and given with the result.
-        ensemble_decay (`float`, *optional*):
-            See [`TemporalEnsembler`].
-        progress (`bool`, *optional*, defaults to `True`):
-            Show a progress bar with the success rate so far.
+        ensemble_decay (`float`, *optional*): see [`TemporalEnsembler`].
+        progress (`bool`, *optional*, defaults to `True`): show a progress bar with the success rate so far.
         group (`Callable`, *optional*):
             What a seed has in common with others that are cheap to run after it in the same environment: its task.
 
     Raises:
         `ValueError`: at once, for an `ensemble_decay` that would do nothing, or if there is no environment.
-        `EpisodeCrash`: an episode crashed twice, and none before it has ever finished. Later, an episode that
-            crashed twice is given without a `result`.
+        `EpisodeCrash`: an episode crashed twice before any has finished; later, such a one comes without a `result`.
     """
     if seeds and not envs:
         raise ValueError("no environment to run the episodes in")
     check_decay(policy.config.ensemble_size, ensemble_decay)
-    players = [env if isinstance(env, Player) else Player(env) for env in envs]
+    players = (env if isinstance(env, Player) else Player(env) for env in envs)
     slots = [_Slot(player, policy.config, ensemble_decay) for player in players]
     return _rounds(policy, slots, _Queue(seeds, group), record, progress)
 
@@ -246,13 +240,11 @@ class _Queue:
     def take(self, slot: _Slot) -> Seed:
         """A seed of the slot's own group, else of one that nobody has begun, else of the one with most to do."""
         if not self.waiting.get(slot.group):
-            slot.group = self.untouched.popleft() if self.untouched else max(self.waiting, key=self._length)
+            longest = max(self.waiting, key=lambda group: len(self.waiting[group]))
+            slot.group = self.untouched.popleft() if self.untouched else longest
         elif slot.group in self.untouched:
             self.untouched.remove(slot.group)
         return self.waiting[slot.group].popleft()
-
-    def _length(self, group: Hashable) -> int:
-        return len(self.waiting[group])
 
 
 def _rounds(
@@ -271,8 +263,14 @@ def _rounds(
     with tqdm(total=len(queue) + len(waiting), unit="episode", disable=not progress) as bar:
         while waiting:
             ready = []
-            for slot in waiting:  # grows meanwhile: a slot whose episode ends waits for the next one at once
-                if slot.wait():
+            # it grows meanwhile: a slot whose episode ends waits for the next one at once
+            for position, slot in enumerate(waiting):
+                began = time.perf_counter()
+                goes_on = slot.wait()
+                working = waiting[position:] if slot.player.concurrent else [slot]
+                for other in working:
+                    other.episode.environment_seconds += (time.perf_counter() - began) / len(working)
+                if goes_on:
                     ready.append(slot)
                     continue
                 episode = slot.episode

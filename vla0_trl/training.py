@@ -80,6 +80,21 @@ class VLATrainer(SFTTrainer):
         if args.log_energy:
             self.add_callback(EnergyCallback(self))
 
+    def train(self, *args, **kwargs):
+        """As `Trainer.train`; the first Ctrl-C ends it after the current step, with a checkpoint."""
+
+        def interrupt(*_):
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            print("\nsaving after this step; Ctrl-C again to stop without", flush=True)
+
+        previous = signal.signal(signal.SIGINT, interrupt)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         train_collator, self.data_collator = self.data_collator, self.eval_collator
         try:
@@ -159,19 +174,9 @@ class _PolicyCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        def interrupt(*_):
-            if self.trainer.interrupted:
-                raise KeyboardInterrupt
-            self.trainer.interrupted = True
-            print("\nsaving after this step; Ctrl-C again to stop without", flush=True)
-
-        self._previous_handler = signal.signal(signal.SIGINT, interrupt)
         # Here, because sharded models can only be saved once the engine has wrapped them.
         if args.save_initial and state.global_step == 0:
             self.trainer.save_policy(Path(args.output_dir, INITIAL))
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGINT, self._previous_handler)
 
     def on_step_end(self, args, state, control, **kwargs):
         # Together: a Ctrl-C reaches processes in different steps, and saving needs all of them in one.

@@ -31,6 +31,8 @@ class Worker(Player):
         make_env (`Callable`): builds the environment there; must pickle, as a class or a `functools.partial` does.
     """
 
+    concurrent = True
+
     def __init__(self, make_env: Callable[[], Environment]):
         self.make_env = make_env
         self._launch()

@@ -1,0 +1,105 @@
+"""Measure whether a recipe fits a 12 GB card: its architecture with random weights, a few real optimizer steps.
+
+    python recipes/bench_memory.py recipes/libero/*12gb.yaml recipes/pusht/*12gb.yaml
+    python recipes/bench_memory.py recipes/libero/lora_12gb.yaml --json memory.json --per_device_train_batch_size 16
+
+Rows are synthetic, of the true shape of `libero` or `pusht`, whichever folder the recipe is in. On a larger card, the
+process gets 12 GiB minus the CUDA context: what runs, fits. Without a GPU it prints an estimate, made of what models
+of one and two layers allocate on the CPU. Further options go to every recipe. Only configs and processors are read,
+from the Hub or from the folders in --model_configs.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from vla0_trl.arguments import parse_recipe
+from vla0_trl.memory import CARD, GIB, PARTS, build, cap_at_card, estimate, measure
+from vla0_trl.results import provenance, write_json
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "vla0_trl")
+ALLOCATOR_GIB = 11  # what a 12 GB card has left beside the CUDA context and a desktop
+STEPS = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="YAML of a recipe")
+    parser.add_argument("--model_configs", type=Path, help="folder with the models' folders, instead of the Hub")
+    parser.add_argument("--card_gib", type=float, default=CARD / GIB, help="memory of the card (default: %(default)g)")
+    parser.add_argument("--json", type=Path, help="write the table, versions and machine")
+    args, options = parser.parse_known_args()
+    table = {}
+    for config in args.configs:
+        if len(args.configs) == 1:
+            table[str(config)] = one(config, args, options)
+        else:  # each in a process of its own, so that none finds the other's leftovers
+            table[str(config)] = in_a_process(config, args, options)
+        print(row(str(config), table[str(config)]), flush=True)
+    if args.json:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        peaks = {name: figures.get("peak_gib") for name, figures in table.items()}
+        report = {"estimated": device == "cpu", "limit_gib": ALLOCATOR_GIB, "peak_gib": peaks, "configs": table}
+        write_json(args.json, report | provenance(device, PACKAGES))
+
+
+def one(config: Path, args: argparse.Namespace, options: list[str]) -> dict[str, float | str]:
+    """Figures of one recipe in GiB; `error` if it does not fit."""
+    on_gpu = torch.cuda.is_available()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"output_dir": f"{folder}/run", "save_strategy": "no", "report_to": "none", "disable_tqdm": "true"}
+        settings |= {"dataloader_num_workers": 0, "dataloader_persistent_workers": "false", "rollout_steps": 0}
+        settings |= {"max_steps": STEPS} if on_gpu else {"max_steps": 2, "gradient_accumulation_steps": 1}
+        settings |= {} if on_gpu else {"use_cpu": "true"}
+        words = [str(word) for pair in settings.items() for word in (f"--{pair[0]}", pair[1])]
+        plan = parse_recipe(config, __doc__, ["--config", str(config), *words, *options])
+        source = plan[2].model_name_or_path
+        if args.model_configs:
+            source = str(args.model_configs / Path(source).name)
+        if not on_gpu:
+            return estimate(plan, config.parent.name, source, Path(folder))
+        plan = build(plan, source, Path(folder, "model"))
+        torch.cuda.empty_cache()
+        limit = cap_at_card(int(args.card_gib * GIB))
+        try:
+            return measure(plan, config.parent.name) | {"limit_gib": limit}
+        except torch.cuda.OutOfMemoryError as error:
+            return {"error": str(error).splitlines()[0], "limit_gib": limit}
+
+
+def in_a_process(config: Path, args: argparse.Namespace, options: list[str]) -> dict[str, float | str]:
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        words = [
+            sys.executable,
+            __file__,
+            str(config),
+            "--json",
+            file.name,
+            "--card_gib",
+            str(args.card_gib),
+            *options,
+        ]
+        words += ["--model_configs", str(args.model_configs)] if args.model_configs else []
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(Path(file.name).read_text())["configs"][str(config)]
+
+
+def row(name: str, figures: dict[str, float | str]) -> str:
+    if "error" in figures:
+        return f"{name}: does not fit: {figures['error']}"
+    parts = " + ".join(f"{part} {figures[f'{part}_gib']:.2f}" for part in PARTS)
+    if "reserved_gib" not in figures:
+        return f"{name}: about {figures['peak_gib']:.2f} GiB at its peak (estimated without a GPU) = {parts}"
+    return (
+        f"{name}: {figures['peak_gib']:.2f} GiB at its peak = {parts}; {figures['reserved_gib']:.2f} GiB reserved, "
+        f"{figures['limit_gib']:.2f} GiB allowed; {figures['samples_per_second']:.1f} samples/s"
+    )
+
+
+if __name__ == "__main__":
+    main()
