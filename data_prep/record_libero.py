@@ -1,7 +1,7 @@
 """LIBERO demonstrations by a scripted expert in the real simulator -> chat dataset. No download, no display.
 
     python data_prep/record_libero.py --suite libero_object --task_ids 0 --episodes_per_task 10 \\
-        --assets_dir ../shared/data/libero/assets --output_dir data/libero --num_proc 2
+        --assets_dir PATH/assets --output_dir data/libero --num_proc 2
 
 Tries the initial states first_init_state … + episodes_per_task − 1 of every task and keeps those that succeed. They
 are the ones that evaluation uses: leave some out, to test on what was not trained on. 12 s of CPU an episode.

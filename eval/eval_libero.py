@@ -5,7 +5,7 @@
 Four suites, all tasks, 50 initial states each: the full protocol. A part of it; and the two ways to execute chunks:
 
     python eval/eval_libero.py --model_name_or_path runs/libero --suites libero_object --task_ids 0,3 \\
-        --num_episodes_per_task 10 --assets_dir ../shared/data/libero/assets --output_dir runs/libero/eval_part
+        --num_episodes_per_task 10 --assets_dir PATH/assets --output_dir runs/libero/eval_part
     python eval/eval_libero.py --model_name_or_path runs/libero --ensemble_size 8 --output_dir runs/libero/eval_ens
     python eval/eval_libero.py --model_name_or_path runs/libero --n_action_steps 8 --output_dir runs/libero/eval_open
 

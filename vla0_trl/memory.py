@@ -139,14 +139,15 @@ def estimate(plan: Plan, kind: str, source: str, folder: Path) -> dict[str, floa
     passing = found[1, 1, few]["passing"] + (batch - few) * (
         found[1, 1, more]["passing"] - found[1, 1, few]["passing"]
     )
-    head = usual * backbone.get_text_config().vocab_size * torch.bfloat16.itemsize
+    tile = min(usual, batch * found[1, 1, few]["answer_tokens"])
+    head = tile * backbone.get_text_config().vocab_size * torch.bfloat16.itemsize
     figures["activations"] = kept + passing + head
     return {f"{name}_gib": size / GIB for name, size in (figures | {"peak": sum(figures.values())}).items()}
 
 
 def _measure_on_cpu(plan: Plan, kind: str) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer; `kept` for a backward pass, and `passing` during it."""
-    trainer, parts = _trainer(plan, kind, rows=8)
+    """Bytes of weights, gradients and optimizer, `kept` for a backward pass, and `passing` during it; answer tokens."""
+    trainer, parts = _trainer(plan, kind, rows=plan[1].max_steps * plan[1].per_device_train_batch_size)
     for name in ("training_step", "compute_loss"):
         setattr(trainer, name, _recorded(getattr(trainer, name), name))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -165,7 +166,9 @@ def _measure_on_cpu(plan: Plan, kind: str) -> dict[str, int]:
     )
     begun, ready, done = np.searchsorted(times, (forward[0], forward[1], step[1]))
     kept = allocated[ready - 1] - allocated[begun - 1]
-    return parts.sizes | {"kept": int(kept), "passing": int(allocated[ready - 1 : done].max() - allocated[ready - 1])}
+    passing = allocated[ready - 1 : done].max() - allocated[ready - 1]
+    answer = (trainer.eval_collator([trainer.train_dataset[0]])["labels"] >= 0).sum()
+    return parts.sizes | {"kept": int(kept), "passing": int(passing), "answer_tokens": int(answer)}
 
 
 def _recorded(function: Callable, name: str) -> Callable:
