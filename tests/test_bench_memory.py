@@ -56,13 +56,10 @@ def test_the_extrapolation_meets_the_whole_model(report, tmp_path, monkeypatch):
     plan = memory_plan(report, tmp_path)
     memory.random_checkpoint(report["source"], tmp_path / "whole", torch.float32)
     plan[2].model_name_or_path = str(tmp_path / "whole")
-    head = (
-        memory.chunked_logprob.TOKEN_CHUNK_SIZE
-        * AutoConfig.from_pretrained(report["source"]).text_config.vocab_size
-        * 2
-    )
     monkeypatch.setattr(memory.chunked_logprob, "TOKEN_CHUNK_SIZE", memory._CPU_TOKEN_CHUNK)
     found = memory._measure_on_cpu(plan, "libero")
+    vocabulary = AutoConfig.from_pretrained(report["source"]).text_config.vocab_size
+    head = 6 * found["answer_tokens"] * vocabulary * 2
     estimated = report["configs"][report["config"]]["activations_gib"] * 2**30 - head
     assert estimated == pytest.approx(found["kept"] + found["passing"], rel=0.02)
 

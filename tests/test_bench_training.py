@@ -9,8 +9,9 @@ from test_recipes import ENV, ROOT
 
 def test_prints_and_writes_the_table(tmp_path):
     command = [sys.executable, "recipes/bench_training.py", "--rows", "8", "--turns", "1", "--steps", "1"]
+    outputs = ["--json", str(tmp_path / "bench.json"), "--trace", str(tmp_path / "trace.json")]
     done = subprocess.run(
-        [*command, "--batch_size", "2", "--json", str(tmp_path / "bench.json"), "--trace", str(tmp_path / "trace.json")],
+        [*command, "--batch_size", "2", *outputs],
         cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -12,9 +12,9 @@ from helpers import load_script
 from test_rollout import SEEDS, PushBlock
 
 from vla0_trl.envs.pusht import FPS, PushTEnv
+from vla0_trl.metrics import aggregate
 from vla0_trl.report.page import write_report
 from vla0_trl.report.summary import format_table, load_runs, task_table
-from vla0_trl.metrics import aggregate
 from vla0_trl.results import EpisodeLog, provenance, write_json, write_video
 from vla0_trl.rollout import rollout
 

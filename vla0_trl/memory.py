@@ -146,7 +146,7 @@ def estimate(plan: Plan, kind: str, source: str, folder: Path) -> dict[str, floa
 
 
 def _measure_on_cpu(plan: Plan, kind: str) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer, `kept` for a backward pass, and `passing` during it; answer tokens."""
+    """Bytes of weights, gradients, optimizer, `kept` for a backward pass, `passing` during it; and answer tokens."""
     trainer, parts = _trainer(plan, kind, rows=plan[1].max_steps * plan[1].per_device_train_batch_size)
     for name in ("training_step", "compute_loss"):
         setattr(trainer, name, _recorded(getattr(trainer, name), name))
