@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ def test_nothing_asks_and_nothing_is_left_in_the_home_folder(assets, tmp_path):
 
 def test_assets_are_found_or_missed_clearly(assets, tmp_path, monkeypatch):
     monkeypatch.setenv("LIBERO_ASSETS", assets)
-    assert str(setup.find_assets()) == assets
+    assert setup.find_assets() == Path(assets).resolve()
     with pytest.raises(setup.LiberoError, match=r"is not LIBERO's assets folder, it has no articulated_objects/"):
         setup.find_assets(tmp_path)
     monkeypatch.delenv("LIBERO_ASSETS")
