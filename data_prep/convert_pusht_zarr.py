@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vla0_trl.conversion.cli import ConversionParser, command_line_errors
+from vla0_trl.conversion.cli import command_line_errors
+from vla0_trl.conversion.pusht import PushTParser
 from vla0_trl.conversion.staging import ConversionError
 from vla0_trl.envs.pusht import CAMERA, FPS, STATE_MODES, TASK
 from vla0_trl.episodes import Episode, EpisodeError, SourceInfo
@@ -94,20 +95,12 @@ class PushTZarr:
 
 
 def main() -> None:
-    parser = ConversionParser(__doc__, [CAMERA], chunk_size=10, num_bins=511, relative_actions=True, use_state=True)
+    parser = PushTParser(__doc__)
     parser.add_argument("--source", required=True, type=Path, help="the folder pusht_cchi_v7_replay.zarr")
-    parser.add_argument("--state", choices=STATE_MODES, default="agent", help="(default: %(default)s)")
     args = parser.parse_args()
     with command_line_errors(args.output_dir):
         source = PushTZarr(args.source, args.state)
-        config = parser.config(
-            args,
-            action_dim=2,
-            state_dim=source.state_dim,
-            n_action_steps=min(5, args.chunk_size),
-            crop_ratio=0.875,  # 84 of 96 px, diffusion policy's crop
-        )
-        parser.convert(args, source, config)
+        parser.convert(args, source, parser.pusht_config(args))
 
 
 if __name__ == "__main__":

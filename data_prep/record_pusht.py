@@ -14,7 +14,8 @@ from importlib.metadata import version
 import numpy as np
 
 from vla0_trl import __version__
-from vla0_trl.conversion.cli import ConversionParser, command_line_errors, positive
+from vla0_trl.conversion.cli import command_line_errors, positive
+from vla0_trl.conversion.pusht import PushTParser
 from vla0_trl.envs.pusht import CAMERA, FPS, STATE_MODES, TASK
 from vla0_trl.envs.pusht_expert import record_episode
 from vla0_trl.episodes import Episode, SourceInfo
@@ -70,9 +71,8 @@ class PushTExpertEpisodes:
 
 
 def main() -> None:
-    parser = ConversionParser(__doc__, [CAMERA], chunk_size=10, num_bins=511, relative_actions=True, use_state=True)
+    parser = PushTParser(__doc__)
     parser.add_argument("--num_episodes", type=positive, default=200, help="seeds to try (default: %(default)s)")
-    parser.add_argument("--state", choices=STATE_MODES, default="agent", help="(default: %(default)s)")
     parser.add_argument("--action_noise", type=float, default=0.0, help="in pixels (default: %(default)s)")
     parser.add_argument(
         "--noise_fraction", type=_share, default=1.0, help="episodes with noise (default: %(default)s)"
@@ -80,14 +80,7 @@ def main() -> None:
     args = parser.parse_args()
     with command_line_errors(args.output_dir):
         source = PushTExpertEpisodes(args.num_episodes, args.seed, args.state, args.action_noise, args.noise_fraction)
-        config = parser.config(
-            args,
-            action_dim=2,
-            state_dim=source.state_dim,
-            n_action_steps=min(5, args.chunk_size),
-            crop_ratio=0.875,  # 84 of 96 px, diffusion policy's crop
-        )
-        parser.convert(args, source, config)
+        parser.convert(args, source, parser.pusht_config(args))
 
 
 def _share(text: str) -> float:

@@ -274,7 +274,7 @@ def main() -> None:
     add("--device", help="default: a GPU if there is one")
     add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--layers", type=int, help="build only so many of the language model's layers")
-    add("--models_dir", default="../shared/data/models", help="folders with configs and processors; else from the Hub")
+    add("--models_dir", default=".", help="folders with configs and processors, by name; else from the Hub")
     add("--max_gb", type=float, default=8.0, help="skip models with more weights (default: %(default)s)")
     add(
         "--jitter", type=int, default=2, help="bins by which the drafts of (d±) are off at most (default: %(default)s)"

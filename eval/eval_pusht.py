@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 
 from vla0_trl.config import VLAConfig
-from vla0_trl.envs.pusht import CAMERA, FPS, MAX_EPISODE_STEPS, STATE_MODES, SUCCESS_COVERAGE, PushTEnv
+from vla0_trl.envs.pusht import CAMERA, FPS, MAX_EPISODE_STEPS, STATE_MODES, SUCCESS_COVERAGE, PushTEnv, state_mode
 from vla0_trl.evaluation import (
     EvaluationParser,
     execution_config,
@@ -72,7 +72,7 @@ def main() -> None:
         parser.check_positive(args, "num_episodes", "num_envs", "max_steps")
         checkpoint = checkpoint_folder(args.model_name_or_path)
         config = evaluation_config(VLAConfig.from_pretrained(checkpoint), args)
-        state = {dim: name for name, dim in STATE_MODES.items()}.get(config.state_dim, "agent")
+        state = state_mode(config.state_dim)
         protocol = {
             "env": "gym_pusht/PushT-v0",
             "state": state,

@@ -23,10 +23,9 @@ from vla0_trl.rollout import Environment
 
 def make_env(config: VLAConfig) -> Environment:
     """The simulator is only imported by a run that rolls out during training."""
-    from vla0_trl.envs.pusht import STATE_MODES, PushTEnv
+    from vla0_trl.envs.pusht import PushTEnv, state_mode
 
-    modes = {dim: mode for mode, dim in STATE_MODES.items()}
-    return PushTEnv(state=modes.get(config.state_dim, "agent"))
+    return PushTEnv(state_mode(config.state_dim))
 
 
 if __name__ == "__main__":

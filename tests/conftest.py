@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np
 import pytest
+import torch
 from helpers import shared_path
 
 from vla0_trl.actions import NormStats
@@ -18,6 +19,9 @@ from vla0_trl.conversion.convert import SourceInfo, convert
 from vla0_trl.episodes import Episode
 from vla0_trl.modeling import load_processor
 from vla0_trl.nano import NanoConfig, build_nano
+
+# Tiny models on all cores mostly wait for their threads, the more the busier the machine is.
+torch.set_num_threads(1)
 
 TASK = "Move the dot to the centre."
 TINY = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vision_hidden_size": 64, "vision_layers": 1}

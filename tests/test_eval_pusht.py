@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import TINY
 from helpers import REPOSITORY, load_script
 
@@ -35,15 +34,6 @@ def _save_checkpoint(folder: Path, seed: int, **changes) -> str:
     for part in (model, processor, config):
         part.save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A nano model on all cores waits for its threads most of the time, the more the busier the machine is."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

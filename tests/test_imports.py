@@ -10,9 +10,10 @@ import vla0_trl
 PACKAGE = Path(vla0_trl.__file__).parent
 # Each module may import from those before it.
 ORDER = """
-actions config chat tokenization images grammar collator nano modeling ensembling
+actions files config chat tokenization images grammar collator nano modeling ensembling
 passes answers decoding policy rollout workers
 episodes chat_dataset conversion.staging conversion.shards conversion.card conversion.convert conversion.cli
+conversion.pusht
 sources.video sources.parquet_images sources.lerobot_meta sources.lerobot sources.lerobot_hub sources.libero_hdf5
 inspection
 arguments run_report training recipe memory metrics results evaluation libero_evaluation

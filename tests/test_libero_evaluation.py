@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import TINY
 from helpers import REPOSITORY, libero_assets, load_script
 
@@ -21,15 +20,6 @@ from vla0_trl.results import read_episodes
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
 LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--mixed_precision", "no"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A nano model on all cores waits for its threads most of the time, the more the busier the machine is."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,11 @@ def load_chat_dataset(
     return dataset, config
 
 
+def episode_indices(dataset: Dataset) -> np.ndarray:
+    """int64 (rows,): which episode each row is of."""
+    return np.asarray(dataset.with_format("numpy")["episode_index"][:])
+
+
 def align_config(dataset: Dataset, dataset_config: VLAConfig, **overrides: Any) -> VLAConfig:
     """The config of a training run: the dataset's with a recipe's changes, with statistics that fit them.
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vla0_trl.actions import ActionTokenizer, NormStats, Quantizer
+from vla0_trl.files import write_whole
 
 CONFIG_NAME = "vla_config.json"
 
@@ -172,9 +173,7 @@ class VLAConfig:
         """Write `vla_config.json` into `directory`; in one step, so that its existence means it is whole."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        partial = directory / f".{CONFIG_NAME}.partial"
-        partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-        partial.replace(directory / CONFIG_NAME)
+        write_whole(directory / CONFIG_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(

@@ -9,6 +9,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from vla0_trl.actions import relative_reference
+from vla0_trl.chat_dataset import episode_indices
 from vla0_trl.collator import VLADataCollator
 from vla0_trl.config import VLAConfig
 from vla0_trl.policy import VLAPolicy
@@ -21,7 +22,7 @@ def pick_frames(dataset: Dataset, first_episode: int, end_episode: int, num_fram
     Raises:
         ValueError: the dataset has none of these episodes.
     """
-    episodes = np.asarray(dataset.with_format("numpy")["episode_index"][:])
+    episodes = episode_indices(dataset)
     rows = np.flatnonzero((episodes >= first_episode) & (episodes < end_episode))
     if not len(rows):
         raise ValueError(

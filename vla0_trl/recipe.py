@@ -19,8 +19,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from vla0_trl.arguments import DataArguments, VLASFTConfig, parse_recipe
-from vla0_trl.chat_dataset import align_config, load_chat_dataset
+from vla0_trl.chat_dataset import align_config, episode_indices, load_chat_dataset
 from vla0_trl.config import CONFIG_NAME, VLAConfig
+from vla0_trl.files import write_whole
 from vla0_trl.modeling import VISION_MODULES, freeze_vision, load_model, load_processor, set_image_size
 from vla0_trl.nano import NANO, build_nano, nano_from_dict
 from vla0_trl.rollout import Environment
@@ -144,7 +145,7 @@ def hold_out(dataset: Dataset, num_eval_episodes: int) -> tuple[Dataset, Dataset
     """Split off the last episodes; the rest is for training."""
     if not num_eval_episodes:
         return dataset, None
-    episodes = np.asarray(dataset.with_format("numpy")["episode_index"][:])
+    episodes = episode_indices(dataset)
     known = np.unique(episodes)
     if num_eval_episodes >= len(known):
         raise ValueError(f"num_eval_episodes={num_eval_episodes}, but the dataset has {len(known)} episodes")
@@ -226,6 +227,4 @@ def claim_run(data: DataArguments, training: VLASFTConfig, model_args: ModelConf
     elif output_dir.is_dir() and any(output_dir.iterdir()):
         raise ValueError(f"{output_dir} is not empty and was not made by a recipe: choose another --output_dir")
     output_dir.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(identity, indent=2) + "\n")
-    partial.replace(file)
+    write_whole(file, json.dumps(identity, indent=2) + "\n")

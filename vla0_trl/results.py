@@ -23,6 +23,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from vla0_trl.config import CONFIG_NAME
+from vla0_trl.files import write_whole
 from vla0_trl.metrics import identity
 from vla0_trl.rollout import EpisodeResult, Seed
 
@@ -191,14 +192,10 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two last processes may write at the same time
     try:
-        partial.write_text(text)
-        partial.replace(path)
+        write_whole(path, text)
     except OSError as error:
         raise WriteError(f"could not write {path}: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def provenance(device: str, packages: tuple[str, ...]) -> dict[str, Any]:

@@ -169,7 +169,8 @@ class _Slot:
         if turn.result is not None:
             self.episode.result = turn.result
             return False
-        self.observation = turn.observation
+        # Named, so that the policy drafts from this episode's last chunk, wherever it stands in the batch.
+        self.observation = {**turn.observation, "episode": self.episode.seed}
         self.episode.task = turn.observation["task"]
         return True
 

@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from trl import SFTTrainer
 
 from vla0_trl.collator import VLADataCollator
+from vla0_trl.files import write_whole
 
 ENERGY_FILE = "energy.json"
 # The first steps warm up caches, allocator and workers: they are not timed.
@@ -124,7 +125,7 @@ class EnergyCallback(TrainerCallback):
         if args.should_save:
             samples = state.global_step * global_batch_size(args)
             report = {"kwh": self._kwh, "seconds": self._seconds, "steps": state.global_step, "samples": samples}
-            self._file.write_text(json.dumps(report | {"processes": args.world_size}, indent=2) + "\n")
+            write_whole(self._file, json.dumps(report | {"processes": args.world_size}, indent=2) + "\n")
 
 
 def _duration(seconds: float) -> str:

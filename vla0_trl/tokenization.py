@@ -7,7 +7,7 @@ image-processor call. The same object serves the collator and the policy, so tra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -129,8 +129,7 @@ class ChatTokenizer:
 
         Unlike hidden values, hidden digits still show how many there are, and their neighbours.
         """
-        digits = self._digit_ids()
-        hide = np.isin(ids, digits) & (rng.random(len(ids)) < fraction)
+        hide = np.isin(ids, self._digit_ids) & (rng.random(len(ids)) < fraction)
         return (
             [self.mask_id if hidden else token for token, hidden in zip(ids, hide, strict=True)],
             [IGNORED if hidden else label for label, hidden in zip(labels, hide, strict=True)],
@@ -175,20 +174,21 @@ class ChatTokenizer:
                 return ids[0]
         raise ValueError(f"none of {candidates} is a single token of this tokenizer: no token can stand for a mask")
 
-    @lru_cache(maxsize=1)  # noqa: B019 (one object a process)
+    @cached_property
     def _digit_ids(self) -> list[int]:
         ids = [self._ids(str(digit)) for digit in range(10)]
-        if any(len(i) != 1 for i in ids) or any(len(n) != len(self._space) + len(str(v)) for v, n in self._samples()):
+        if any(len(i) != 1 for i in ids) or any(
+            len(self._numbers[value]) != len(self._space) + len(str(value)) for value in self._samples()
+        ):
             raise ValueError("character masking needs a tokenizer with one token a digit: use whole-value masking")
         return [i[0] for i in ids]
 
-    def _samples(self) -> list[tuple[int, list[int]]]:
-        step = max(1, self.config.num_bins // 16)
-        return [(value, self._numbers[value]) for value in range(0, self.config.num_bins + 1, step)]
+    def _samples(self) -> range:
+        return range(0, self.config.num_bins + 1, max(1, self.config.num_bins // 16))
 
     def _check_table(self) -> None:
         """The table must spell what `join_integers` writes, or training would teach a text that never decodes."""
-        values = [value for value, _ in self._samples()]
+        values = self._samples()
         ids, _ = self.encode_answer(values)
         text = self.tokenizer.decode(ids[: len(ids) - len(self._suffix_ids)], clean_up_tokenization_spaces=False)
         if text.strip() != join_integers(values):

@@ -34,6 +34,7 @@ from vla0_trl.conversion.staging import (
     staged_info,
 )
 from vla0_trl.episodes import EpisodeError, ImageFormat, Source, SourceInfo
+from vla0_trl.files import write_whole
 
 CONVERSION_NAME = "conversion.json"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -177,9 +178,7 @@ def _claim(partial: Path, staging_key: dict[str, Any], overwrite: bool) -> None:
             )
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    temporary = partial / "manifest.json.tmp"
-    temporary.write_text(json.dumps(staging_key, indent=2))
-    temporary.replace(manifest)
+    write_whole(manifest, json.dumps(staging_key, indent=2))
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:

@@ -158,8 +158,8 @@ def instruction(name: str) -> str:
 def initial_states(suite: str, name: str) -> np.ndarray:
     """A task's initial simulator states, float64[50, n]: time, positions, velocities.
 
-    They are in torch's zip format around one pickled array, which torch would only load with `weights_only=False`;
-    this reads them from the installed package alone, and unpickles nothing but an array.
+    They are in torch's zip format around one pickled array, which torch's own safe loading refuses. This reads them
+    from the installed package alone, and unpickles nothing but an array.
     """
     path = package_folder() / "init_files" / suite / f"{name}.pruned_init"
     with zipfile.ZipFile(path) as archive, archive.open("archive/data.pkl") as file:

@@ -23,6 +23,11 @@ SUCCESS_COVERAGE = 0.95  # gym-pusht: success_threshold, the share of the target
 STATE_MODES = {"agent": 2, "full": 5}
 
 
+def state_mode(state_dim: int) -> str:
+    """Which of `STATE_MODES` a policy's state_dim means; without a state, any will do."""
+    return {dim: mode for mode, dim in STATE_MODES.items()}.get(state_dim, "agent")
+
+
 def _stable(number: float) -> float:
     """A coverage without its last bits, which differ by run: pymunk keeps a body's shapes in an unordered set."""
     return round(float(number), 12)

@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from vla0_trl.files import write_whole
 from vla0_trl.metrics import task_label
 from vla0_trl.report import charts
 from vla0_trl.report.summary import Run, Table, offline_table, suite_table, suites, summary_table, task_table, tasks
@@ -90,10 +91,8 @@ def write_report(path: Path, runs: list[Run], title: str, commands: list[str] | 
 </body>
 </html>
 """
-    partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(page)
-    partial.replace(path)
+    write_whole(path, page)
 
 
 def _cards(runs: list[Run]) -> str:
