@@ -3,15 +3,24 @@
     python eval/summarize.py runs/eval_untrained runs/eval --output runs/report
     python eval/summarize.py runs/libero/eval runs/libero/eval/perturbed/*
 
-Each OUTPUT_DIR is what eval_pusht.py or eval_libero.py wrote; an offline.json of eval_offline.py and the training log
-beside the checkpoint are shown where they exist. report.html is one file, with videos inside.
+Each OUTPUT_DIR is what eval_pusht.py or eval_libero.py wrote; an offline.json of eval_offline.py, and beside the
+checkpoint the training log and the energy that --log_energy measured, are shown where they exist. report.html is one
+file, with videos inside.
 """
 
 import argparse
 from pathlib import Path
 
 from vla0_trl.report.page import REPORT, success_figure, write_report
-from vla0_trl.report.summary import format_table, load_runs, offline_table, suite_table, summary_table, task_table
+from vla0_trl.report.summary import (
+    energy_table,
+    format_table,
+    load_runs,
+    offline_table,
+    suite_table,
+    summary_table,
+    task_table,
+)
 
 
 def main() -> None:
@@ -30,7 +39,7 @@ def main() -> None:
         parser.exit(2, f"error: {error}\n")
 
     total = summary_table([(run.name, run.results) for run in runs])
-    tables = [suite_table(runs), total, task_table(runs), offline_table(runs)]
+    tables = [suite_table(runs), total, task_table(runs), offline_table(runs), energy_table(runs)]
     tables = [table for table in tables if table is not None]
     print("\n\n".join(format_table(table) for table in tables))
     (output / "summary.md").write_text("\n\n".join(format_table(table, markdown=True) for table in tables) + "\n")

@@ -14,7 +14,7 @@ from test_rollout import SEEDS, PushBlock
 from vla0_trl.envs.pusht import FPS, PushTEnv
 from vla0_trl.metrics import aggregate
 from vla0_trl.report.page import write_report
-from vla0_trl.report.summary import format_table, load_runs, task_table
+from vla0_trl.report.summary import energy_table, format_table, load_runs, task_table
 from vla0_trl.results import EpisodeLog, provenance, write_json, write_video
 from vla0_trl.rollout import rollout
 
@@ -147,6 +147,27 @@ def test_folders_with_the_same_name_are_told_apart(folders, tmp_path):
     for name in ("results.json", "episodes.jsonl"):
         (other / name).write_bytes((folders[0] / name).read_bytes())
     assert [run.name for run in load_runs([folders[0], other])] == [str(folders[0]), str(other)]
+
+
+def test_energy_of_the_training_is_set_against_success(folders, tmp_path):
+    """Found in the run's folder, also for a checkpoint inside it."""
+    training = tmp_path / "run"
+    (training / "checkpoint-20").mkdir(parents=True)
+    write_json(training / "energy.json", {"kwh": 0.25, "seconds": 5400.0, "steps": 30, "samples": 480})
+    runs = load_runs(folders)
+    assert energy_table(runs) is None
+    for name, checkpoint, rate in (("last", training, 0.5), ("early", training / "checkpoint-20", 0.0)):
+        results = json.loads((folders[0] / "results.json").read_text())
+        results |= {"checkpoint": str(checkpoint), "success_rate": rate}
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "results.json", results)
+        (tmp_path / name / "episodes.jsonl").write_bytes((folders[0] / "episodes.jsonl").read_bytes())
+    runs += load_runs([tmp_path / "last", tmp_path / "early"])
+    header, rows = energy_table(runs)
+    assert header[3:] == ["training kWh", "Wh per % of success"]
+    assert rows == [["last", "480", "1.50", "0.25", "5"], ["early", "480", "1.50", "0.25", "–"]]
+    write_report(tmp_path / "report.html", runs[2:], "t")
+    assert "Wh per % of success" in (tmp_path / "report.html").read_text()
 
 
 def test_several_tasks_get_a_row_each(folders):

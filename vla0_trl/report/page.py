@@ -8,7 +8,17 @@ from typing import Any
 from vla0_trl.files import write_whole
 from vla0_trl.metrics import task_label
 from vla0_trl.report import charts
-from vla0_trl.report.summary import Run, Table, offline_table, suite_table, suites, summary_table, task_table, tasks
+from vla0_trl.report.summary import (
+    Run,
+    Table,
+    energy_table,
+    offline_table,
+    suite_table,
+    suites,
+    summary_table,
+    task_table,
+    tasks,
+)
 
 REPORT = "report.html"
 
@@ -143,12 +153,12 @@ def _open_loop(runs: list[Run]) -> str:
 
 
 def _training(runs: list[Run]) -> str:
-    logs = {run.name: run.log_history for run in runs}
-    if not any(logs.values()):
-        return ""
-    loss = charts.training_curve(logs, "loss", "loss")
-    accuracy = charts.training_curve(logs, "mean_token_accuracy", "action-token accuracy")
-    return f"<section><h2>Training</h2>{_pictures(loss, accuracy)}</section>"
+    logs, energy = {run.name: run.log_history for run in runs}, energy_table(runs)
+    parts = [_html_table(energy)] if energy else []
+    if any(logs.values()):
+        loss = charts.training_curve(logs, "loss", "loss")
+        parts.insert(0, _pictures(loss, charts.training_curve(logs, "mean_token_accuracy", "action-token accuracy")))
+    return f"<section><h2>Training</h2>{''.join(parts)}</section>" if parts else ""
 
 
 def _videos(runs: list[Run]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vla0_trl.envs.libero_protocol import COLUMNS
+from vla0_trl.files import ENERGY_FILE
 from vla0_trl.metrics import aggregate_suites, aggregate_tasks, mean_rate
 from vla0_trl.results import RESULTS, VIDEOS, read_episodes, video_name
 
@@ -25,6 +26,7 @@ class Run:
         episodes (`list[dict]`): its episodes.jsonl.
         offline (`dict`, *optional*): its offline.json, if `eval_offline.py` wrote one there.
         log_history (`list[dict]`): of the training that made the checkpoint; empty without trainer_state.json.
+        energy (`dict`, *optional*): energy.json of that training, if it was run with `--log_energy`.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Run:
     episodes: list[dict[str, Any]]
     offline: dict[str, Any] | None
     log_history: list[dict[str, Any]]
+    energy: dict[str, Any] | None
 
     def video(self, episode: dict[str, Any]) -> Path | None:
         """The film of one of its episodes, if it was filmed."""
@@ -57,17 +60,22 @@ def _load_run(folder: Path, name: str) -> Run:
     if not (folder / RESULTS).is_file():
         raise FileNotFoundError(f"{folder} has no {RESULTS}: no evaluation, or one to finish by running it again")
     results = json.loads((folder / RESULTS).read_text())
-    offline = None
-    if (folder / OFFLINE).is_file():
-        offline = json.loads((folder / OFFLINE).read_text())
-        if offline["checkpoint_hash"] != results["checkpoint_hash"]:
-            raise ValueError(
-                f"{folder}/{OFFLINE} is of checkpoint {offline['checkpoint']} ({offline['checkpoint_hash'][:8]}), "
-                f"{RESULTS} of {results['checkpoint']} ({results['checkpoint_hash'][:8]}): run eval_offline.py again"
-            )
-    state = Path(results["checkpoint"]) / "trainer_state.json"
-    log_history = json.loads(state.read_text())["log_history"] if state.is_file() else []
-    return Run(name, folder, results, read_episodes(folder), offline, log_history)
+    offline = _read_if_there(folder / OFFLINE)
+    if offline is not None and offline["checkpoint_hash"] != results["checkpoint_hash"]:
+        raise ValueError(
+            f"{folder}/{OFFLINE} is of checkpoint {offline['checkpoint']} ({offline['checkpoint_hash'][:8]}), "
+            f"{RESULTS} of {results['checkpoint']} ({results['checkpoint_hash'][:8]}): run eval_offline.py again"
+        )
+    checkpoint = Path(results["checkpoint"])
+    state = _read_if_there(checkpoint / "trainer_state.json")
+    # A run's final model lies in its folder, the earlier ones in folders inside it.
+    training = checkpoint.parent if checkpoint.name.startswith("checkpoint-") else checkpoint
+    energy = _read_if_there(training / ENERGY_FILE)
+    return Run(name, folder, results, read_episodes(folder), offline, state["log_history"] if state else [], energy)
+
+
+def _read_if_there(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def summary_table(runs: list[tuple[str, dict[str, Any]]]) -> Table:
@@ -158,6 +166,22 @@ def offline_table(runs: list[Run]) -> Table | None:
             rows.setdefault(name, [name, frames, accuracy, f"{numbers['rmse']:.2f}", f"{numbers['first_rmse']:.2f}"])
     ordered = sorted(rows.values(), key=lambda row: row[2] == "–")  # baselines last, otherwise as they came
     return (header, ordered) if rows else None
+
+
+def energy_table(runs: list[Run]) -> Table | None:
+    """What the training of each run took, all of it, against the success that it brought; None if none measured it.
+
+    Energy against performance is how the study of efficient learners among the seeds compares fine-tunings. The ratio
+    is to percents of success, not to successes: more episodes of evaluation must not make a training look cheaper.
+    """
+    rows = []
+    for run in runs:
+        if run.energy is not None:
+            watt_hours, percent = 1000 * run.energy["kwh"], 100 * run.results["success_rate"]
+            ratio = f"{watt_hours / percent:.3g}" if percent else "–"
+            hours = f"{run.energy['seconds'] / 3600:.2f}"
+            rows.append([run.name, str(run.energy["samples"]), hours, f"{watt_hours / 1000:.3g}", ratio])
+    return (["run", "samples", "hours", "training kWh", "Wh per % of success"], rows) if rows else None
 
 
 def format_table(table: Table, markdown: bool = False) -> str:
