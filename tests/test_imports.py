@@ -16,7 +16,7 @@ episodes chat_dataset conversion.staging conversion.shards conversion.card conve
 conversion.pusht
 sources.video sources.parquet_images sources.lerobot_meta sources.lerobot sources.lerobot_hub sources.libero_hdf5
 inspection
-arguments run_report training recipe memory metrics results evaluation libero_evaluation
+arguments run_report callbacks training recipe memory metrics results evaluation libero_evaluation
 offline report.summary report.charts report.page
 """.split()  # noqa: SIM905
 

@@ -1,12 +1,10 @@
-"""The trainer: TRL's, with images that stay uint8 until they are on the device, and the callbacks of a policy."""
+"""The trainer: TRL's, with images that stay uint8 until they are on the device, and checkpoints that are whole."""
 
 from __future__ import annotations
 
 import json
-import math
-import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,22 +13,18 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
 from vla0_trl.arguments import VLASFTConfig
+from vla0_trl.callbacks import PolicyCallback
 from vla0_trl.collator import Row, VLADataCollator
 from vla0_trl.config import CONFIG_NAME, VLAConfig
 from vla0_trl.images import model_inputs
 from vla0_trl.modeling import cast_image_features, is_adapter, save_base_fingerprint
-from vla0_trl.policy import VLAPolicy
-from vla0_trl.rollout import Environment, rollout
 from vla0_trl.run_report import EnergyCallback, SpeedCallback
 
-# Rollouts during training choose checkpoints, so final evaluations use other seeds (eval_pusht.py starts at 100000).
-ROLLOUT_SEED = 50_000
-INITIAL, BEST = "initial", "best"
 _ROWS = "row_indices"
 
 
@@ -75,7 +69,7 @@ class VLATrainer(SFTTrainer):
             peft_config=peft_config,
         )
         self._rows = self._previous_rows = None
-        self.add_callback(_PolicyCallback(self))
+        self.add_callback(PolicyCallback(self))
         self.add_callback(SpeedCallback(self))
         if args.log_energy:
             self.add_callback(EnergyCallback(self))
@@ -165,84 +159,6 @@ class _TracedCollator(VLADataCollator):
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         indices = [[row["episode_index"], row["frame_index"]] for row in rows]
         return super().__call__(rows) | {_ROWS: torch.tensor(indices)}
-
-
-class _PolicyCallback(TrainerCallback):
-    """Turns the collator's epoch, saves the untrained policy, and stops at the wanted accuracy or at Ctrl-C."""
-
-    def __init__(self, trainer: VLATrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        # Here, because sharded models can only be saved once the engine has wrapped them.
-        if args.save_initial and state.global_step == 0:
-            self.trainer.save_policy(Path(args.output_dir, INITIAL))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        # Together: a Ctrl-C reaches processes in different steps, and saving needs all of them in one.
-        interrupted = torch.tensor(float(self.trainer.interrupted), device=args.device)
-        if self.trainer.accelerator.reduce(interrupted, "sum") > 0:
-            self.trainer.interrupted = control.should_save = control.should_training_stop = True
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        # Before the first step of a run `epoch` is None or 0; after a resume it is a fraction. Rounded: n/n is not 1.
-        self.trainer.data_collator.set_epoch(math.floor(round(state.epoch or 0, 6)))
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        threshold = args.stop_at_token_accuracy
-        if threshold is not None and (logs or {}).get("mean_token_accuracy", 0) >= threshold:
-            control.should_training_stop = control.should_save = True
-
-
-class RolloutCallback(TrainerCallback):
-    """Every `rollout_steps`, lets the policy act in the simulator, and keeps the best one as `output_dir/best`.
-
-    Args:
-        trainer ([`VLATrainer`]): whose policy acts, and which logs `rollout/…`.
-        make_env: builds one environment for a config.
-        num_envs (`int`): environments side by side.
-    """
-
-    def __init__(self, trainer: VLATrainer, make_env: Callable[[VLAConfig], Environment], num_envs: int = 16):
-        self.trainer, self.make_env = trainer, make_env
-        self.num_envs = min(num_envs, trainer.args.rollout_episodes)
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            raise ValueError("rollout_steps needs the whole model in one process: evaluate sharded runs with eval/")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % args.rollout_steps:
-            return
-        score = self._evaluate() if state.is_world_process_zero else (0.0, 0.0)
-        names = ("rollout/success_rate", "rollout/mean_max_coverage")
-        scores = self.trainer.accelerator.gather(torch.tensor([score], device=args.device))[0].tolist()
-        self.trainer.log(dict(zip(names, scores, strict=True)))
-        earlier = [tuple(entry[name] for name in names) for entry in state.log_history[:-1] if names[0] in entry]
-        if tuple(scores) > max(earlier, default=(-1.0, -1.0)):
-            self._keep(Path(args.output_dir))
-
-    def _evaluate(self) -> tuple[float, float]:
-        trainer = self.trainer
-        model = trainer.accelerator.unwrap_model(trainer.model).eval()
-        policy = VLAPolicy(model, trainer.processing_class, trainer.vla_config)
-        envs = [self.make_env(trainer.vla_config) for _ in range(self.num_envs)]
-        seeds = range(ROLLOUT_SEED, ROLLOUT_SEED + trainer.args.rollout_episodes)
-        try:
-            results = [episode.result for episode in rollout(policy, envs, seeds)]
-        finally:
-            for env in envs:
-                env.close()
-            model.train()
-        return tuple(sum(float(r[key]) for r in results) / len(results) for key in ("success", "max_coverage"))
-
-    def _keep(self, output_dir: Path) -> None:
-        """Replace `best` in one step, so that a kill leaves the old one or the new one."""
-        fresh, best, old = (output_dir / f"{BEST}{suffix}" for suffix in (".partial", "", ".old"))
-        self.trainer.save_policy(fresh)
-        if self.trainer.args.should_save:
-            if best.exists():
-                best.rename(old)
-            fresh.rename(best)
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
