@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import QWEN
-from helpers import REPOSITORY, load_script, shared_path
+from helpers import REPOSITORY, shared_path
+
+from vla0_trl.benchmarking import DigitsAndSpaces, random_policy
 
 
 def test_the_table_of_the_nano_model(tmp_path):
@@ -29,10 +32,7 @@ def test_the_table_of_the_nano_model(tmp_path):
 
 
 def test_stock_may_write_any_digits_and_spaces_but_nothing_else():
-    import torch
-
-    bench = load_script("eval/bench_inference.py")
-    policy = bench.build_policy("nano", bench.argparse.Namespace(), torch.device("cpu"), torch.float32)
+    policy = random_policy("nano", None, torch.device("cpu"), torch.float32, max_gb=1.0)
     names = policy.processor.tokenizer.convert_ids_to_tokens(range(len(policy.processor.tokenizer)))
-    scores = bench.DigitsAndSpaces(policy)(torch.zeros(1, 3), torch.zeros(1, len(names)))
+    scores = DigitsAndSpaces(policy)(torch.zeros(1, 3), torch.zeros(1, len(names)))
     assert sorted(names[i] for i in scores[0].isfinite().nonzero().flatten()) == [*"0123456789", "Ġ"]

@@ -68,12 +68,11 @@ def policy(request):
     return build_policy(request.param, config)
 
 
-@pytest.fixture(autouse=True, params=["narrow", "wide"])
-def device_kind(request, monkeypatch) -> str:
-    """What the decoder does on a CPU, and would do on a GPU; with tries even where a batch is too large for them."""
-    monkeypatch.setitem(decoding.TRY_TOKENS, "cpu", 512)
-    monkeypatch.setattr(decoding, "WIDE_DEVICES", {"cpu"} if request.param == "wide" else set())
-    return request.param
+@pytest.fixture(autouse=True)
+def budget_of_a_gpu(monkeypatch) -> None:
+    """Tries and drafts also where a batch is too large for them on a CPU."""
+    monkeypatch.setattr(decoding, "MAX_TRIES", {"cpu": 512})
+    monkeypatch.setattr(decoding, "MAX_DRAFTED", {"cpu": 1024})
 
 
 def generate(policy, batch, **options) -> torch.Tensor:
@@ -319,8 +318,7 @@ class Recorded:
         self.passes, self.inputs, self.logits = passes, inputs, logits
 
     def replay(self):
-        self.passes._aim(None, self.passes.capacity)
-        self.logits.copy_(self.passes._forward(self.inputs))
+        self.logits.copy_(self.passes._step(self.inputs, self.passes.capacity))
 
 
 def test_captured_passes_are_padded_to_few_widths(policy, monkeypatch):

@@ -12,12 +12,12 @@ PACKAGE = Path(vla0_trl.__file__).parent
 ORDER = """
 actions files config chat tokenization images grammar collator nano modeling ensembling
 passes answers decoding policy rollout workers
-episodes chat_dataset conversion.staging conversion.shards conversion.card conversion.convert conversion.cli
+episodes chat_dataset conversion.card conversion.staging conversion.shards conversion.convert conversion.cli
 conversion.pusht
 sources.video sources.parquet_images sources.lerobot_meta sources.lerobot sources.lerobot_hub sources.libero_hdf5
 inspection
-arguments run_report callbacks training recipe memory metrics results evaluation libero_evaluation
-offline report.summary report.charts report.page
+arguments run_report callbacks probes training recipe memory metrics results evaluation libero_evaluation
+benchmarking offline report.summary report.charts report.page
 """.split()  # noqa: SIM905
 
 

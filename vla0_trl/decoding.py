@@ -25,22 +25,19 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from vla0_trl.answers import FIRST_WINDOW, Row, Speller, Tree, pack
+from vla0_trl.answers import Row, Speller, Tree
 from vla0_trl.grammar import ActionGrammar
-from vla0_trl.passes import MAX_SCRATCH, Passes
+from vla0_trl.passes import Passes
 
-# Tokens in a pass up to which tries cost less than the passes that they save. A CPU is out of breath soon (on one core
-# with AVX-512, 12 tokens cost SmolVLM2-500M as much as 1.7 passes over one); a GPU waits for weights until hundreds.
-TRY_TOKENS = {"cpu": 12, "cuda": 512}
-# Tokens of drafts in a step, all rows together; with a prompt, where they weigh less, PROMPT_FACTOR times as many.
-GUESS_TOKENS = {"cpu": 48, "cuda": 2048}
-PROMPT_FACTOR = 4
-# Devices on which some more tokens in a pass are for nothing: there, what a try forces is read behind it, drafts and
-# tries go together, and a token that was tried is read once more instead of being moved.
-WIDE_DEVICES = {"cuda"}
+# Tries in a pass, all rows together, that cost less than the passes they save. A CPU is out of breath soon (on one
+# core, 12 tokens cost SmolVLM2-500M as much as 1.7 passes over one); a GPU waits for weights until hundreds.
+MAX_TRIES = {"cpu": 12, "cuda": 512}
+# The same for tokens of drafts; fewer than so many a row are not worth a wider pass.
+MAX_DRAFTED = {"cpu": 64, "cuda": 1024}
+FEWEST_DRAFTED = 8
 # A prompt prefix this short is read again: it costs nothing.
 SHORTEST_PREFIX = 8
-# A GPU's cache comes in these steps, so that its graphs fit prompts of any length.
+# The cache comes in these steps, so that a GPU's graphs fit prompts of any length.
 CAPACITY_STEP = 128
 # What `generate` prepares for its own loop; the rest of its inputs is for the model.
 GENERATE_ONLY = ("past_key_values", "use_cache", "logits_to_keep")
@@ -52,10 +49,9 @@ class DecodingOptions:
 
     Args:
         forced_tokens, small_head, tries, drafts (`bool`): see the module.
-        reuse_prefix (`bool`): keep keys and values of what precedes the first image. Only for frozen weights; and
+        reuse_prefix (`bool`): keep keys and values of what precedes the first image. Only done for frozen weights;
             not to be used where an adapter is switched on and off between chunks.
         graphs (`bool`): CUDA graphs, on a GPU.
-        compile (`bool`): `torch.compile` the decoder: faster passes on a GPU, after a minute of compiling a shape.
     """
 
     forced_tokens: bool = True
@@ -64,7 +60,6 @@ class DecodingOptions:
     drafts: bool = True
     reuse_prefix: bool = True
     graphs: bool = True
-    compile: bool = False
 
 
 @dataclass
@@ -106,9 +101,9 @@ class ChunkDecoder:
         self.grammar, self.options, self.prefix = grammar, options or DecodingOptions(), list(prefix)
         self.stats = DecodingStats()
         self._speller = Speller(grammar, self.options.forced_tokens)
-        self._guess_limit = grammar.max_new_tokens
         self._passes: Passes | None = None
-        self._prefix: tuple[list[tuple[int, int]], torch.Tensor] | None = None
+        self._weights: list[tuple[int, int]] = []
+        self._prefix: torch.Tensor | None = None
 
     @torch.no_grad()
     def __call__(
@@ -152,7 +147,7 @@ class ChunkDecoder:
             passes = self._ready(model, prompts, length)
             self._read_prompt(passes, rows, input_ids, kept.bool(), position_ids, pad, inputs)
             while not all(row.done for row in rows):
-                self._step(passes, rows, passes.first + length)
+                self._step(passes, rows, length)
 
         self.stats.chunks += prompts
         self.stats.tokens += sum(len(row.tokens) for row in rows)
@@ -162,33 +157,26 @@ class ChunkDecoder:
         return torch.cat([input_ids, torch.tensor(answers, device=input_ids.device)], 1)
 
     def _ready(self, model: PreTrainedModel, rows: int, length: int) -> Passes:
-        """A cache for these prompts; on a GPU the last one with its graphs, if it fits."""
-        on_gpu = model.device.type == "cuda"
-        scratch = min(MAX_SCRATCH, 2 * len(self.grammar.token_ids)) if self.options.tries else 0
-        needed = scratch + 1 + length + self.grammar.max_new_tokens
-        kept = self._passes
-        if kept is not None and kept.model is model and kept.rows == rows and kept.capacity >= needed:
-            return kept
-        token_ids = torch.as_tensor(self.grammar.token_ids, device=model.device)
-        passes = Passes(
-            model,
-            token_ids,
-            rows,
-            -(-needed // CAPACITY_STEP) * CAPACITY_STEP if on_gpu else needed,
-            scratch,
-            self.options.small_head,
-            self.options.graphs,
-            self.options.compile,
-        )
-        self._passes = passes if on_gpu else None
-        return passes
+        """A cache for these prompts, the last one if it fits; with it, on a GPU, its graphs."""
+        weights = [(weight.data_ptr(), weight._version) for weight in model.parameters()]
+        if weights != self._weights:
+            self._weights, self._passes, self._prefix = weights, None, None
+        needed = length + self.grammar.max_new_tokens + len(self.grammar.token_ids) + 1
+        if self._passes is None or self._passes.rows != rows or self._passes.capacity < needed:
+            self._passes = Passes(
+                model,
+                torch.as_tensor(self.grammar.token_ids, device=model.device),
+                rows,
+                -(-needed // CAPACITY_STEP) * CAPACITY_STEP,
+                self.options.small_head,
+                self.options.graphs,
+            )
+        return self._passes
 
     def _read_prompt(self, passes, rows, input_ids, kept, position_ids, pad, inputs) -> None:
-        """The prompt, what is forced at an answer's beginning, and all of the draft, in one pass."""
-        limit = min(self._guess_limit, PROMPT_FACTOR * GUESS_TOKENS.get(passes.device.type, 0) // len(rows))
-        guesses = [row.guess(limit) for row in rows]
-        trees = [row.grow(0, False, False, guess) for row, guess in zip(rows, guesses, strict=True)]
-        known = [[fields[0] for fields in tree.fields] for tree in trees]
+        """The prompt, what is forced at an answer's beginning, and the beginning of its draft, in one pass."""
+        trees = [row.grow(0, self._guess(passes, row, len(rows)), []) for row in rows]
+        known = [[token for token, *_ in tree.tokens] for tree in trees]
         width = max(map(len, known))
         ids = torch.tensor([tokens + [pad] * (width - len(tokens)) for tokens in known], dtype=torch.int64)
         # Inputs for each token of the prompt, such as token types, have done their part in the position ids.
@@ -204,37 +192,31 @@ class ChunkDecoder:
         logits = passes.prompt(
             torch.cat([input_ids, ids.to(input_ids.device)], 1), kept, position_ids, skip, width + 1, **images
         )
-        # A tree begins with an answer's first certain token, the logits with the prompt's last, which is node −1.
+        # A tree begins with an answer's first certain token, the logits with the prompt's last, which is token −1.
         for row, tree, row_logits in zip(rows, trees, np.roll(logits, -1, axis=1), strict=True):
-            row.follow(tree, row_logits, 0)
-        if any(guesses):
-            # A draft that goes wrong soon is not read to its end the next time.
-            self._guess_limit = max(FIRST_WINDOW, 4 * max(row.accepted for row in rows))
+            row.follow(tree, row_logits)
         self._count(trees)
 
     def _step(self, passes: Passes, rows: list[Row], first: int) -> None:
         """One pass for all rows that are not done."""
-        active = [row for row in rows if not row.done]
-        budget = TRY_TOKENS.get(passes.device.type, 0) // len(active)
-        wide = passes.device.type in WIDE_DEVICES
-        trees: list[Tree | None] = []
-        for row in rows:
-            if row.done:
-                trees.append(None)
-                continue
-            guess = row.guess(min(row.window, GUESS_TOKENS.get(passes.device.type, 0) // len(active)))
-            tokens = len(self.grammar.choices(row.count, row.state)) * (2 if wide else 1)
-            tries = tokens <= passes.scratch and tokens + len(guess) <= budget
-            if not wide:
-                tries = tries and not guess and self._speller.promising(row.count, row.state)
-            trees.append(row.grow(first, tries, wide, guess))
-        logits = passes.step(pack(trees, passes.scratch))
-        for index, (row, tree) in enumerate(zip(rows, trees, strict=True)):
-            if tree is not None:
-                sources, targets = row.follow(tree, logits[index], first, keep_tries=not wide)
-                if sources:
-                    passes.cache.move(index, sources, targets)
+        active = [(index, row) for index, row in enumerate(rows) if not row.done]
+        trees = []
+        for _, row in active:
+            guess = self._guess(passes, row, len(active))
+            tries = row.tries() if self.options.tries and not guess else []
+            fit = len(tries) * len(active) <= MAX_TRIES.get(passes.device.type, 0)
+            trees.append(row.grow(first, guess, tries if fit else []))
+        tokens = passes.padding(max(len(tree.tokens) for tree in trees))
+        for (index, _), tree in zip(active, trees, strict=True):
+            tokens[index, : len(tree.tokens)] = tree.tokens
+        logits = passes.step(tokens)
+        for (index, row), tree in zip(active, trees, strict=True):
+            row.follow(tree, logits[index])
         self._count(trees)
+
+    def _guess(self, passes: Passes, row: Row, rows: int) -> list[int]:
+        limit = MAX_DRAFTED.get(passes.device.type, 0) // rows
+        return row.guess(limit) if limit >= FEWEST_DRAFTED else []
 
     def _insert_prefix(
         self, passes: Passes, input_ids: torch.Tensor, kept: torch.Tensor, positions: torch.Tensor
@@ -243,20 +225,17 @@ class ChunkDecoder:
         width = len(self.prefix)
         if not self.options.reuse_prefix or width < SHORTEST_PREFIX:
             return 0
-        weights = list(passes.model.parameters())
-        if any(weight.requires_grad for weight in weights):
+        if any(weight.requires_grad for weight in passes.model.parameters()):
             return 0  # they may change at any time, and some optimizers don't tell torch that they do
         columns = (~kept).sum(1, keepdim=True) + torch.arange(width, device=kept.device)
         wanted = torch.tensor(self.prefix, device=kept.device)
         if int(columns.max()) >= kept.shape[1] or not bool((input_ids.gather(1, columns) == wanted).all()):
             return 0
-        versions = [(id(weight), weight._version) for weight in weights]
-        if self._prefix is None or self._prefix[0] != versions:
-            places = positions[..., :1, :][..., columns[0]]
-            self._prefix = versions, passes.read_apart(wanted[None], places)
-        passes.insert(self._prefix[1])
+        if self._prefix is None:
+            self._prefix = passes.read_apart(wanted[None], positions[..., :1, :][..., columns[0]])
+        passes.insert(self._prefix)
         return width
 
-    def _count(self, trees: list[Tree | None]) -> None:
+    def _count(self, trees: list[Tree]) -> None:
         self.stats.passes += 1
-        self.stats.drafted += sum(tree.guesses for tree in trees if tree is not None)
+        self.stats.drafted += sum(tree.guesses for tree in trees)

@@ -1,0 +1,162 @@
+"""What eval/bench_inference.py compares and measures: random models, other people's decoding, drafts, the floor."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, LogitsProcessor
+
+from vla0_trl.actions import NormStats
+from vla0_trl.answers import Row, Speller
+from vla0_trl.config import VLAConfig
+from vla0_trl.envs.pusht import TASK
+from vla0_trl.envs.pusht_expert import record_episode
+from vla0_trl.modeling import load_processor
+from vla0_trl.nano import NANO, build_nano
+from vla0_trl.policy import VLAPolicy
+
+# Hub id, image side, steps of a chunk, width of an action (PushT's for nano, LIBERO's for the others)
+MODELS = {
+    NANO: (None, 96, 10, 2),
+    "smolvlm2-500m": ("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", 512, 8, 7),
+    "qwen2.5-vl-3b": ("Qwen/Qwen2.5-VL-3B-Instruct", 224, 8, 7),
+}
+
+
+def random_policy(
+    name: str, models_dir: Path | None, device: torch.device, dtype: torch.dtype, max_gb: float
+) -> VLAPolicy:
+    """One of MODELS in its true architecture, with random weights; `MemoryError` if they take more than `max_gb`.
+
+    Args:
+        models_dir: folders with configs and processors, by the models' names; without it, they are from the Hub.
+    """
+    hub_id, side, steps, width = MODELS[name]
+    low, high = [0.0] * width, [512.0] * width
+    stats = NormStats(low, high, low, high, low, high, 1)
+    config = VLAConfig(
+        action_dim=width, state_dim=width, chunk_size=steps, image_size=side, use_state=True, relative_actions=True,
+        normalization=[-200.0, 200.0], action_stats=stats, state_stats=stats, crop_ratio=0.875,
+    )  # fmt: skip
+    if hub_id is None:
+        model, processor = build_nano()
+    else:
+        source = hub_id if models_dir is None else str(models_dir / hub_id.split("/")[1])
+        architecture, processor = AutoConfig.from_pretrained(source), load_processor(source, config)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in AutoModelForImageTextToText.from_config(architecture).parameters())
+        size = parameters * dtype.itemsize / 1e9
+        if size > max_gb:
+            raise MemoryError(f"{size:.1f} GB of weights, --max_gb is {max_gb:g}")
+        with device:
+            model = AutoModelForImageTextToText.from_config(architecture, dtype=dtype)
+    model = model.to(device, dtype).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(2.0 if parameter.ndim > 1 else 1.0)  # or all answers are nearly the same
+    return VLAPolicy(model, processor, config)
+
+
+class DigitsAndSpaces(LogitsProcessor):
+    """What VLA-0 and its re-implementations allow; it knows no end, so `generate` has to be told how many tokens."""
+
+    def __init__(self, policy: VLAPolicy):
+        names = [*"0123456789", " "]
+        self.ids = [policy.processor.tokenizer(name, add_special_tokens=False)["input_ids"][-1] for name in names]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        allowed = torch.full_like(scores, -torch.inf)
+        allowed[:, self.ids] = scores[:, self.ids]
+        return allowed
+
+
+def xgrammar_processor(policy: VLAPolicy) -> Callable[[], LogitsProcessor] | None:
+    """Makes a processor for one `generate()`; None without xgrammar."""
+    try:
+        import xgrammar
+        from xgrammar.contrib.hf import LogitsProcessor as Masked
+    except ImportError:
+        return None
+    vocabulary = policy.model.config.get_text_config().vocab_size
+    info = xgrammar.TokenizerInfo.from_huggingface(
+        policy.processor.tokenizer, vocab_size=vocabulary, stop_token_ids=policy.chat.end_of_turn_id
+    )
+    number = "(0|[1-9][0-9]?[0-9]?)"
+    regex = policy.chat.prefix + number + f"( {number}){{{policy.grammar.num_values - 1}}}"
+    return functools.partial(Masked, xgrammar.GrammarCompiler(info).compile_regex(regex))
+
+
+def recorded_steps(config: VLAConfig, count: int) -> list[tuple[dict, np.ndarray]]:
+    """`count` steps of the scripted PushT expert: observation, and by how many bins drafts are off there, (values,).
+
+    A draft is the chunk that was recorded for the step before, shifted by one step; actions wider than PushT's repeat.
+    """
+    recording = record_episode(100000)
+    actions = np.resize(recording.actions.T, (config.action_dim, len(recording.actions))).T
+    states = np.resize(recording.states[:, :2].T, actions.T.shape).T.astype(np.float32)
+    actions = np.concatenate([actions, np.repeat(actions[-1:], config.chunk_size, 0)])
+    tokenizer = config.action_tokenizer()
+    steps = []
+    for step in range(1, count + 1):
+        now, before = step % len(states), (step - 1) % len(states)
+        chunk = tokenizer.to_integers(actions[now : now + config.chunk_size], states[now])
+        last = tokenizer.to_integers(actions[before : before + config.chunk_size], states[before])
+        last = tokenizer.from_integers(last, states[before])
+        draft = tokenizer.to_integers(np.concatenate([last[1:], last[-1:]]), states[now])
+        observation = {"images": {"image": recording.frames[now]}, "state": states[now], "task": TASK}
+        steps.append((observation, draft - chunk))
+    return steps
+
+
+def open_tokens(policy: VLAPolicy, answer: list[int]) -> int:
+    """Tokens of an answer that the grammar does not force: passes that one-by-one decoding can't do without."""
+    speller = Speller(policy.grammar)
+    row, count = Row(speller), 0
+    while not row.done:
+        row.write(speller.column[answer[len(row.tokens)]])
+        count += 1
+    return count
+
+
+def grammar_seconds(policy: VLAPolicy, answers: int = 12) -> float:
+    """Host time a token for choosing, forcing and laying out the next pass, without any model."""
+    speller, tokens = Speller(policy.grammar), 0
+    logits = np.random.default_rng(0).standard_normal((64, len(speller.token_ids))).astype(np.float32)
+    began = time.perf_counter()
+    for _ in range(answers):
+        row = Row(speller)
+        while not row.done:
+            row.follow(row.grow(100, [], row.tries()), logits)
+        tokens += len(row.tokens)
+    return (time.perf_counter() - began) / tokens
+
+
+def floor_seconds(policy: VLAPolicy) -> float:
+    """The least time of a pass: reading the language model's weights once, at the bandwidth measured here."""
+    model = policy.model
+    weights = sum(p.nbytes for p in model.get_decoder().parameters())
+    weights -= model.get_input_embeddings().weight.nbytes  # of which a pass reads a row
+    return weights / _bandwidth(model.device, model.dtype)
+
+
+def _bandwidth(device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes a second that a matrix-vector product reads."""
+    matrices = [torch.zeros(4096, 4096, device=device, dtype=dtype) for _ in range(8)]
+    vector, best = torch.zeros(1, 4096, device=device, dtype=dtype), float("inf")
+    for _ in range(8):
+        began = clock(device)
+        for matrix in matrices:
+            torch.nn.functional.linear(vector, matrix)
+        best = min(best, clock(device) - began)
+    return sum(matrix.nbytes for matrix in matrices) / best
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after all that the device had to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
