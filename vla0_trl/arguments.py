@@ -104,6 +104,13 @@ class VLASFTConfig(SFTConfig):
         default=0, metadata={"help": "Every so many steps, run episodes in the simulator; 0: never."}
     )
     rollout_episodes: int = field(default=16, metadata={"help": "Episodes of such an evaluation, on fixed seeds."})
+    probe_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Every so many steps, log the loss on the first action, and by how much the loss rises when "
+            "images and states are another sample's (observation_gap: near 0, the policy does not look); 0: never."
+        },
+    )
     log_energy: bool = field(
         default=False, metadata={"help": "Measure the energy of the run with codecarbon, into output_dir/energy.json."}
     )

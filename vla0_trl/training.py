@@ -23,6 +23,7 @@ from vla0_trl.collator import Row, VLADataCollator
 from vla0_trl.config import CONFIG_NAME, VLAConfig
 from vla0_trl.images import model_inputs
 from vla0_trl.modeling import cast_image_features, is_adapter, save_base_fingerprint
+from vla0_trl.probes import ProbeCallback
 from vla0_trl.run_report import EnergyCallback, SpeedCallback
 
 _ROWS = "row_indices"
@@ -73,6 +74,8 @@ class VLATrainer(SFTTrainer):
         self.add_callback(SpeedCallback(self))
         if args.log_energy:
             self.add_callback(EnergyCallback(self))
+        if args.probe_steps:
+            self.add_callback(ProbeCallback(self))
 
     def train(self, *args, **kwargs):
         """As `Trainer.train`; the first Ctrl-C ends it after the current step, with a checkpoint."""
@@ -98,6 +101,10 @@ class VLATrainer(SFTTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         self._previous_rows, self._rows = self._rows, inputs.pop(_ROWS, None)
+        return self.prepare_batch(inputs)
+
+    def prepare_batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What a collator gave, on the device, with images as the model takes them."""
         inputs = super()._prepare_inputs(inputs)
         if "images" in inputs:
             pixels = inputs.pop("images")
