@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,8 @@ class VLADataCollator:
         defer_images (`bool`, *optional*, defaults to `False`): leave images uint8 under `"images"`, for
             [`images.model_inputs`] on the training device: 10 to 30 times fewer bytes to copy.
         stored_cameras (`list[str]`, *optional*): the cameras of the rows, if the config takes only some of them.
+        pad_to_multiple_of (`int`, *optional*): pad to the longest text that the tasks of a batch can have, rounded up
+            to a multiple of this: nearly always the same length, as `torch.compile` wants it.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class VLADataCollator:
         seed: int = 0,
         defer_images: bool = False,
         stored_cameras: Sequence[str] | None = None,
+        pad_to_multiple_of: int | None = None,
     ):
         for name, value in (("mask_max", mask_max), ("mask_skip", mask_skip)):
             if not 0 <= value <= 1:
@@ -67,6 +72,8 @@ class VLADataCollator:
         self.chat = ChatTokenizer(processor, config)
         self.actions = config.action_tokenizer()
         self.states = config.state_quantizer()
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self._longest = lru_cache(maxsize=4096)(self._longest_text)
         # Shared memory: the trainer turns the epoch while worker processes live on.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -83,7 +90,7 @@ class VLADataCollator:
             images.append([crop(image, self.config.crop_ratio, rng) for image in self._images(row)])
             if rng is not None and self.config.image_jitter:
                 jitter.append([draw_jitter(self.config.image_jitter, rng) for _ in self.config.cameras])
-        batch = self._pad(encoded)
+        batch = self._pad(encoded, {row["task"] for row in rows})
         pixels = {"cameras": stack_cameras(images, self.config.cameras)}
         if jitter:
             pixels["jitter"] = torch.from_numpy(np.array(jitter))
@@ -134,8 +141,18 @@ class VLADataCollator:
         stored = dict(zip(self.stored_cameras, row["images"], strict=True))
         return [_as_array(stored[name]) for name in self.config.cameras]
 
-    def _pad(self, encoded: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-        shape = (len(encoded), max(len(ids) for ids, _ in encoded))
+    def _longest_text(self, task: str) -> int:
+        """Tokens of a row with this task, if all of its numbers are as long as they can be."""
+        widest = max(range(self.config.num_bins + 1), key=lambda number: len(self.chat.encode_answer([0, number])[0]))
+        state, action = ([widest] * count for count in (self.config.state_dim, self.config.num_values))
+        return len(self.chat.encode_prompt(task, state)) + len(self.chat.encode_answer(action)[0])
+
+    def _pad(self, encoded: list[tuple[list[int], list[int]]], tasks: set[str]) -> dict[str, torch.Tensor]:
+        length = max(len(ids) for ids, _ in encoded)
+        if self.pad_to_multiple_of:
+            length = max(length, *map(self._longest, tasks))
+            length = math.ceil(length / self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (len(encoded), length)
         input_ids = np.full(shape, self.chat.pad_id)
         labels = np.full(shape, IGNORED)
         attention_mask = np.zeros(shape, np.int64)

@@ -22,11 +22,12 @@ from vla0_trl.callbacks import PolicyCallback
 from vla0_trl.collator import Row, VLADataCollator
 from vla0_trl.config import CONFIG_NAME, VLAConfig
 from vla0_trl.images import model_inputs
-from vla0_trl.modeling import cast_image_features, is_adapter, save_base_fingerprint
+from vla0_trl.modeling import is_adapter, prepare_for_training, save_base_fingerprint
 from vla0_trl.probes import ProbeCallback
 from vla0_trl.run_report import EnergyCallback, SpeedCallback
 
 _ROWS = "row_indices"
+_STATIC_MULTIPLE = 64  # tokens: compiled steps have one length for all tasks of about the same length
 
 
 class NotFiniteError(RuntimeError):
@@ -55,8 +56,9 @@ class VLATrainer(SFTTrainer):
     ):
         self.vla_config = vla_config
         self.interrupted = False
-        cast_image_features(model)
+        prepare_for_training(model)
         shared = {"seed": args.seed, "defer_images": True, "stored_cameras": stored_cameras}
+        shared["pad_to_multiple_of"] = args.pad_to_multiple_of or (_STATIC_MULTIPLE if args.torch_compile else None)
         self.eval_collator = VLADataCollator(processing_class, vla_config, train=False, **shared)
         super().__init__(
             model=model,
