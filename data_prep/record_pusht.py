@@ -3,7 +3,16 @@
     python data_prep/record_pusht.py --num_episodes 200 --seed 0 --output_dir data/pusht --num_proc 2
 
 Tries the seeds seed … seed + num_episodes − 1, keeps those that succeed and counts the others. About a second of CPU
-an episode. Episodes depend on their seed alone: any --num_proc records the same dataset.
+an episode, ten with --replan. Episodes depend on their seed alone: any --num_proc records the same dataset.
+
+DAgger: a policy drives, and every state that it comes to is labelled with what the expert would do there. Failed
+episodes are kept: they show where the policy goes wrong.
+
+    python data_prep/record_pusht.py --policy runs/pusht_nano --num_episodes 100 --seed 5000 --output_dir data/dagger
+    accelerate launch recipes/sft_pusht.py --model_name_or_path runs/pusht_nano --dataset_name data/dagger …
+
+Only the first action of a chunk is then the expert's way for certain: those after it are its answers to the states
+that the policy came to. Use a small chunk_size, or let the expert drive part of the time (--expert_mix).
 """
 
 from __future__ import annotations
@@ -16,55 +25,74 @@ import numpy as np
 from vla0_trl import __version__
 from vla0_trl.conversion.cli import command_line_errors, positive
 from vla0_trl.conversion.pusht import PushTParser
-from vla0_trl.envs.pusht import CAMERA, FPS, STATE_MODES, TASK
+from vla0_trl.conversion.staging import ConversionError
+from vla0_trl.envs.pusht import CAMERA, FPS, MAX_EPISODE_STEPS, STATE_MODES, TASK, check_speaks_pusht
 from vla0_trl.envs.pusht_expert import record_episode
 from vla0_trl.episodes import Episode, SourceInfo
 
 
 class PushTExpertEpisodes:
-    """Episode i is the expert's attempt at seed `seed + i`, None if it failed.
+    """Episode i is recorded on seed `args.seed + i`; None if the expert drove and failed.
 
     Args:
-        state (`str`): "agent": the agent's x, y; "full": with the block's x, y and angle.
-        action_noise (`float`): standard deviation in pixels of what is added to the expert's targets on execution:
-            it has to recover, and the data, which holds its own targets, shows how.
-        noise_fraction (`float`): share of the episodes with noise.
+        args (`argparse.Namespace`): the script's flags.
+
+    Raises:
+        ValueError: `args.policy` is not for PushT.
+        FileNotFoundError: there is no such checkpoint.
     """
 
-    def __init__(self, num_episodes: int, seed: int, state: str, action_noise: float, noise_fraction: float):
-        self.num_episodes, self.seed, self.state_dim = num_episodes, seed, STATE_MODES[state]
-        self.action_noise, self.noise_fraction = action_noise, noise_fraction
-        noise = f", with {action_noise:g} px of noise in {noise_fraction:.0%} of the episodes" if action_noise else ""
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.learner = args, None
+        names = ("seed", "state", "action_noise", "noise_fraction", "replan", "expert_mix", "max_steps")
+        options = {name: getattr(args, name) for name in names}
+        noise = f", with {args.action_noise:g} px of noise in {args.noise_fraction:.0%} of the episodes"
+        how, source = "only successful episodes are kept", "PushT, scripted expert"
+        if args.policy:
+            from vla0_trl.learner import Learner  # imports torch, which the expert does not need
+
+            self.learner = Learner(args.policy, args.num_proc)
+            check_speaks_pusht(self.learner.config, args.policy)
+            options |= {"replan": True, "policy": self.learner.hash}
+            how = f"a policy drove (sha256 {self.learner.hash[:16]}), the expert in {args.expert_mix:.0%} of the steps"
+            source = "PushT, a policy labelled by the scripted expert"
+        if options["replan"]:
+            how += "; the expert planned anew at every step"
+        self.options = options
         self.info = SourceInfo(
-            source="PushT, scripted expert",
+            source=source,
             revision=f"vla0_trl {__version__}, gym-pusht {version('gym-pusht')}, pymunk {version('pymunk')}",
             license="apache-2.0",
             robot="PushT (a round finger in 2-D)",
             fps=FPS,
             how=(
-                f"Recorded in the gym-pusht simulator by vla0_trl's scripted expert, seeds {seed} to "
-                f"{seed + num_episodes - 1}{noise}; only successful episodes are kept. Actions are the finger's "
-                "target in pixels of a 512 × 512 workspace. `episode_index` + the first seed is an episode's seed."
+                f"Recorded in the gym-pusht simulator by vla0_trl's scripted expert, seeds {args.seed} to "
+                f"{args.seed + args.num_episodes - 1}{noise if args.action_noise else ''}; {how}. Actions are the "
+                "finger's target in pixels of a 512 × 512 workspace. `episode_index` + the first seed is an episode's "
+                "seed."
             ),
-            options={"seed": seed, "state": state, "action_noise": action_noise, "noise_fraction": noise_fraction},
+            options=options,
         )
 
     def __len__(self) -> int:
-        return self.num_episodes
+        return self.args.num_episodes
 
     def task(self, index: int) -> str:
         return TASK
 
     def episode(self, index: int) -> Episode | None:
-        seed = self.seed + index
-        noisy = np.random.default_rng([seed, 1]).random() < self.noise_fraction  # not the noise's own stream
-        recording = record_episode(seed, action_noise=self.action_noise if noisy else 0.0)
-        if not recording.success:
+        args, seed = self.args, self.args.seed + index
+        noisy = np.random.default_rng([seed, 1]).random() < args.noise_fraction  # not the noise's own stream
+        if self.learner is not None:
+            self.learner.reset()
+        noise, replan = args.action_noise if noisy else 0.0, self.options["replan"]
+        recording = record_episode(seed, noise, replan, self.learner, args.expert_mix, args.max_steps)
+        if not (recording.success or self.learner):
             return None
         return Episode(
             task=TASK,
             actions=recording.actions,
-            states=recording.states[:, : self.state_dim],
+            states=recording.states[:, : STATE_MODES[args.state]],
             images={CAMERA: recording.frames},
             name=f"{self.info.source}, seed {seed}",
         )
@@ -72,14 +100,26 @@ class PushTExpertEpisodes:
 
 def main() -> None:
     parser = PushTParser(__doc__)
-    parser.add_argument("--num_episodes", type=positive, default=200, help="seeds to try (default: %(default)s)")
-    parser.add_argument("--action_noise", type=float, default=0.0, help="in pixels (default: %(default)s)")
-    parser.add_argument(
-        "--noise_fraction", type=_share, default=1.0, help="episodes with noise (default: %(default)s)"
+    add = parser.add_argument
+    add("--num_episodes", type=positive, default=200, help="seeds to try (default: %(default)s)")
+    add("--action_noise", type=float, default=0.0, help="in pixels (default: %(default)s)")
+    add("--noise_fraction", type=_share, default=1.0, help="episodes with noise (default: %(default)s)")
+    add(
+        "--replan",
+        action="store_true",
+        help="the expert plans anew at every step, so that its action follows from the state alone; on with --policy",
     )
+    add("--policy", help="checkpoint that drives while the expert labels: a folder or a Hub id")
+    add("--expert_mix", type=_share, default=0.0, help="share of steps that the expert drives (default: %(default)s)")
+    add("--max_steps", type=positive, default=MAX_EPISODE_STEPS, help="of an episode (default: %(default)s)")
     args = parser.parse_args()
+    if args.expert_mix and not args.policy:
+        parser.error("--expert_mix needs a --policy: without one the expert drives always")
     with command_line_errors(args.output_dir):
-        source = PushTExpertEpisodes(args.num_episodes, args.seed, args.state, args.action_noise, args.noise_fraction)
+        try:
+            source = PushTExpertEpisodes(args)
+        except ValueError as error:
+            raise ConversionError(str(error)) from error
         parser.convert(args, source, parser.pusht_config(args))
 
 

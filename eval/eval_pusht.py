@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 
 from vla0_trl.config import VLAConfig
-from vla0_trl.envs.pusht import CAMERA, FPS, MAX_EPISODE_STEPS, STATE_MODES, SUCCESS_COVERAGE, PushTEnv, state_mode
+from vla0_trl.envs.pusht import FPS, MAX_EPISODE_STEPS, SUCCESS_COVERAGE, PushTEnv, check_speaks_pusht, state_mode
 from vla0_trl.evaluation import (
     EvaluationParser,
     execution_config,
@@ -44,12 +44,7 @@ def build_parser() -> EvaluationParser:
 
 def evaluation_config(config: VLAConfig, args: argparse.Namespace) -> VLAConfig:
     """The checkpoint's config with the execution that the flags ask for; `ValueError` if it can't act in PushT."""
-    if config.cameras != [CAMERA] or config.action_dim != 2 or config.state_dim not in (0, *STATE_MODES.values()):
-        raise ValueError(
-            f"{args.model_name_or_path} is not for PushT: it has cameras {config.cameras}, action_dim="
-            f"{config.action_dim}, state_dim={config.state_dim}; the simulator gives camera {CAMERA!r}, takes 2 "
-            f"dimensions and has states of {sorted(STATE_MODES.values())}"
-        )
+    check_speaks_pusht(config, args.model_name_or_path)
     return execution_config(config, args)
 
 

@@ -13,13 +13,17 @@ from datasets import load_dataset
 from helpers import PUSHT_ZARR, REPOSITORY, SmallSource, load_script, shared_path, small_config
 from PIL import Image
 
+from vla0_trl.actions import NormStats
 from vla0_trl.chat_dataset import load_chat_dataset
 from vla0_trl.collator import VLADataCollator
 from vla0_trl.config import VLAConfig
 from vla0_trl.conversion.convert import convert
 from vla0_trl.conversion.staging import ConversionError
+from vla0_trl.envs.pusht import PushTEnv
+from vla0_trl.envs.pusht_expert import PushTExpert, record_episode
 from vla0_trl.inspection import PICTURE_SIDE, decoding_error, row_picture, token_spans
 from vla0_trl.modeling import load_processor
+from vla0_trl.policy import VLAPolicy
 
 
 def run_main(script, monkeypatch, *flags) -> None:
@@ -165,7 +169,7 @@ def test_failures_are_left_out_and_counted(tmp_path, recorder, monkeypatch, caps
         actions: np.ndarray
         success: bool
 
-    def record_episode(seed, action_noise=0.0):
+    def record_episode(seed, action_noise, *options):
         noise[seed] = action_noise
         states = np.random.default_rng(seed).uniform(0, 512, (4, 5)).astype(np.float32)
         return Recording(np.full((4, 96, 96, 3), seed, np.uint8), states, states[:, :2] + 1, seed != 12)
@@ -179,6 +183,59 @@ def test_failures_are_left_out_and_counted(tmp_path, recorder, monkeypatch, caps
     assert len(rows[0]["raw_state"]) == 5
     assert set(noise) == {10, 11, 12, 13}
     assert set(noise.values()) == {0.0, 2.0}
+
+
+@pytest.fixture(scope="module")
+def pusht_policy(tiny_nano, tmp_path_factory):
+    """An untrained checkpoint for PushT; its actions lie in the workspace's lower right quarter."""
+    folder = tmp_path_factory.mktemp("policy") / "checkpoint"
+    shutil.copytree(tiny_nano, folder)
+    stats = NormStats.from_array(np.array([[256.0, 256.0], [512.0, 512.0]]))
+    config = VLAConfig(state_dim=2, use_state=True, chunk_size=8, image_size=48, action_stats=stats, state_stats=stats)
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_a_policy_drives_and_the_expert_labels(tmp_path, recorder, monkeypatch, pusht_policy):
+    flags = ["--policy", pusht_policy, "--num_episodes", "2", "--seed", "3", "--max_steps", "12", "--state", "full"]
+    run_main(recorder, monkeypatch, *flags, "--output_dir", tmp_path / "o")
+    rows, config = load_chat_dataset(tmp_path / "o")
+    assert len(rows) == 24 and config.state_dim == 5  # neither episode succeeded, both are kept
+    assert "a policy labelled by the scripted expert" in config.source
+    card = (tmp_path / "o/README.md").read_text()
+    assert "a policy drove (sha256 " in card and "the expert in 0% of the steps" in card
+
+    policy, env = VLAPolicy.from_pretrained(pusht_policy), PushTEnv("full")
+    env.reset(3)
+    for row in rows.select(range(12)):
+        observation = env.observe()
+        assert np.array_equal(row["raw_state"], observation["state"])
+        label = PushTExpert(replan=True).act(env.full_state)
+        assert np.allclose(row["raw_action"][:2], label)
+        env.step(policy.select_action(observation | {"state": observation["state"][:2]}))
+
+
+def test_with_expert_mix_1_the_expert_drives(tmp_path, recorder, monkeypatch, pusht_policy):
+    flags = ["--num_episodes", "1", "--max_steps", "8", "--output_dir"]
+    run_main(recorder, monkeypatch, "--policy", pusht_policy, "--expert_mix", "1", *flags, tmp_path / "a")
+    mixed = load_dataset(str(tmp_path / "a"), split="train")
+    alone = record_episode(0, replan=True, max_steps=8)
+    assert np.array_equal(mixed["raw_state"], alone.states[:, :2])
+
+
+def test_a_policy_that_cannot_drive_pusht_is_refused(tmp_path, recorder, monkeypatch, dot_config, capsys):
+    dot_config.replace(cameras=["wrist"]).save_pretrained(tmp_path / "c")
+    (tmp_path / "c/model.safetensors").touch()
+    for flags, message in (
+        (["--policy", tmp_path / "c"], "is not for PushT: it has cameras ['wrist']"),
+        (["--policy", tmp_path / "nothing"], "no folder"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            run_main(recorder, monkeypatch, *flags, "--output_dir", tmp_path / "o")
+        assert message in str(error.value)
+    with pytest.raises(SystemExit):
+        run_main(recorder, monkeypatch, "--expert_mix", "0.5", "--output_dir", tmp_path / "o")
+    assert "--expert_mix needs a --policy" in capsys.readouterr().err
 
 
 # -- inspect_dataset

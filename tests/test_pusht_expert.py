@@ -9,27 +9,29 @@ import pytest
 
 from vla0_trl.envs.pusht import CAMERA, PushTEnv
 from vla0_trl.envs.pusht_expert import MAX_DISTANCE, MAX_MOVE, PushTExpert, Recording, record_episode
+from vla0_trl.envs.pusht_geometry import (
+    GOAL_POSE,
+    WALLS,
+    beyond_walls,
+    compose,
+    coverage,
+    inside,
+    pose_distance,
+    to_block,
+    to_world,
+)
 from vla0_trl.envs.pusht_planner import (
     APPROACHES,
     CENTRES,
     CLEARANCE,
-    GOAL_POSE,
     NORMALS,
     PUSH_STEP,
     SOLVED,
-    WALLS,
     Walks,
-    beyond_walls,
     clear,
-    compose,
-    coverage,
-    inside,
     plan_push,
-    pose_distance,
     push_library,
     simulate_pushes,
-    to_block,
-    to_world,
 )
 
 SEEDS = range(100, 112)
@@ -120,6 +122,17 @@ def test_reset_forgets_the_episode(clean):
     expert.reset()
     env.reset(SEEDS[2])
     assert np.array_equal(expert.act(env.full_state), clean[2].actions[0])
+
+
+def test_replanning_makes_the_action_a_function_of_the_state():
+    """It solves the task so, and its answers are those of an expert that has just been woken up."""
+    recording = record_episode(SEEDS[0], replan=True)
+    assert recording.success
+    assert np.linalg.norm(recording.actions - recording.states[:, :2], axis=1).max() <= MAX_DISTANCE
+    expert = PushTExpert(replan=True)
+    for order in (slice(0, 40, 8), slice(40, 0, -8)):  # whatever it saw before
+        for state, action in zip(recording.states[order], recording.actions[order], strict=True):
+            assert np.allclose(expert.act(state), action, atol=0.1)
 
 
 def test_it_labels_and_repairs_what_another_policy_did():

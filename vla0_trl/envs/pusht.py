@@ -28,6 +28,16 @@ def state_mode(state_dim: int) -> str:
     return {dim: mode for mode, dim in STATE_MODES.items()}.get(state_dim, "agent")
 
 
+def check_speaks_pusht(config, name: str) -> None:
+    """`ValueError` unless a checkpoint's `VLAConfig` has this environment's camera, actions and one of its states."""
+    if config.cameras != [CAMERA] or config.action_dim != 2 or config.state_dim not in (0, *STATE_MODES.values()):
+        raise ValueError(
+            f"{name} is not for PushT: it has cameras {config.cameras}, action_dim={config.action_dim}, state_dim="
+            f"{config.state_dim}; the simulator gives camera {CAMERA!r}, takes 2 dimensions and has states of "
+            f"{sorted(STATE_MODES.values())}"
+        )
+
+
 def _stable(number: float) -> float:
     """A coverage without its last bits, which differ by run: pymunk keeps a body's shapes in an unordered set."""
     return round(float(number), 12)

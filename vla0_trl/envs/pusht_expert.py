@@ -1,23 +1,14 @@
 """A scripted expert for PushT: it sees the block's pose, plans pushes, and demonstrates them with smooth targets."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import shapely
 
-from vla0_trl.envs.pusht import CAMERA, WORKSPACE, PushTEnv
-from vla0_trl.envs.pusht_planner import (
-    APPROACH,
-    MARGIN,
-    TEE,
-    Push,
-    Walks,
-    clear,
-    plan_push,
-    pose_distance,
-    to_block,
-    to_world,
-)
+from vla0_trl.envs.pusht import CAMERA, MAX_EPISODE_STEPS, WORKSPACE, PushTEnv
+from vla0_trl.envs.pusht_geometry import MARGIN, TEE, pose_distance, to_block, to_world
+from vla0_trl.envs.pusht_planner import APPROACH, Push, Walks, clear, plan_push
 
 LOOKAHEAD = 48.0  # px that the target is ahead of the agent on its way: about 19 px a step under gym-pusht's control
 MAX_DISTANCE = 50.0  # px between agent and target; people's targets run up to 176 px ahead
@@ -42,9 +33,15 @@ class PushTExpert:
 
     It keeps a plan between calls but nobody has to follow it: any state is answered, with a new plan if the block or
     the agent is elsewhere than expected. So it can label what another policy does (DAgger).
+
+    Args:
+        replan (`bool`, *optional*, defaults to `False`): keep nothing between calls: the action is a function of the
+            state alone, which a policy without memory can learn exactly. Targets then jump when the plan changes, and
+            episodes are half as long again.
     """
 
-    def __init__(self):
+    def __init__(self, replan: bool = False):
+        self.replan = replan
         self.reset()
 
     def reset(self) -> None:
@@ -60,14 +57,18 @@ class PushTExpert:
             full_state (`np.ndarray`): float[5], [`PushTEnv.full_state`].
 
         Returns:
-            `np.ndarray`: float32[2] in px, at most `MAX_DISTANCE` from the agent, and at most `MAX_MOVE` from the last
-            target as long as the agent follows. The agent's own position if no push helps.
+            `np.ndarray`: float32[2] in px, at most `MAX_DISTANCE` from the agent, and, unless it replans, at most
+            `MAX_MOVE` from the last target as long as the agent follows. The agent's own position if no push helps.
         """
+        if self.replan:
+            self.reset()
         agent, pose = np.asarray(full_state[:2], float), np.asarray(full_state[2:], float)
         if self._push is None or self._is_over(self._push, agent, pose):
             self._push, self._pushing = plan_push(agent, pose), False
         wanted = agent if self._push is None else self._ahead(self._push, agent, pose)
         wanted = np.clip(wanted, MARGIN, WORKSPACE - MARGIN)
+        if self.replan:
+            return _within(wanted, agent, MAX_DISTANCE).astype(np.float32)
         if self._target is None or np.linalg.norm(self._target - agent) > MAX_DISTANCE:
             self._target = agent  # the episode begins, or somebody else moves the agent
         self._target = _within(_within(wanted, self._target, MAX_MOVE), agent, MAX_DISTANCE)
@@ -130,33 +131,51 @@ class Recording:
     success: bool
 
 
-def record_episode(seed: int, action_noise: float = 0.0) -> Recording:
-    """Let the expert solve one episode; the same arguments give the same arrays in any process.
+def record_episode(
+    seed: int,
+    action_noise: float = 0.0,
+    replan: bool = False,
+    learner: Callable[[dict], np.ndarray] | None = None,
+    expert_mix: float = 0.0,
+    max_steps: int = MAX_EPISODE_STEPS,
+) -> Recording:
+    """Let the expert solve one episode, or label one of a learner; the same arguments give the same arrays.
 
     With noise, the expert's action plus Gaussian noise is executed and the expert's own is recorded: the noise leads
-    to states beside the way, the labels show how to come back (Laskey et al., "DART", 2017).
+    to states beside the way, the labels show how to come back (Laskey et al., "DART", 2017). A learner leads to the
+    states that it will see itself, with the same labels (Ross et al., "DAgger", 2011).
 
     Args:
-        seed (`int`): of the environment and of the noise.
+        seed (`int`): of the environment, the noise and the mixing.
         action_noise (`float`, *optional*, defaults to `0.0`): standard deviation in px.
+        replan (`bool`, *optional*, defaults to `False`): see [`PushTExpert`].
+        learner (`Callable`, *optional*): observation, with the full state, -> float[2], what is executed.
+        expert_mix (`float`, *optional*, defaults to `0.0`): share of steps at which the expert's action is executed
+            instead of the learner's; DAgger's beta.
+        max_steps (`int`, *optional*, defaults to `MAX_EPISODE_STEPS`): the episode ends after so many.
 
     Returns:
         [`Recording`]: also of a failed episode; look at `success`.
     """
-    env, expert, rng = PushTEnv(), PushTExpert(), np.random.default_rng(seed)
+    env, expert, rng = PushTEnv("full", max_steps), PushTExpert(replan), np.random.default_rng(seed)
     env.reset(seed)
     frames, states, actions = [], [], []
     done = False
     while not done:
-        frames.append(env.observe()["images"][CAMERA])
-        states.append(env.full_state)
+        observation = env.observe()
+        frames.append(observation["images"][CAMERA])
+        states.append(observation["state"])
         actions.append(expert.act(env.full_state))
-        done = env.step(actions[-1] + action_noise * rng.standard_normal(2))
+        executed = actions[-1]
+        if learner is not None:
+            proposed = learner(observation)  # asked at every step: it may count them
+            executed = executed if rng.random() < expert_mix else proposed
+        done = env.step(executed + action_noise * rng.standard_normal(2))
     env.close()
     return Recording(
         seed=seed,
         frames=np.stack(frames),
-        states=np.stack(states).astype(np.float32),
+        states=np.stack(states),
         actions=np.stack(actions),
         max_coverage=env.max_coverage,
         success=env.success,
