@@ -1,4 +1,4 @@
-"""A LeRobotDataset (v2.0, v2.1, v3.0; images or video) from a folder or the Hub -> chat dataset.
+"""A LeRobotDataset (v2.1 or v3.0; images or video) from a folder or the Hub -> chat dataset.
 
     python data_prep/convert_lerobot.py --source HuggingFaceVLA/libero --gripper sign --output_dir data/libero
     python data_prep/convert_lerobot.py --source HuggingFaceVLA/libero --max_episodes_per_task 1 --output_dir …
@@ -14,7 +14,8 @@ Needs the extra [convert]: pip install -e ".[convert]".
 from __future__ import annotations
 
 from vla0_trl.conversion.cli import ConversionParser, chosen_cameras, chosen_tasks, command_line_errors
-from vla0_trl.sources.lerobot_hub import LeRobotDataset
+from vla0_trl.sources.lerobot import LeRobotSource
+from vla0_trl.sources.lerobot_hub import fetch, open_dataset
 
 
 def main() -> None:
@@ -35,11 +36,11 @@ def main() -> None:
     add("--ignore_stats", action="store_true", help="convert values that meta's statistics say there are not")
     args = parser.parse_args()
     with command_line_errors(args.output_dir):
-        dataset = LeRobotDataset(args.source, args.revision)
-        source = dataset.source(args.image_keys, args.state_key, args.action_key, not args.ignore_stats)
-        cameras = chosen_cameras(args.cameras, list(source.keys.cameras))
-        tasks = chosen_tasks(args.tasks, dataset.meta.tasks)
-        dataset.fetch(source, parser.selection(args, tasks).indices(source), cameras)
+        meta = open_dataset(args.source, args.revision)
+        source = LeRobotSource(meta, args.image_keys, args.state_key, args.action_key, not args.ignore_stats)
+        cameras = chosen_cameras(args.cameras, list(source.cameras))
+        tasks = chosen_tasks(args.tasks, meta.tasks)
+        fetch(source, parser.selection(args, tasks).indices(source), cameras)
         config = parser.config(
             args,
             cameras=cameras,
@@ -48,7 +49,7 @@ def main() -> None:
             use_state=source.state_dim > 0 if args.use_state is None else args.use_state,
             gripper=args.gripper,
         )
-        parser.convert(args, source, config, tasks, recipe="recipes/sft_libero.py")
+        parser.convert(args, source, config, tasks)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def main() -> None:
             crop_ratio=230 / 256,  # VLA-0-Smol's crop
         )
         tasks = chosen_tasks(args.tasks, dict(enumerate(source.tasks)))
-        parser.convert(args, source, config, tasks, recipe="recipes/sft_libero.py")
+        parser.convert(args, source, config, tasks)
 
 
 if __name__ == "__main__":

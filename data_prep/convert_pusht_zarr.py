@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ class PushTZarr:
         self._frames = group["data/img"]
         self._states, self._actions = group["data/state"][:], group["data/action"][:]
         self._ends = group["meta/episode_ends"][:].tolist()
-        self._chunks: dict[int, np.ndarray] = {}
+        self._chunk: tuple[int, np.ndarray | None] = (-1, None)
         content = hashlib.sha256(b"".join(a.tobytes() for a in (self._states, self._actions)))
         self.info = SourceInfo(
             source=path.resolve().name,
@@ -70,28 +71,26 @@ class PushTZarr:
             task=TASK,
             actions=self._actions[start:end],
             states=self._states[start:end, : self.state_dim],
-            images={CAMERA: [self._frame(i, name, i - start) for i in range(start, end)]},
+            images={CAMERA: self._images(start, end, name)},
             name=name,
         )
 
-    def _frame(self, position: int, name: str, frame_index: int) -> np.ndarray:
-        """uint8 (96, 96, 3). Chunks hold 161 frames as 18 MB of floats: each is read once and kept as bytes."""
+    def _images(self, start: int, end: int, name: str) -> Iterator[np.ndarray]:
+        """uint8 (96, 96, 3) each. They are stored as floats, in chunks of 161: each chunk is read once."""
         length = self._frames.chunks[0]
-        chunk = position // length
-        if chunk not in self._chunks:
-            floats = self._frames[chunk * length : (chunk + 1) * length]
+        for position in range(start, end):
+            number, offset = divmod(position, length)
+            if number != self._chunk[0]:
+                self._chunk = number, self._frames[number * length : (number + 1) * length]
+            floats = self._chunk[1][offset]
             with np.errstate(invalid="ignore"):  # a NaN is reported below
                 pixels = floats.astype(np.uint8)
-            bad = np.flatnonzero((pixels != floats).any(axis=(1, 2, 3)))
-            bad = bad[bad >= position - chunk * length]
-            if len(bad):
-                offset = int(bad[0]) + chunk * length - position
+            if (pixels != floats).any():
                 raise EpisodeError(
-                    f"{name}, frame {frame_index + offset}: img holds values that are no whole numbers in 0…255: "
-                    "the copy is damaged, fetch it again"
+                    f"{name}, frame {position - start}: img holds values that are no whole numbers in 0…255: the copy "
+                    "is damaged, fetch it again"
                 )
-            self._chunks = dict([*self._chunks.items(), (chunk, pixels)][-2:])
-        return self._chunks[chunk][position - chunk * length]
+            yield pixels
 
 
 def main() -> None:

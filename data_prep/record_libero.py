@@ -47,7 +47,6 @@ class LiberoExpertEpisodes:
                 f"cameras are rotated by 180°, as in evaluation. Assets: {assets_dir.name}."
             ),
             options={"episodes": [list(episode) for episode in episodes]},
-            in_order=True,  # building a task's environment takes seconds
         )
 
     def __len__(self) -> int:
@@ -106,7 +105,7 @@ def main() -> None:
             gripper="sign",
             crop_ratio=230 / 256,  # VLA-0-Smol's crop
         )
-        parser.convert(args, source, config, recipe="recipes/sft_libero.py")
+        parser.convert(args, source, config)
 
 
 if __name__ == "__main__":

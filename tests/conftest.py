@@ -15,8 +15,8 @@ from helpers import shared_path
 
 from vla0_trl.actions import NormStats
 from vla0_trl.config import VLAConfig
-from vla0_trl.conversion.convert import SourceInfo, convert
-from vla0_trl.episodes import Episode
+from vla0_trl.conversion.convert import convert
+from vla0_trl.episodes import Episode, SourceInfo
 from vla0_trl.modeling import load_processor
 from vla0_trl.nano import NanoConfig, build_nano
 

@@ -285,8 +285,8 @@ def test_push_to_hub(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(card, "HfApi", FakeApi)
     output_dir = tmp_path / "dataset"
-    convert(SmallSource(), small_config(), output_dir, push_to_hub="me/small")
-    convert(SmallSource(), small_config(), output_dir, push_to_hub="me/small", public=True)  # already converted
+    card.push_dataset(convert(SmallSource(), small_config(), output_dir), "me/small")
+    card.push_dataset(convert(SmallSource(), small_config(), output_dir), "me/small", public=True)  # already converted
     files = ["README.md", "conversion.json", "data/train-00000-of-00001.parquet", "sample.png", "vla_config.json"]
     upload = ("upload", files, {"repo_id": "me/small", "repo_type": "dataset"})
     create = [("create", "me/small", {"repo_type": "dataset", "private": p, "exist_ok": True}) for p in (True, False)]

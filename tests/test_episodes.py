@@ -6,20 +6,15 @@ import io
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from helpers import small_config, small_episode
 from PIL import Image
 
-from vla0_trl.actions import NormStats, parse_integers
-from vla0_trl.chat_dataset import FEATURES
-from vla0_trl.episodes import (
-    EpisodeError,
-    action_windows,
-    chat_columns,
-    checked_episode,
-    frame_sizes,
-    relative_windows,
-)
+from vla0_trl.actions import parse_integers
+from vla0_trl.chat_dataset import FEATURES, RAW_SCHEMA, chat_rows, with_statistics
+from vla0_trl.config import VLAConfig
+from vla0_trl.episodes import Episode, EpisodeError, action_windows, raw_rows
 
 
 def encoded(pixels: np.ndarray, form: str = "PNG") -> bytes:
@@ -28,14 +23,21 @@ def encoded(pixels: np.ndarray, form: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def with_statistics(config, episode):
-    windows = action_windows(episode.actions, config.chunk_size)
-    if config.relative_actions:
-        windows = relative_windows(windows, episode.states)
-    return config.replace(
-        action_stats=NormStats.from_array(windows.reshape(-1, config.action_dim)),
-        state_stats=NormStats.from_array(episode.states) if config.state_dim else None,
-    )
+def raw_table(episode: Episode, config: VLAConfig, index: int = 0) -> pa.Table:
+    return pa.concat_tables(pa.table(piece, RAW_SCHEMA) for piece in raw_rows(episode, config, index))
+
+
+def stored_images(episode: Episode, config: VLAConfig) -> dict[str, list[bytes]]:
+    """Camera -> image files, frame by frame."""
+    views = raw_table(episode, config)["images"].to_pylist()
+    return {camera: [view[at]["bytes"] for view in views] for at, camera in enumerate(config.cameras)}
+
+
+def converted(config: VLAConfig, episode: Episode, index: int = 0) -> tuple[VLAConfig, dict[str, list]]:
+    """The config with the episode's statistics, and its rows."""
+    raw = raw_table(episode, config, index)
+    config = with_statistics(config, lambda: [raw])
+    return config, chat_rows(raw, config).to_pydict()
 
 
 def test_windows_repeat_the_last_action():
@@ -49,14 +51,12 @@ def test_episode_shorter_than_a_chunk():
     assert action_windows(np.array([[5.0]], np.float32), 3).tolist() == [[[5], [5], [5]]]
 
 
-def test_checked_episode_keeps_pixels_and_only_the_chosen_cameras():
+def test_rows_keep_pixels_and_only_the_chosen_cameras():
     episode = small_episode()
-    checked = checked_episode(episode, small_config(cameras=["wrist"]))
-    assert list(checked.images) == ["wrist"]
-    for frame, data in zip(episode.images["wrist"], checked.images["wrist"], strict=True):
+    config = small_config(cameras=["wrist"])
+    assert {len(view) for view in raw_table(episode, config)["images"].to_pylist()} == {1}
+    for frame, data in zip(episode.images["wrist"], stored_images(episode, config)["wrist"], strict=True):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), frame)
-    assert frame_sizes(checked) == {"wrist": (8, 8)}
-    assert checked.actions.dtype == checked.states.dtype == np.float32
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])
@@ -64,7 +64,7 @@ def test_encoded_frames_pass_through_untouched(form):
     episode = small_episode()
     frames = [encoded(frame, form) for frame in episode.images["front"]]
     episode.images["front"] = frames
-    assert checked_episode(episode, small_config()).images["front"] == frames
+    assert stored_images(episode, small_config())["front"] == frames
 
 
 def damaged(field, frame, index, value):
@@ -101,15 +101,14 @@ BAD = {
 @pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
 def test_bad_episode_names_the_place(changes, message):
     with pytest.raises(EpisodeError, match=message) as error:
-        checked_episode(replace(small_episode(), **changes), small_config())
+        raw_table(replace(small_episode(), **changes), small_config())
     assert str(error.value).startswith("small source, episode 0")
 
 
 @pytest.mark.parametrize("relative", [False, True])
 def test_text_decodes_to_the_raw_values_within_half_a_bin(relative):
     episode = small_episode()
-    config = with_statistics(small_config(relative_actions=relative), episode)
-    columns = chat_columns(checked_episode(episode, config), config, episode_index=3)
+    config, columns = converted(small_config(relative_actions=relative), episode, index=3)
     tokenizer, quantizer = config.action_tokenizer(), config.state_quantizer()
     half_bin = (tokenizer.quantizer.high - tokenizer.quantizer.low) / config.num_bins / 2
     windows = action_windows(episode.actions, config.chunk_size)
@@ -130,8 +129,7 @@ def test_text_decodes_to_the_raw_values_within_half_a_bin(relative):
 
 def test_state_is_written_but_not_prompted_without_use_state():
     episode = small_episode()
-    config = with_statistics(small_config(use_state=False), episode)
-    columns = chat_columns(checked_episode(episode, config), config, 0)
+    _, columns = converted(small_config(use_state=False), episode)
     assert len(columns["state"][0].split()) == 3
     assert columns["prompt"][0] == [{"role": "user", "content": "task 0"}]
 
@@ -139,16 +137,14 @@ def test_state_is_written_but_not_prompted_without_use_state():
 def test_state_that_never_moves_matters_only_where_it_is_used():
     episode = small_episode()
     episode.states[:, 2] = 1
-    config = with_statistics(small_config(use_state=False), episode)
-    columns = chat_columns(checked_episode(episode, config), config, 0)
+    config, columns = converted(small_config(use_state=False), episode)
     assert columns["state"] == [""] * 7
     with pytest.raises(ValueError, match="dimension 2 has zero range"):
-        chat_columns(checked_episode(episode, config), config.replace(use_state=True), 0)
+        converted(config.replace(use_state=True), episode)
 
 
 def test_without_a_state():
     episode = replace(small_episode(), states=None)
-    config = with_statistics(small_config(state_dim=0, use_state=False), episode)
-    columns = chat_columns(checked_episode(episode, config), config, 0)
+    _, columns = converted(small_config(state_dim=0, use_state=False), episode)
     assert columns["state"] == [""] * 7
     assert columns["raw_state"] == [[]] * 7

@@ -1,20 +1,21 @@
-"""The chat dataset as recipes read it: its columns, loading it, and fitting its config to what a recipe asks for.
+"""The chat dataset: its columns, its text, loading it, and fitting its config to what a recipe asks for.
 
 `conversion` writes such datasets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, Features, Image, List, Value, load_dataset
 
-from vla0_trl.actions import NormStats
+from vla0_trl.actions import NormStats, Quantizer, join_integers
+from vla0_trl.chat import completion_messages, prompt_messages
 from vla0_trl.config import VLAConfig
-from vla0_trl.episodes import relative_windows
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 # One row a frame. `prompt` and `completion` are TRL's own form of the text columns, for training with plain TRL;
@@ -33,7 +34,47 @@ FEATURES = Features(
         "raw_action": List(Value("float32")),
     }
 )
+_TEXT = ("state", "action", "prompt", "completion")
+SCHEMA = FEATURES.arrow_schema  # its metadata tells load_dataset that images are images
+RAW_SCHEMA = Features({name: feature for name, feature in FEATURES.items() if name not in _TEXT}).arrow_schema
 _STATS_BATCH = 10_000  # rows of the raw columns in memory at once: 2 MB at 10 × 5 values
+
+
+def with_statistics(config: VLAConfig, batches: Callable[[], Iterable[pa.Table]]) -> VLAConfig:
+    """The config with the statistics of what its text will hold, in constant memory.
+
+    Args:
+        batches (`Callable`): each call gives all rows, some at a time; only their raw columns are needed.
+
+    Raises:
+        ValueError: a dimension that is to be written never changes.
+    """
+    states = None
+    if config.state_dim:
+        states = NormStats.from_batches(lambda: (_vectors(rows, "raw_state") for rows in batches()))
+    config = config.replace(action_stats=_action_stats(config, batches), state_stats=states)
+    for name, codec in (("action", config.action_tokenizer), ("state", config.state_quantizer)):
+        try:
+            codec()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return config
+
+
+def chat_rows(raw: pa.Table, config: VLAConfig) -> pa.Table:
+    """Rows as `RAW_SCHEMA` has them, with their text; the config has statistics."""
+    states = _vectors(raw, "raw_state")
+    windows = _vectors(raw, "raw_action").reshape(len(raw), config.chunk_size, config.action_dim)
+    tokenizer, quantizer = config.action_tokenizer(), _state_quantizer(config)
+    action = [tokenizer.encode(window, state) for window, state in zip(windows, states, strict=True)]
+    state = [""] * len(raw) if quantizer is None else [join_integers(row) for row in quantizer.encode(states)]
+    columns = dict(zip(raw.column_names, raw.columns, strict=True)) | {
+        "state": state,
+        "action": action,
+        "prompt": [prompt_messages(config, *row) for row in zip(raw["task"].to_pylist(), state, strict=True)],
+        "completion": [completion_messages(text) for text in action],
+    }
+    return pa.table(columns, SCHEMA)
 
 
 def load_chat_dataset(
@@ -97,19 +138,34 @@ def align_config(dataset: Dataset, dataset_config: VLAConfig, **overrides: Any) 
         )
     config = dataset_config.replace(**overrides)
     if (config.relative_actions, config.chunk_size) != (dataset_config.relative_actions, dataset_config.chunk_size):
-        config = config.replace(action_stats=NormStats.from_batches(lambda: _action_batches(dataset, config)))
+        raw = dataset.select_columns(["raw_action", "raw_state"]).with_format("arrow")
+        config = config.replace(action_stats=_action_stats(config, lambda: raw.iter(batch_size=_STATS_BATCH)))
     return config
 
 
-def _action_batches(dataset: Dataset, config: VLAConfig) -> Iterator[np.ndarray]:
-    """What the action text will hold, (rows · chunk_size, action_dim) at a time, from the raw columns alone."""
-    raw = dataset.select_columns(["raw_action", "raw_state"]).with_format("arrow")
-    for table in raw.iter(batch_size=_STATS_BATCH):
-        actions, states = (
-            table[name].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
-            for name in ("raw_action", "raw_state")
-        )
-        windows = actions.reshape(len(table), -1, config.action_dim)[:, : config.chunk_size]
-        yield (relative_windows(windows, states) if config.relative_actions else windows).reshape(
-            -1, config.action_dim
-        )
+def _action_stats(config: VLAConfig, batches: Callable[[], Iterable[pa.Table]]) -> NormStats:
+    def written(rows: pa.Table) -> np.ndarray:
+        """What the action text will hold, (rows · chunk_size, action_dim)."""
+        windows = _vectors(rows, "raw_action").reshape(len(rows), -1, config.action_dim)[:, : config.chunk_size]
+        if config.relative_actions:
+            windows = windows - _vectors(rows, "raw_state")[:, None, : config.action_dim].astype(np.float64)
+        return windows.reshape(-1, config.action_dim)
+
+    return NormStats.from_batches(lambda: map(written, batches()))
+
+
+def _vectors(rows: pa.Table, column: str) -> np.ndarray:
+    """float32 (rows, D)."""
+    return rows[column].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
+
+
+def _state_quantizer(config: VLAConfig) -> Quantizer | None:
+    """The codec of the `state` column, which shows the state also when the prompt does not."""
+    if config.use_state:
+        return config.state_quantizer()
+    if not config.state_dim:
+        return None
+    try:
+        return Quantizer(config.state_stats, config.num_bins, config.normalization)
+    except ValueError:  # a dimension that never moves has no scale, and no prompt needs it
+        return None

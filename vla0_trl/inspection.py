@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 from itertools import groupby
 from typing import Any
 
@@ -21,6 +22,7 @@ from vla0_trl.tokenization import IGNORED
 
 Row = dict[str, Any]
 PICTURE_SIDE = 320  # px, of a frame on the page
+_GAP = 6  # px, between cameras
 _OVERSAMPLE = 3  # PIL draws without anti-aliasing: draw larger, then shrink
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 1100px; padding: 0 1rem }
@@ -53,10 +55,10 @@ def row_picture(row: Row, config: VLAConfig) -> Image.Image:
         return _with_trajectory(frames[0], np.vstack([start, chunk]))
     width = PICTURE_SIDE if len(frames) == 1 else PICTURE_SIDE * 3 // 4
     frames = [frame.resize((width, round(frame.height * width / frame.width))) for frame in frames]
-    plot = _chunk_plot(chunk, config, width * len(frames))
+    plot = _chunk_plot(chunk, config, (width + _GAP) * len(frames) - _GAP)
     picture = Image.new("RGB", (plot.width, max(f.height for f in frames) + plot.height), "white")
     for column, frame in enumerate(frames):
-        picture.paste(frame, (column * width, 0))
+        picture.paste(frame, (column * (width + _GAP), 0))
     picture.paste(plot, (0, picture.height - plot.height))
     return picture
 
@@ -100,7 +102,7 @@ def contact_sheet(rows: list[Row], config: VLAConfig) -> Image.Image:
     font = ImageFont.load_default(13)
     gap, line = 12, 17
     cell_width, picture_height = pictures[0].width + gap, max(picture.height for picture in pictures)
-    captions = [_caption(row, font, pictures[0].width) for row in rows]
+    captions = [_caption(row, int(pictures[0].width / font.getlength("0"))) for row in rows]
     cell_height = picture_height + line * max(map(len, captions)) + 2 * gap
     columns = min(4, len(rows))
     sheet = Image.new("RGB", (columns * cell_width + gap, -(-len(rows) // columns) * cell_height + gap), "white")
@@ -114,19 +116,10 @@ def contact_sheet(rows: list[Row], config: VLAConfig) -> Image.Image:
     return sheet
 
 
-def _caption(row: Row, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    lines = [f"episode {row['episode_index']}, frame {row['frame_index']}"]
-    texts = [row["task"], f"state {row['state']}" if row["state"] else "", f"action {row['action']}"]
-    for text in filter(None, texts):
-        line = ""
-        for word in text.split():
-            if line and font.getlength(f"{line} {word}") > width:
-                lines.append(line)
-                line = word
-            else:
-                line = f"{line} {word}".strip()
-        lines.append(line)
-    return lines
+def _caption(row: Row, columns: int) -> list[str]:
+    texts = [f"episode {row['episode_index']}, frame {row['frame_index']}", row["task"]]
+    texts += [f"{name} {row[name]}" for name in ("state", "action") if row[name]]
+    return [line for text in texts for line in textwrap.wrap(text, columns)]
 
 
 def html_page(rows: list[Row], config: VLAConfig, title: str, collator: VLADataCollator | None = None) -> str:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -19,9 +20,9 @@ from trl.kernels import chunked_logprob
 
 from vla0_trl.actions import NormStats
 from vla0_trl.arguments import DataArguments, VLASFTConfig
-from vla0_trl.chat_dataset import FEATURES, align_config
+from vla0_trl.chat_dataset import RAW_SCHEMA, align_config, chat_rows
 from vla0_trl.config import VLAConfig
-from vla0_trl.episodes import Episode, chat_columns, checked_episode
+from vla0_trl.episodes import Episode, raw_rows
 from vla0_trl.recipe import load_backbone, lora_config
 from vla0_trl.training import VLATrainer
 
@@ -61,7 +62,8 @@ def synthetic_dataset(kind: str, rows: int) -> tuple[Dataset, VLAConfig]:
         rng.uniform(-1, 1, (rows, config.state_dim)),
     )
     config = replace(config, **stats)
-    return Dataset.from_dict(chat_columns(checked_episode(episode, config), config, 0), features=FEATURES), config
+    pieces = [pa.table(piece, RAW_SCHEMA) for piece in raw_rows(episode, config, index=0)]
+    return Dataset(chat_rows(pa.concat_tables(pieces), config)), config
 
 
 def random_checkpoint(source: str, folder: Path, dtype: torch.dtype, layers: tuple[int, int] | None = None) -> None:

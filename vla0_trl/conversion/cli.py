@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from vla0_trl.config import VLAConfig
+from vla0_trl.conversion.card import push_dataset
 from vla0_trl.conversion.convert import Selection, Source, convert
 from vla0_trl.conversion.staging import ConversionError
 from vla0_trl.episodes import EpisodeError, ImageFormat
@@ -25,10 +26,14 @@ class ConversionParser(argparse.ArgumentParser):
     Args:
         script_doc (`str`): the script's docstring, shown by --help.
         cameras (`list[str]`, *optional*): the source's; None: it says itself which it has.
+        recipe (`str`): what to train with.
         defaults: of `chunk_size`, `num_bins`, `relative_actions`, `use_state`, and others.
     """
 
-    def __init__(self, script_doc: str, cameras: list[str] | None, **defaults: Any):
+    def __init__(
+        self, script_doc: str, cameras: list[str] | None, recipe: str = "recipes/sft_libero.py", **defaults: Any
+    ):
+        self.recipe = recipe
         super().__init__(description=script_doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         add, flag = self.add_argument, argparse.BooleanOptionalAction
         add("--output_dir", required=True, type=Path, help="the dataset's folder; appears when it is complete")
@@ -82,45 +87,37 @@ class ConversionParser(argparse.ArgumentParser):
         return Selection(args.episodes, args.max_episodes_per_task, args.seed, tasks)
 
     def convert(
-        self,
-        args: argparse.Namespace,
-        source: Source,
-        config: VLAConfig,
-        tasks: list[str] | None = None,
-        recipe: str = "recipes/sft_pusht.py",
-    ) -> Path:
-        """[`convert`] as the flags say, of `tasks` only if given; `recipe` is what to train with."""
-        return convert(
+        self, args: argparse.Namespace, source: Source, config: VLAConfig, tasks: list[str] | None = None
+    ) -> None:
+        """[`convert`] as the flags say, of `tasks` only if given, and the upload."""
+        convert(
             source,
             config,
             args.output_dir,
             selection=self.selection(args, tasks),
             num_proc=args.num_proc,
             image_format=args.image_format,
-            skip_bad=args.skip_bad_episodes,
+            skip_bad_episodes=args.skip_bad_episodes,
             overwrite=args.overwrite,
-            push_to_hub=args.push_to_hub,
-            public=args.public,
-            command=self.command(args),
-            recipe=recipe,
+            command=self._command(args),
+            recipe=self.recipe,
         )
+        if args.push_to_hub:
+            push_dataset(args.output_dir, args.push_to_hub, args.public)
 
-    def command(self, args: argparse.Namespace) -> str:
+    def _command(self, args: argparse.Namespace) -> str:
         """A command that makes the same dataset, for its card."""
         words = [f"python data_prep/{self.prog} --output_dir DATASET"]
         for action in self._actions:
-            if action.dest in ("help", *_NOT_CONTENT):
+            value = getattr(args, action.dest, action.default)
+            if value == action.default or action.dest in _NOT_CONTENT:
                 continue
-            value = getattr(args, action.dest)
-            if value == action.default:
-                continue
-            if isinstance(action, argparse.BooleanOptionalAction):
-                words.append(action.option_strings[0 if value else 1])
-            elif value is True:
-                words.append(action.option_strings[0])
+            flag = action.option_strings[0] if value is not False else action.option_strings[1]
+            if isinstance(value, bool):
+                words.append(flag)
             else:
                 values = value if action.nargs == "+" else [_as_word(value)]
-                words.append(" ".join([action.option_strings[0], *(shlex.quote(str(word)) for word in values)]))
+                words.append(shlex.join([flag, *map(str, values)]))
         return " \\\n  ".join(words)
 
 

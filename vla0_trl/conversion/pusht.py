@@ -13,7 +13,8 @@ class PushTParser(ConversionParser):
     """The converters' flags with PushT's defaults (VLA-0-Smol's best setting), and `--state`."""
 
     def __init__(self, script_doc: str):
-        super().__init__(script_doc, [CAMERA], chunk_size=10, num_bins=511, relative_actions=True, use_state=True)
+        defaults = {"chunk_size": 10, "num_bins": 511, "relative_actions": True, "use_state": True}
+        super().__init__(script_doc, [CAMERA], "recipes/sft_pusht.py", **defaults)
         self.add_argument("--state", choices=STATE_MODES, default="agent", help="(default: %(default)s)")
 
     def pusht_config(self, args: argparse.Namespace) -> VLAConfig:

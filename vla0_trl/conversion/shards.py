@@ -1,100 +1,127 @@
-"""Phase 2 of a conversion: staged episodes -> statistics, text columns, the parquet shards of the dataset."""
+"""Phase 2 of a conversion: staged episodes -> statistics, text, the parquet shards and the card of the dataset."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from vla0_trl.actions import NormStats
-from vla0_trl.chat_dataset import FEATURES
+from vla0_trl.chat_dataset import SCHEMA, chat_rows, with_statistics
 from vla0_trl.config import VLAConfig
-from vla0_trl.conversion.staging import ConversionError, read_staged, staged_frames, staged_path
-from vla0_trl.episodes import action_windows, chat_columns, relative_windows
+from vla0_trl.conversion.card import sampled_frames, write_card
+from vla0_trl.conversion.staging import ConversionError, Staging
+from vla0_trl.episodes import EpisodeError
 
+CONVERSION_NAME = "conversion.json"
 ROW_GROUP_ROWS = 100  # what a reader must decompress to get at one row
 SHARD_BYTES = 400_000_000  # of staged episodes; with the text columns a shard stays below the Hub's usual 500 MB
-SHARD_ROWS = 100_000  # a writer keeps 20 kB for every row group until its file is closed
 
 
-def with_statistics(partial: Path, kept: list[int], config: VLAConfig) -> VLAConfig:
-    """The config with the statistics of what its text will hold, in constant memory.
+@dataclass
+class Sorted:
+    """Frames and episodes of a dataset; `skipped` says why."""
+
+    frames: int = 0
+    kept: list[int] = field(default_factory=list)
+    rejected: list[int] = field(default_factory=list)
+    skipped: dict[int, str] = field(default_factory=dict)
+
+
+def sorted_out(staging: Staging, indices: list[int]) -> Sorted:
+    """Which of the staged episodes go into the dataset.
 
     Raises:
-        ConversionError: a dimension that is to be written never changes.
+        EpisodeError: an episode's frames have another size than the first's, and bad ones are not skipped.
+        ConversionError: none does.
     """
+    result = Sorted()
+    sizes: dict[str, tuple[int, int]] = {}
+    for index in indices:
+        info = staging.info(index)
+        sizes = sizes or info.sizes
+        if info.frames and info.sizes != sizes:
+            info.error = (
+                f"{info.name}: frames are {info.sizes} pixels, those of the first episode {sizes}: all frames of a "
+                "camera must have one size; leave the episode out with --episodes or --skip_bad_episodes"
+            )
+            if not staging.skip_bad:
+                raise EpisodeError(info.error)
+        if info.error:
+            result.skipped[index] = info.error
+        elif info.frames:
+            result.kept.append(index)
+            result.frames += info.frames
+        else:
+            result.rejected.append(index)
+    if not result.kept:
+        reasons = "".join(f"\n  {reason}" for reason in result.skipped.values())
+        raise ConversionError(
+            f"all {len(indices)} episodes of {staging.source.info.source} were rejected: nothing to write{reasons}"
+        )
+    return result
 
-    def actions() -> Iterator[np.ndarray]:
-        for index in kept:
-            episode = read_staged(partial, index)
-            windows = action_windows(episode.actions, config.chunk_size)
-            if config.relative_actions:
-                windows = relative_windows(windows, episode.states)
-            yield windows.reshape(-1, config.action_dim)
 
-    def states() -> Iterator[np.ndarray]:
-        return (read_staged(partial, index).states for index in kept)
+def write_dataset(final: Path, staging: Staging, result: Sorted, key: dict[str, Any], command: str) -> None:
+    """Phase 2: the whole folder, `final` as yet."""
 
-    config = config.replace(
-        action_stats=NormStats.from_batches(actions),
-        state_stats=NormStats.from_batches(states) if config.state_dim else None,
+    def vectors() -> Iterator[pa.Table]:
+        return (rows for index in result.kept for rows in staging.rows(index, ["raw_state", "raw_action"]))
+
+    try:
+        config = with_statistics(staging.config, vectors)
+    except ValueError as error:
+        raise ConversionError(f"{error} (episodes read so far are kept in {staging.folder})") from error
+    shutil.rmtree(final, ignore_errors=True)
+    (final / "data").mkdir(parents=True)
+    shards = _shards(staging, result.kept)
+    for number, shard in enumerate(shards):
+        name = f"train-{number:05d}-of-{len(shards):05d}.parquet"
+        episodes = tqdm(shard, desc=f"writing {name}", unit="episode")
+        _write_shard(final / "data" / name, (rows for index in episodes for rows in staging.rows(index)), config)
+    config.save_pretrained(final)
+    left_out = sorted([*result.rejected, *result.skipped])
+    write_card(
+        final,
+        sampled_frames(staging.path(result.kept[0])),
+        config,
+        staging.source.info,
+        len(result.kept),
+        result.frames,
+        left_out,
+        command,
     )
-    for field, codec in (("action", config.action_tokenizer), ("state", config.state_quantizer)):
-        try:
-            codec()
-        except ValueError as error:
-            raise ConversionError(f"{field}: {error} (episodes read so far are kept in {partial})") from error
-    return config
+    record = key | {"rejected": result.rejected, "skipped": result.skipped}
+    (final / CONVERSION_NAME).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def write_shards(directory: Path, partial: Path, kept: list[int], config: VLAConfig) -> None:
-    """Write `train-*.parquet` into `directory`, a piece of an episode in memory at a time."""
-    shards = _shards(partial, kept)
-    with tqdm(total=len(kept), desc="writing", unit="episode") as progress:
-        for number, shard in enumerate(shards):
-            path = directory / f"train-{number:05d}-of-{len(shards):05d}.parquet"
-            _write_shard(path, _columns(partial, shard, config, progress))
-
-
-def _shards(partial: Path, kept: list[int]) -> list[list[int]]:
-    """Consecutive episodes, as many as `SHARD_BYTES` and `SHARD_ROWS` allow."""
-    shards: list[list[int]] = [[]]
-    size = rows = 0
+def _shards(staging: Staging, kept: list[int]) -> list[list[int]]:
+    """Consecutive episodes, as many as `SHARD_BYTES` allow."""
+    shards: list[list[int]] = []
+    size = 0
     for index in kept:
-        path = staged_path(partial, index)
-        size += path.stat().st_size
-        rows += pq.read_metadata(path).num_rows
-        if shards[-1] and (size > SHARD_BYTES or rows > SHARD_ROWS):
+        episode_size = staging.path(index).stat().st_size
+        if not shards or size + episode_size > SHARD_BYTES:
             shards.append([])
-            size, rows = path.stat().st_size, pq.read_metadata(path).num_rows
+            size = 0
         shards[-1].append(index)
+        size += episode_size
     return shards
 
 
-def _columns(partial: Path, shard: list[int], config: VLAConfig, progress: tqdm) -> Iterator[dict[str, list]]:
-    for index in shard:
-        episode = read_staged(partial, index)
-        first_frame = 0
-        for images in staged_frames(partial, index):
-            columns = chat_columns(replace(episode, images=images), config, index, first_frame)
-            first_frame += len(columns["frame_index"])
-            yield columns
-        progress.update()
-
-
-def _write_shard(path: Path, pieces: Iterator[dict[str, list]]) -> None:
-    schema = FEATURES.arrow_schema  # its metadata tells load_dataset that images are images
-    rest = schema.empty_table()
+def _write_shard(path: Path, pieces: Iterator[pa.Table], config: VLAConfig) -> None:
+    rest = SCHEMA.empty_table()
     # Without a list, the smallest and largest image of every row group would go into the footer, too.
     with_stats = ["episode_index", "frame_index"]
-    with pq.ParquetWriter(path, schema, compression="zstd", write_statistics=with_stats) as writer:
-        for columns in pieces:
-            rest = pa.concat_tables([rest, pa.table(columns, schema=schema)])
+    with pq.ParquetWriter(path, SCHEMA, compression="zstd", write_statistics=with_stats) as writer:
+        for raw in pieces:
+            rest = pa.concat_tables([rest, chat_rows(raw, config)])
             whole = len(rest) // ROW_GROUP_ROWS * ROW_GROUP_ROWS
             if whole:
                 writer.write_table(rest.slice(0, whole), row_group_size=ROW_GROUP_ROWS)

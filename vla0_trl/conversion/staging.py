@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 from tqdm import tqdm
 
+from vla0_trl.chat_dataset import RAW_SCHEMA
 from vla0_trl.config import VLAConfig
-from vla0_trl.episodes import (
-    Episode,
-    EpisodeError,
-    ImageFormat,
-    Source,
-    checked_vectors,
-    encoded_frames,
-    frame_sizes,
-)
+from vla0_trl.episodes import EpisodeError, ImageFormat, Source, raw_rows
 
-PIECE_FRAMES = 100  # of an episode in memory at once: 10 MB of two 256 px cameras as JPEG
 MAX_RUN = 16  # episodes that a process reads in a row
 
 
@@ -44,154 +36,110 @@ class StagedInfo:
     """What a staged file's footer tells.
 
     Args:
-        frames (`int`): 0: the episode is rejected.
+        frames (`int`): 0: the episode is rejected, or bad.
         name (`str`): the episode's, for messages.
-        sizes (`dict`): camera -> (width, height).
         error (`str`): why it was skipped as bad; empty if it was not.
+        sizes (`dict`): camera -> (width, height).
     """
 
     frames: int
     name: str
-    sizes: dict[str, tuple[int, int]]
     error: str
+    sizes: dict[str, tuple[int, int]]
 
 
 @dataclass
 class Staging:
-    """How episodes are staged; pickled once for every process.
+    """A source's episodes as raw rows, a file each; pickled once for every process.
 
     Args:
-        config (`VLAConfig`): gives cameras and widths.
-        partial (`Path`): the working folder.
+        config (`VLAConfig`): see [`raw_rows`].
+        folder (`Path`): of the files.
         image_format (`str`): "png" or "jpeg", for frames that are not encoded yet.
         skip_bad (`bool`): stage a bad episode as skipped, instead of stopping there.
     """
 
     source: Source
     config: VLAConfig
-    partial: Path
+    folder: Path
     image_format: ImageFormat
     skip_bad: bool
 
+    def stage_all(self, indices: list[int], num_proc: int) -> int:
+        """Stage the episodes that are not there yet; returns how many those were.
 
-def staged_path(partial: Path, index: int) -> Path:
-    """The file of one episode; it exists only when it is whole. A rejected or skipped episode's has no rows."""
-    return partial / "episodes" / f"episode-{index:06d}.parquet"
+        Raises:
+            EpisodeError: the first bad episode, unless bad ones are skipped; others stay.
+            ConversionError: a process died.
+        """
+        self.folder.mkdir(exist_ok=True)
+        missing = [index for index in indices if not self._is_staged(index)]
+        done = len(indices) - len(missing)
+        with tqdm(total=len(indices), initial=done, desc="reading", unit="episode") as progress:
+            if num_proc == 1 or not missing:
+                for index in missing:
+                    self.stage(index)
+                    progress.update()
+            else:
+                _stage_in_parallel(self, missing, num_proc, progress)
+        return len(missing)
 
-
-def stage_episodes(staging: Staging, indices: list[int], num_proc: int) -> int:
-    """Stage the episodes that are not there yet; returns how many those were.
-
-    Raises:
-        EpisodeError: the first bad episode, unless bad ones are skipped; others stay.
-        ConversionError: a process died.
-    """
-    (staging.partial / "episodes").mkdir(exist_ok=True)
-    missing = [index for index in indices if not _is_staged(staging, index)]
-    progress = tqdm(total=len(indices), initial=len(indices) - len(missing), desc="reading", unit="episode")
-    with progress:
-        if num_proc == 1:
-            for index in missing:
-                _stage(staging, index)
-                progress.update()
-        elif missing:
-            _stage_in_parallel(staging, missing, num_proc, progress)
-    return len(missing)
-
-
-def _is_staged(staging: Staging, index: int) -> bool:
-    """An episode that an earlier call skipped is read again where bad ones are not skipped."""
-    if not staged_path(staging.partial, index).exists():
-        return False
-    return staging.skip_bad or not staged_info(staging.partial, index).error
-
-
-def staged_info(partial: Path, index: int) -> StagedInfo:
-    """Of a staged episode, without reading it."""
-    footer = pq.read_metadata(staged_path(partial, index))
-    about = footer.metadata
-    sizes = {camera: tuple(size) for camera, size in json.loads(about[b"sizes"]).items()}
-    return StagedInfo(footer.num_rows, about[b"name"].decode(), sizes, about[b"error"].decode())
-
-
-def read_staged(partial: Path, index: int) -> Episode:
-    """A staged episode without its frames."""
-    path = staged_path(partial, index)
-    table = pq.read_table(path, columns=["action", "state"])
-    actions, states = (
-        table[name].combine_chunks().flatten().to_numpy().reshape(len(table), -1) for name in ("action", "state")
-    )
-    about = pq.read_metadata(path).metadata
-    return Episode(
-        task=about[b"task"].decode(),
-        actions=actions,
-        images={},
-        states=states if states.shape[1] else None,
-        name=about[b"name"].decode(),
-    )
-
-
-def staged_frames(partial: Path, index: int) -> Iterator[dict[str, list[bytes]]]:
-    """A staged episode's frames, camera -> at most `PIECE_FRAMES` image files at a time."""
-    with pq.ParquetFile(staged_path(partial, index)) as file:
-        cameras = [name for name in file.schema_arrow.names if name.startswith("images.")]
-        for number in range(file.num_row_groups):
-            table = file.read_row_group(number, cameras)
-            yield {name.removeprefix("images."): table[name].to_pylist() for name in cameras}
-
-
-def _stage(staging: Staging, index: int) -> None:
-    path = staged_path(staging.partial, index)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        episode = staging.source.episode(index)
-        if episode is None:
-            _write_nothing(temporary, "")
-        else:
-            _write_episode(temporary, checked_vectors(episode, staging.config), staging.image_format)
-    except EpisodeError as error:
-        if not staging.skip_bad:
+    def stage(self, index: int) -> None:
+        """Read one episode and write its file."""
+        temporary = self.path(index).with_suffix(f".{os.getpid()}.tmp")
+        try:
+            try:
+                episode = self.source.episode(index)
+                if episode is None:
+                    self._write(temporary, ())
+                else:
+                    rows = raw_rows(episode, self.config, index, self.image_format)
+                    self._write(temporary, rows, name=episode.name)
+            except EpisodeError as error:
+                if not self.skip_bad:
+                    raise
+                self._write(temporary, (), error=str(error))
+            temporary.replace(self.path(index))
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
-        _write_nothing(temporary, str(error))
-    temporary.replace(path)
 
+    def path(self, index: int) -> Path:
+        """The file of one episode; it exists only when it is whole. A rejected or skipped episode's has no rows."""
+        return self.folder / f"episode-{index:06d}.parquet"
 
-def _write_episode(path: Path, episode: Episode, image_format: ImageFormat) -> None:
-    """Piece by piece: a long episode in raw pixels, and even encoded, can be more than the memory."""
-    frames = {camera: encoded_frames(episode, camera, image_format) for camera in episode.images}
-    states = np.zeros((len(episode.actions), 0), np.float32) if episode.states is None else episode.states
-    schema = pa.schema([(f"images.{camera}", pa.binary()) for camera in frames] + _VECTORS)
-    sizes = {}
-    # Neither compressed nor as a dictionary: frames are compressed already, and all of it is deleted in the end.
-    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
-        for start in range(0, len(episode.actions), PIECE_FRAMES):
-            piece = slice(start, start + PIECE_FRAMES)
-            images = {camera: list(islice(encoded, PIECE_FRAMES)) for camera, encoded in frames.items()}
-            sizes = sizes or frame_sizes(replace(episode, images=images))
-            columns = [*images.values(), episode.actions[piece].tolist(), states[piece].tolist()]
-            writer.write_table(pa.table(columns, schema=schema))
-        for encoded in frames.values():
-            next(encoded, None)  # runs to its end, where a source notices what there is too much of
-        about = {"task": episode.task, "name": episode.name, "sizes": json.dumps(sizes), "error": ""}
-        writer.add_key_value_metadata(about)
+    def info(self, index: int) -> StagedInfo:
+        """Of a staged episode, without reading it."""
+        footer = pq.read_metadata(self.path(index))
+        about = json.loads(footer.metadata[b"about"])
+        about["sizes"] = {camera: tuple(size) for camera, size in about["sizes"].items()}
+        return StagedInfo(footer.num_rows, **about)
 
+    def rows(self, index: int, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """A staged episode's rows, a piece of an episode at a time."""
+        with pq.ParquetFile(self.path(index)) as file:
+            for number in range(file.num_row_groups):
+                yield file.read_row_group(number, columns)
 
-def _write_nothing(path: Path, error: str) -> None:
-    schema = pa.schema(_VECTORS).with_metadata({"task": "", "name": "", "sizes": "{}", "error": error})
-    pq.write_table(schema.empty_table(), path)
+    def _is_staged(self, index: int) -> bool:
+        """An episode that an earlier call skipped is read again where bad ones are not skipped."""
+        return self.path(index).exists() and (self.skip_bad or not self.info(index).error)
 
-
-_VECTORS = [("action", pa.list_(pa.float32())), ("state", pa.list_(pa.float32()))]
-
-
-def _runs(staging: Staging, missing: list[int], num_proc: int) -> list[list[int]]:
-    """What is asked of a process at a time: small enough to keep all of them busy until the end."""
-    length = min(MAX_RUN, -(-len(missing) // (4 * num_proc))) if staging.source.info.in_order else 1
-    return [missing[start : start + length] for start in range(0, len(missing), length)]
+    def _write(self, path: Path, pieces: Iterable[dict[str, list]], name: str = "", error: str = "") -> None:
+        sizes = {}
+        # Neither compressed nor as a dictionary: frames are compressed already, and all of it is deleted in the end.
+        with pq.ParquetWriter(path, RAW_SCHEMA, compression="none", use_dictionary=False) as writer:
+            for piece in pieces:
+                writer.write_table(pa.table(piece, RAW_SCHEMA))
+                first = [Image.open(io.BytesIO(image["bytes"])).size for image in piece["images"][0]]
+                sizes = dict(zip(self.config.cameras, first, strict=True))
+            writer.add_key_value_metadata({"about": json.dumps({"name": name, "error": error, "sizes": sizes})})
 
 
 def _stage_in_parallel(staging: Staging, missing: list[int], num_proc: int, progress: tqdm) -> None:
+    # Neighbours share files that are read from front to back, or a simulator's scene: a process gets several in a
+    # row, few enough to keep all of them busy until the end.
+    length = min(MAX_RUN, -(-len(missing) // (4 * num_proc)))
+    runs = [missing[start : start + length] for start in range(0, len(missing), length)]
     # "spawn", because forking copies whatever threads and locks zarr, torch or a GL context hold at that moment.
     others = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(
@@ -204,7 +152,7 @@ def _stage_in_parallel(staging: Staging, missing: list[int], num_proc: int, prog
         # Ctrl-C reaches the whole process group. Workers inherit that it is blocked; this process ends them itself.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            futures = [executor.submit(_stage_in_worker, run) for run in _runs(staging, missing, num_proc)]
+            futures = [executor.submit(_stage_in_worker, run) for run in runs]
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for future in as_completed(futures):
@@ -212,9 +160,9 @@ def _stage_in_parallel(staging: Staging, missing: list[int], num_proc: int, prog
     except BrokenProcessPool as error:
         raise ConversionError(
             "a worker process died, out of memory perhaps: run the same command again with a smaller --num_proc; "
-            f"finished episodes are kept in {staging.partial}"
+            f"finished episodes are kept in {staging.folder}"
         ) from error
-    except (KeyboardInterrupt, EpisodeError, OSError):
+    except BaseException:
         for worker in set(multiprocessing.active_children()) - others:
             worker.terminate()  # an episode can take a minute; what it has written so far is not under a final name
         raise
@@ -239,5 +187,5 @@ def _exit_with_parent() -> None:
 
 def _stage_in_worker(run: list[int]) -> int:
     for index in run:
-        _stage(_worker_staging, index)
+        _worker_staging.stage(index)
     return len(run)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,73 +22,58 @@ _STATS_SLACK = 0.01  # of a dimension's range
 _FIX = "fetch the dataset again, or leave the episode out with --skip_bad_episodes"
 
 
-@dataclass
-class FeatureKeys:
-    """Which features are what.
+class LeRobotSource:
+    """The episodes of a LeRobotDataset, whose features are used as given or as found in info.json.
 
     Args:
-        cameras (`dict[str, str]`): camera's name -> key.
-        action, state (`str`): keys; `state` is None if there is none.
-    """
-
-    cameras: dict[str, str]
-    action: str
-    state: str | None
-
-
-def find_keys(
-    meta: LeRobotMeta,
-    image_keys: list[str] | None = None,
-    state_key: str | None = None,
-    action_key: str | None = None,
-) -> FeatureKeys:
-    """The features to use, as given or found in info.json; depth maps are no cameras.
+        meta (`LeRobotMeta`): as read.
+        image_keys (`list[str]`, *optional*): features that are cameras; frames of others are not read. Depth maps are
+            none unless they are named here.
+        state_key, action_key (`str`, *optional*): features. There may be no state.
+        check_stats (`bool`): compare what is read with the dataset's own statistics.
 
     Raises:
         ConversionError: a feature that there is not, no camera or no action at all.
     """
-    features = meta.features
-    where = f"{meta.root}/meta/info.json"
 
-    def existing(flag: str, asked: list[str | None], known: tuple[str, ...]) -> list[str]:
-        unknown = [key for key in asked if key and key not in features]
-        if unknown:
-            raise ConversionError(f"{flag}: {where} has no feature {unknown[0]!r}, it has {sorted(features)}")
-        return [key for key in asked if key] or [key for key in known if key in features]
+    def __init__(
+        self,
+        meta: LeRobotMeta,
+        image_keys: list[str] | None = None,
+        state_key: str | None = None,
+        action_key: str | None = None,
+        check_stats: bool = True,
+    ):
+        self.meta, self.check_stats = meta, check_stats
+        images = [
+            key
+            for key, feature in meta.features.items()
+            if feature["dtype"] in IMAGE_TYPES and not feature.get("info", {}).get("video.is_depth_map")
+        ]
+        images = self._found("--image_keys", image_keys or [], images, "camera")
+        for key in images:
+            dtype = meta.features[key]["dtype"]
+            if dtype not in IMAGE_TYPES:
+                raise ConversionError(f"--image_keys: {key!r} is {dtype}, not image or video")
+        self.cameras = {key.removeprefix("observation.").removeprefix("images."): key for key in images}
+        if len(self.cameras) < len(images):
+            raise ConversionError(f"{images} have the same names without their prefixes: choose with --image_keys")
+        self.action_key = self._found("--action_key", [action_key] if action_key else [], _ACTION_KEYS, "action")[0]
+        states = self._found("--state_key", [state_key] if state_key else [], _STATE_KEYS)
+        self.state_key = states[0] if states else None
+        self.action_dim = self._dim(self.action_key)
+        self.state_dim = self._dim(self.state_key) if states else 0
 
-    images = [key for key, feature in features.items() if feature["dtype"] in IMAGE_TYPES]
-    images = [key for key in images if not features[key].get("info", {}).get("video.is_depth_map")]
-    images = existing("--image_keys", image_keys or [], tuple(images))
-    actions = existing("--action_key", [action_key], _ACTION_KEYS)
-    states = existing("--state_key", [state_key], _STATE_KEYS)
-    for flag, found, what in (("--image_keys", images, "camera"), ("--action_key", actions, "action")):
-        if not found:
-            raise ConversionError(f"{where} has no {what}: say which of {sorted(features)} with {flag}")
-    no_images = [key for key in images if features[key]["dtype"] not in IMAGE_TYPES]
-    if no_images:
-        raise ConversionError(
-            f"--image_keys: {no_images[0]!r} is {features[no_images[0]]['dtype']}, not image or video"
+        robot = meta.info.get("robot_type") or "unknown"
+        self.info = SourceInfo(
+            source=meta.hub_id or meta.root.resolve().name,
+            revision=meta.revision or f"sha256 of meta/: {meta.digest}",
+            license=meta.license,
+            robot=robot,
+            fps=float(meta.info["fps"]),
+            how=f"Converted from a LeRobotDataset, format {meta.info['codebase_version']}, recorded with {robot}.",
+            options={"action": self.action_key, "state": self.state_key, "cameras": self.cameras},
         )
-    cameras = {key.removeprefix("observation.").removeprefix("images."): key for key in images}
-    if len(cameras) < len(images):
-        raise ConversionError(f"{images} have the same names without their prefixes: choose with --image_keys")
-    return FeatureKeys(cameras, actions[0], states[0] if states else None)
-
-
-class LeRobotSource:
-    """The episodes of a LeRobotDataset.
-
-    Args:
-        meta (`LeRobotMeta`): as read.
-        keys (`FeatureKeys`): which features to use; frames of other cameras are not read.
-        info (`SourceInfo`): where it is from.
-        check_stats (`bool`): compare what is read with the dataset's own statistics.
-    """
-
-    def __init__(self, meta: LeRobotMeta, keys: FeatureKeys, info: SourceInfo, check_stats: bool = True):
-        self.meta, self.keys, self.info, self.check_stats = meta, keys, info, check_stats
-        self.action_dim = self._dim(keys.action)
-        self.state_dim = self._dim(keys.state) if keys.state else 0
         self._table: tuple[str, pa.Table | None] = ("", None)
         self._readers: dict[str, Any] = {}
 
@@ -106,25 +90,24 @@ class LeRobotSource:
         meta = self.meta.episodes[index]
         name = f"{self.info.source}, episode {meta.index}"
         rows, start = self._rows(meta, name)
-        vectors = {key: self._vectors(rows, key, meta, name) for key in (self.keys.action, self.keys.state) if key}
-        if self.check_stats:
-            for key, values in vectors.items():
-                self._compare_stats(key, values, meta, name)
+        actions = self._vectors(rows, self.action_key, meta, name)
+        states = self._vectors(rows, self.state_key, meta, name) if self.state_key else None
+        times = rows["timestamp"].to_numpy().astype(np.float64)
         images = {
-            camera: _Frames(self, camera, key, meta, start, rows["timestamp"].to_numpy(), name)
-            for camera, key in self.keys.cameras.items()
+            camera: self._frames(f"{name}, camera {camera!r}", camera, key, meta, start, times)
+            for camera, key in self.cameras.items()
         }
-        state = vectors[self.keys.state] if self.keys.state else None
-        return Episode(self._task(rows, name), vectors[self.keys.action], images, state, name)
+        return Episode(self._task(rows, name), actions, images, states, name)
 
-    def reader(self, camera: str, kind: type, path: Path, *args: Any) -> Any:
-        """The open file of a camera; the one before it is closed."""
-        reader = self._readers.get(camera)
-        if reader is None or reader.path != path:
-            if reader is not None:
-                reader.close()
-            reader = self._readers[camera] = kind(path, *args)
-        return reader
+    def _found(self, flag: str, asked: list[str], known: Iterable[str], needed: str = "") -> list[str]:
+        features, where = self.meta.features, f"{self.meta.root}/meta/info.json"
+        for key in asked:
+            if key not in features:
+                raise ConversionError(f"{flag}: {where} has no feature {key!r}, it has {sorted(features)}")
+        found = asked or [key for key in known if key in features]
+        if needed and not found:
+            raise ConversionError(f"{where} has no {needed}: say which of {sorted(features)} with {flag}")
+        return found
 
     def _dim(self, key: str) -> int:
         shape = self.meta.features[key]["shape"]
@@ -136,8 +119,8 @@ class LeRobotSource:
         """The episode's rows without images, and the number of the first in its file."""
         path = self.meta.root / meta.data
         if self._table[0] != meta.data:
-            columns = ["episode_index", "timestamp", "task_index", self.keys.action]
-            columns += [self.keys.state] if self.keys.state else []
+            columns = ["episode_index", "timestamp", "task_index", self.action_key]
+            columns += [self.state_key] if self.state_key else []
             with readable(path, name):
                 missing = [column for column in columns if column not in pq.read_schema(path).names]
                 if missing:
@@ -145,12 +128,10 @@ class LeRobotSource:
                 self._table = (meta.data, pq.read_table(path, columns=columns, partitioning=None))
         table = self._table[1]
         own = np.flatnonzero(table["episode_index"].to_numpy() == meta.index)
-        if len(own) != meta.length or (len(own) and own[-1] - own[0] + 1 != len(own)):
+        if not len(own) or len(own) != meta.length or own[-1] - own[0] + 1 != len(own):
             raise EpisodeError(
                 f"{name}: {path} has {len(own)} rows of it, meta/episodes says length {meta.length}: {_FIX}"
             )
-        if not len(own):
-            raise EpisodeError(f"{name}: {path}: has no frames: {_FIX}")
         return table.slice(own[0], len(own)), int(own[0])
 
     def _vectors(self, rows: pa.Table, key: str, meta: EpisodeMeta, name: str) -> np.ndarray:
@@ -166,11 +147,14 @@ class LeRobotSource:
                 f"{name}: {self.meta.root / meta.data}: {key} has {sorted(map(str, widths))} dimensions and "
                 f"{column.null_count} empty values, meta/info.json says {dim} dimensions: {_FIX}"
             )
-        return column.to_numpy().astype(np.float32).reshape(-1, dim)
+        values = column.to_numpy().astype(np.float32).reshape(-1, dim)
+        if self.check_stats:
+            self._compare_stats(key, values, meta, name)
+        return values
 
     def _task(self, rows: pa.Table, name: str) -> str:
         numbers = pc.unique(rows["task_index"]).to_pylist()
-        where = f"{self.meta.root / self.meta.tasks_file}"
+        where = self.meta.root / self.meta.tasks_file
         if len(numbers) != 1:
             raise EpisodeError(
                 f"{name}: has {len(numbers)} tasks (task_index {numbers}), an episode can have one: split the "
@@ -206,41 +190,33 @@ class LeRobotSource:
                 f"{high[at]:g}: {fix}"
             )
 
-
-@dataclass
-class _Frames:
-    """A camera's frames of one episode, not read before they are iterated."""
-
-    source: LeRobotSource
-    camera: str
-    key: str
-    meta: EpisodeMeta
-    start: int
-    timestamps: np.ndarray
-    name: str
-
-    def __len__(self) -> int:
-        return len(self.timestamps)
-
-    def __iter__(self) -> Iterator[np.ndarray | bytes]:
-        source, root, name = self.source, self.source.meta.root, f"{self.name}, camera {self.camera!r}"
-        if self.key not in self.meta.videos:
-            path = root / self.meta.data
-            return source.reader(self.camera, ImageColumn, path, self.key).frames(self.start, len(self), name)
-        return self._video(root, name)
-
-    def _video(self, root: Path, name: str) -> Iterator[np.ndarray]:
+    def _frames(
+        self, name: str, camera: str, key: str, meta: EpisodeMeta, start: int, times: np.ndarray
+    ) -> Iterator[np.ndarray | bytes]:
+        """A camera's frames of an episode, whose rows begin at `start` and are at `times`; `name` names both."""
+        if key not in meta.videos:
+            column = self._reader(camera, ImageColumn, self.meta.root / meta.data, key)
+            yield from column.frames(start, len(times), name)
+            return
         try:
             from vla0_trl.sources.video import VideoReader
         except ImportError as error:
             raise ConversionError('reading videos needs PyAV: pip install -e ".[convert]"') from error
-        fps = self.source.meta.info["fps"]
-        span = self.meta.videos[self.key]
-        if span.end is not None and abs((span.end - span.start) * fps - len(self)) > 0.5:
+        fps, span = self.meta.info["fps"], meta.videos[key]
+        path = self.meta.root / span.path
+        if span.end is not None and abs((span.end - span.start) * fps - len(times)) > 0.5:
             raise EpisodeError(
-                f"{name}: meta/episodes gives it {span.start:.4f} to {span.end:.4f} s of {root / span.path}, which is "
-                f"{(span.end - span.start) * fps:.1f} frames; the parquet has {len(self)} rows: {_FIX}"
+                f"{name}: meta/episodes gives it {span.start:.4f} to {span.end:.4f} s of {path}, which is "
+                f"{(span.end - span.start) * fps:.1f} frames; the parquet has {len(times)} rows: {_FIX}"
             )
-        reader = self.source.reader(self.camera, VideoReader, root / span.path, fps)
-        times = span.start + self.timestamps.astype(np.float64)
-        return reader.frames(times, name, alone=span.end is None)
+        video = self._reader(camera, VideoReader, path, fps)
+        yield from video.frames(span.start + times, name, alone=span.end is None)
+
+    def _reader(self, camera: str, kind: type, path: Path, *args: Any) -> Any:
+        """The open file of a camera; the one before it is closed."""
+        reader = self._readers.get(camera)
+        if reader is None or reader.path != path:
+            if reader is not None:
+                reader.close()
+            reader = self._readers[camera] = kind(path, *args)
+        return reader

@@ -1,4 +1,4 @@
-"""The `meta/` folder of a LeRobotDataset, v2.0 to v3.0: which episodes there are, in which files, with which features.
+"""The `meta/` folder of a LeRobotDataset, v2.1 or v3.0: which episodes there are, in which files, with which features.
 
 Read from the formats' definition (`lerobot/datasets` of lerobot 0.3.3 and 0.6.1), without that package, whose pins
 conflict with this one's.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import DatasetCard
 
 from vla0_trl.conversion.staging import ConversionError
 
-VERSIONS = ("v2.0", "v2.1", "v3.0")
+VERSIONS = ("v2.1", "v3.0")
 IMAGE_TYPES = ("image", "video")
 
 
@@ -55,26 +55,33 @@ class LeRobotMeta:
     Args:
         root (`Path`): the dataset's folder.
         info (`dict`): info.json.
-        features (`dict`): name -> {dtype, shape, names, …}.
         tasks (`dict[int, str]`): task_index -> instruction.
         tasks_file (`str`): where they are from, for messages.
         episodes (`list[EpisodeMeta]`): by ascending index.
         stats (`dict`): episode index -> feature -> its statistics; under None those of the whole dataset.
         digest (`str`): of the folder's contents.
+        license (`str`): from the dataset card.
+        hub_id, revision (`str`, *optional*): where on the Hub it is from.
     """
 
     root: Path
     info: dict[str, Any]
-    features: dict[str, dict[str, Any]]
     tasks: dict[int, str]
     tasks_file: str
     episodes: list[EpisodeMeta]
     stats: dict[int | None, dict[str, Any]]
     digest: str
+    license: str
+    hub_id: str | None = None
+    revision: str | None = None
 
     @property
-    def video_keys(self) -> list[str]:
-        return _keys(self.features, "video")
+    def features(self) -> dict[str, dict[str, Any]]:
+        """Name -> {dtype, shape, names, …}."""
+        return self.info["features"]
+
+
+_Parts = tuple[dict[int, str], str, list[EpisodeMeta], dict[int | None, dict[str, Any]]]
 
 
 def read_meta(root: Path) -> LeRobotMeta:
@@ -96,31 +103,31 @@ def read_meta(root: Path) -> LeRobotMeta:
     missing = {"features", "fps", "data_path"} - info.keys()
     if missing:
         raise ConversionError(f"{path}: {sorted(missing)} are missing: the file is damaged, fetch it again")
-    features = info["features"]
-    parts = _v30(root, info) if version == "v3.0" else _v2(root, info)
-    return LeRobotMeta(root, info, features, *parts, digest=_digest(root / "meta"))
+    video_keys = [key for key, feature in info["features"].items() if feature["dtype"] == "video"]
+    parts = (_v30 if version == "v3.0" else _v21)(root, info, video_keys)
+    card = root / "README.md"
+    license = (card.is_file() and DatasetCard.load(card).data.license) or "unknown"
+    return LeRobotMeta(root, info, *parts, _digest(root / "meta"), license)
 
 
-def _v2(root: Path, info: dict[str, Any]) -> tuple[dict[int, str], str, list[EpisodeMeta], dict]:
-    """One parquet, and one mp4 a camera, for each episode; `episodes_stats.jsonl` since v2.1."""
-    tasks = {line["task_index"]: line["task"] or "" for line in _json_lines(root / "meta/tasks.jsonl")}
-    video_keys = _keys(info["features"], "video")
+def _v21(root: Path, info: dict[str, Any], video_keys: list[str]) -> _Parts:
+    """One parquet, and one mp4 a camera, for each episode."""
+    meta = root / "meta"
+    tasks = {line["task_index"]: line["task"] or "" for line in _json_lines(meta / "tasks.jsonl")}
     episodes = []
-    for line in _json_lines(root / "meta/episodes.jsonl"):
+    for line in _json_lines(meta / "episodes.jsonl"):
         index = line["episode_index"]
         numbers = {"episode_index": index, "episode_chunk": index // info.get("chunks_size", 1000)}
         videos = {key: VideoSpan(info["video_path"].format(video_key=key, **numbers)) for key in video_keys}
         data = info["data_path"].format(**numbers)
         episodes.append(EpisodeMeta(index, line["length"], line.get("tasks", []), data, videos))
-    stats: dict[int | None, dict] = {}
-    if (root / "meta/episodes_stats.jsonl").is_file():
-        stats = {line["episode_index"]: line["stats"] for line in _json_lines(root / "meta/episodes_stats.jsonl")}
-    else:
-        stats = _whole_stats(root)
+    stats = {}
+    if (meta / "episodes_stats.jsonl").is_file():
+        stats = {line["episode_index"]: line["stats"] for line in _json_lines(meta / "episodes_stats.jsonl")}
     return tasks, "meta/tasks.jsonl", sorted(episodes, key=lambda e: e.index), stats
 
 
-def _v30(root: Path, info: dict[str, Any]) -> tuple[dict[int, str], str, list[EpisodeMeta], dict]:
+def _v30(root: Path, info: dict[str, Any], video_keys: list[str]) -> _Parts:
     """Many episodes in a parquet and in an mp4."""
     path = root / "meta/tasks.parquet"
     table = _table(path)
@@ -129,46 +136,26 @@ def _v30(root: Path, info: dict[str, Any]) -> tuple[dict[int, str], str, list[Ep
         raise ConversionError(f"{path}: has columns {table.column_names}, expected task_index and the task's text")
     tasks = {row["task_index"]: row[texts[0]] or "" for row in table.to_pylist()}
 
-    video_keys = _keys(info["features"], "video")
     columns = ["episode_index", "length", "tasks", "data/chunk_index", "data/file_index"]
     parts = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
     columns += [f"videos/{key}/{part}" for key in video_keys for part in parts]
     paths = sorted((root / "meta/episodes").rglob("*.parquet"))
     if not paths:
         raise ConversionError(f"{root}: meta/episodes has no parquet files: the copy is not complete, fetch it again")
-    episodes = [
-        EpisodeMeta(
-            row["episode_index"],
-            row["length"],
-            row["tasks"],
-            _file(info["data_path"], row, "data"),
-            {
-                key: VideoSpan(
-                    _file(info["video_path"], row, f"videos/{key}", video_key=key),
-                    row[f"videos/{key}/from_timestamp"],
-                    row[f"videos/{key}/to_timestamp"],
-                )
-                for key in video_keys
-            },
-        )
-        for path in paths
-        for row in _table(path, columns).to_pylist()  # without the statistics, which are most of it
-    ]
-    return tasks, "meta/tasks.parquet", sorted(episodes, key=lambda e: e.index), _whole_stats(root)
+    rows = [row for path in paths for row in _table(path, columns).to_pylist()]  # without statistics, most of it
+    episodes = []
+    for row in rows:
+        data = info["data_path"].format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
+        videos = {}
+        for key in video_keys:
+            chunk, file, start, end = (row[f"videos/{key}/{part}"] for part in parts)
+            video = info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
+            videos[key] = VideoSpan(video, start, end)
+        episodes.append(EpisodeMeta(row["episode_index"], row["length"], row["tasks"], data, videos))
 
-
-def _file(template: str, row: dict[str, Any], prefix: str, **names: str) -> str:
-    chunk, file = row[f"{prefix}/chunk_index"], row[f"{prefix}/file_index"]
-    return template.format(chunk_index=chunk, file_index=file, **names)
-
-
-def _whole_stats(root: Path) -> dict[int | None, dict]:
     path = root / "meta/stats.json"
-    return {None: _json(path, path.read_text())} if path.is_file() else {}
-
-
-def _keys(features: dict[str, dict[str, Any]], dtype: str) -> list[str]:
-    return [key for key, feature in features.items() if feature["dtype"] == dtype]
+    stats = {None: _json(path, path.read_text())} if path.is_file() else {}
+    return tasks, "meta/tasks.parquet", sorted(episodes, key=lambda e: e.index), stats
 
 
 def _table(path: Path, columns: list[str] | None = None) -> pa.Table:
@@ -204,12 +191,5 @@ def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def wildcard(template: str, video_key: str = "") -> str:
-    """A path of info.json as a pattern for all of its files: "data/*/episode_*.parquet"."""
-    return re.sub(r"\{[^}]*\}", "*", template.replace("{video_key}", video_key))

@@ -88,15 +88,15 @@ class LiberoDemos:
         name = f"{demo.path}, {demo.key}"
         with _opened(demo.path, name) as file:
             group = file["data"][demo.key]
-            actions = _dataset(group, "actions", None, (ACTION_DIM,), name)[:]
+            actions = _dataset(group, "actions", name, ACTION_DIM)[:]
             frames = len(actions)
-            state = [_dataset(group, f"obs/{key}", frames, (dim,), name)[:] for key, dim in STATE.items()]
+            state = [_dataset(group, f"obs/{key}", name, dim, frames)[:] for key, dim in STATE.items()]
             for key in CAMERAS.values():
-                _dataset(group, f"obs/{key}", frames, None, name)
+                _dataset(group, f"obs/{key}", name, frames=frames)
         states = np.concatenate(state, axis=1)
         kept = moves(actions) if self.drop_noops else np.arange(len(actions))
         images = {
-            camera: _Frames(demo.path, f"data/{demo.key}/obs/{key}", kept, name) for camera, key in CAMERAS.items()
+            camera: _frames(demo.path, f"data/{demo.key}/obs/{key}", kept, name) for camera, key in CAMERAS.items()
         }
         return Episode(demo.task, actions[kept], images, states[kept], name)
 
@@ -123,24 +123,13 @@ def instruction_of(file_name: str) -> str:
     return stem.replace("_", " ").strip()
 
 
-@dataclass
-class _Frames:
-    """A camera's frames `kept`, upright, not read before they are iterated."""
-
-    path: Path
-    key: str
-    kept: np.ndarray
-    name: str
-
-    def __len__(self) -> int:
-        return len(self.kept)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        with _opened(self.path, self.name) as file:
-            for start in range(0, len(self.kept), _BLOCK_FRAMES):
-                # robosuite renders upside down, and LIBERO stores it so. The data that policies are trained on, and
-                # the evaluation protocol, have it rotated by 180°, which mirrors it as well.
-                yield from file[self.key][self.kept[start : start + _BLOCK_FRAMES]][:, ::-1, ::-1]
+def _frames(path: Path, key: str, kept: np.ndarray, name: str) -> Iterator[np.ndarray]:
+    """A camera's frames `kept`, upright."""
+    with _opened(path, name) as file:
+        for start in range(0, len(kept), _BLOCK_FRAMES):
+            # robosuite renders upside down, and LIBERO stores it so. The data that policies are trained on, and the
+            # evaluation protocol, have it rotated by 180°, which mirrors it as well.
+            yield from file[key][kept[start : start + _BLOCK_FRAMES]][:, ::-1, ::-1]
 
 
 @contextmanager
@@ -170,9 +159,9 @@ def _demos(path: Path) -> list[_Demo]:
 
 
 def _dataset(
-    group: h5py.Group, key: str, frames: int | None, shape: tuple[int, ...] | None, name: str
+    group: h5py.Group, key: str, name: str, dim: int | None = None, frames: int | None = None
 ) -> h5py.Dataset:
-    """`key` of a demonstration, which must have `frames` rows of `shape`, where they are given."""
+    """`key` of a demonstration, checked to be (`frames`, `dim`), where they are given."""
     if key not in group:
         raise EpisodeError(
             f"{name}: has no {key}, it has {sorted(group)} and obs/{sorted(group.get('obs', []))}: {_FIX}"
@@ -180,6 +169,6 @@ def _dataset(
     dataset = group[key]
     if frames not in (None, len(dataset)):
         raise EpisodeError(f"{name}: {key} has {len(dataset)} frames, actions has {frames}: {_FIX}")
-    if shape not in (None, dataset.shape[1:]):
-        raise EpisodeError(f"{name}: {key} has shape {dataset.shape}, expected (frames, {shape[0]}): {_FIX}")
+    if dim is not None and dataset.shape[1:] != (dim,):
+        raise EpisodeError(f"{name}: {key} has shape {dataset.shape}, expected (frames, {dim}): {_FIX}")
     return dataset

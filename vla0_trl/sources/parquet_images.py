@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -39,10 +38,8 @@ class ImageColumn:
 
     def __init__(self, path: Path, key: str):
         self.path, self.key = path, key
-        self._file: pq.ParquetFile | None = None
-        self._group_starts = np.zeros(1, np.int64)
-        self._images: Iterator[dict | None] = iter(())
-        self._row = 0  # the next that `_images` gives
+        self._images: Iterator[tuple[int, dict | None]] | None = None
+        self._next = self._wanted = 0  # the row that `_images` gives next, and the first that matters
 
     def frames(self, start: int, count: int, name: str) -> Iterator[bytes]:
         """Image files of the rows `start` to `start + count`.
@@ -50,48 +47,43 @@ class ImageColumn:
         Raises:
             EpisodeError: the file or the column is absent or damaged, or a row holds no bytes.
         """
+        if self._images is None or start < self._next:
+            self.close()
+            self._images = self._read(name)
+        self._wanted = start
         try:
             with readable(self.path, name):
-                self._go_to(start, name)
-                for row in range(count):
-                    image = next(self._images)
-                    self._row += 1
+                for row, image in self._images:
+                    self._next = row + 1
+                    if row < start:
+                        continue
                     if image is None or not image["bytes"]:
                         raise EpisodeError(
-                            f"{name}, frame {row}: {self.path} holds no image in {self.key}, a path at most: images "
-                            "have to be in the parquet files"
+                            f"{name}, frame {row - start}: {self.path} holds no image in {self.key}, a path at most: "
+                            "images have to be in the parquet files"
                         )
                     yield image["bytes"]
+                    if row == start + count - 1:
+                        return
         except EpisodeError:
             self.close()  # it is not at a row that could be told
             raise
 
     def close(self) -> None:
         """Give the file back; a later call opens it again."""
-        if self._file is not None:
-            self._file.close()
-        self._file = None
+        if self._images is not None:
+            self._images.close()
+        self._images, self._next = None, 0
 
-    def _go_to(self, row: int, name: str) -> None:
-        if self._file is None:
-            self._file = pq.ParquetFile(self.path, **_FROM_FRONT_TO_BACK)
-            if self.key not in self._file.schema_arrow.names:
-                self.close()
+    def _read(self, name: str) -> Iterator[tuple[int, dict | None]]:
+        with pq.ParquetFile(self.path, **_FROM_FRONT_TO_BACK) as file:
+            if self.key not in file.schema_arrow.names:
                 raise EpisodeError(f"{name}: {self.path} has no column {self.key!r}: choose others with --image_keys")
-            footer = self._file.metadata
-            lengths = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
-            self._group_starts = np.cumsum([0, *lengths])
-            self._images, self._row = iter(()), -1
-        if self._row != row:
-            group = int(np.searchsorted(self._group_starts, row, side="right")) - 1
-            if not self._group_starts[group] <= self._row < row:
-                self._images, self._row = self._read_from(group), int(self._group_starts[group])
-            while self._row < row:
-                next(self._images)
-                self._row += 1
-
-    def _read_from(self, group: int) -> Iterator[dict | None]:
-        for number in range(group, self._file.num_row_groups):  # one by one: a damaged one spares those before it
-            batches = self._file.iter_batches(_BATCH_ROWS, row_groups=[number], columns=[self.key], use_threads=False)
-            for batch in batches:
-                yield from batch.column(0).to_pylist()
+            end = 0
+            for group in range(file.num_row_groups):  # one by one: a damaged one spares those before it
+                row, end = end, end + file.metadata.row_group(group).num_rows
+                if end <= self._wanted:
+                    continue
+                for batch in file.iter_batches(_BATCH_ROWS, [group], columns=[self.key], use_threads=False):
+                    yield from enumerate(batch.column(0).to_pylist(), row)
+                    row += len(batch)
