@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vla0_trl.conversion.cli import ConversionParser, chosen_cameras, chosen_tasks, command_line_errors
-from vla0_trl.sources.libero_hdf5 import CAMERAS, LiberoDemos
+from vla0_trl.sources.libero_hdf5 import ACTION_DIM, CAMERAS, STATE_DIM, LiberoDemos
 
 
 def main() -> None:
@@ -26,8 +26,8 @@ def main() -> None:
         config = parser.config(
             args,
             cameras=chosen_cameras(args.cameras, list(CAMERAS)),
-            action_dim=source.action_dim,
-            state_dim=source.state_dim,
+            action_dim=ACTION_DIM,
+            state_dim=STATE_DIM,
             gripper="sign",
             crop_ratio=230 / 256,  # VLA-0-Smol's crop
         )

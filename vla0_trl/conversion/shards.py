@@ -42,19 +42,21 @@ def sorted_out(staging: Staging, indices: list[int]) -> Sorted:
         ConversionError: none does.
     """
     result = Sorted()
-    sizes: dict[str, tuple[int, int]] = {}
+    sizes = ""
     for index in indices:
         info = staging.info(index)
-        sizes = sizes or info.sizes
-        if info.frames and info.sizes != sizes:
-            info.error = (
-                f"{info.name}: frames are {info.sizes} pixels, those of the first episode {sizes}: all frames of a "
-                "camera must have one size; leave the episode out with --episodes or --skip_bad_episodes"
-            )
-            if not staging.skip_bad:
-                raise EpisodeError(info.error)
-        if info.error:
-            result.skipped[index] = info.error
+        error = info.error
+        if info.frames:
+            sizes = sizes or info.sizes
+            if info.sizes != sizes:
+                error = (
+                    f"{info.name}: frames are {info.sizes} pixels, those of the first episode {sizes}: all frames of "
+                    "a camera must have one size; leave the episode out with --episodes or --skip_bad_episodes"
+                )
+                if not staging.skip_bad:
+                    raise EpisodeError(error)
+        if error:
+            result.skipped[index] = error
         elif info.frames:
             result.kept.append(index)
             result.frames += info.frames
@@ -86,17 +88,9 @@ def write_dataset(final: Path, staging: Staging, result: Sorted, key: dict[str, 
         episodes = tqdm(shard, desc=f"writing {name}", unit="episode")
         _write_shard(final / "data" / name, (rows for index in episodes for rows in staging.rows(index)), config)
     config.save_pretrained(final)
+    sample = sampled_frames(staging.path(result.kept[0]))
     left_out = sorted([*result.rejected, *result.skipped])
-    write_card(
-        final,
-        sampled_frames(staging.path(result.kept[0])),
-        config,
-        staging.source.info,
-        len(result.kept),
-        result.frames,
-        left_out,
-        command,
-    )
+    write_card(final, sample, config, staging.source.info, len(result.kept), result.frames, left_out, command)
     record = key | {"rejected": result.rejected, "skipped": result.skipped}
     (final / CONVERSION_NAME).write_text(json.dumps(record, indent=1) + "\n")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import multiprocessing
 import os
 import signal
@@ -14,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,21 +31,13 @@ class ConversionError(RuntimeError):
     """A conversion that can't begin or go on; the message says what to do."""
 
 
-@dataclass
-class StagedInfo:
-    """What a staged file's footer tells.
-
-    Args:
-        frames (`int`): 0: the episode is rejected, or bad.
-        name (`str`): the episode's, for messages.
-        error (`str`): why it was skipped as bad; empty if it was not.
-        sizes (`dict`): camera -> (width, height).
-    """
+class StagedInfo(NamedTuple):
+    """What a staged file's footer tells. Without frames, the episode is rejected, or bad for the reason in `error`."""
 
     frames: int
     name: str
     error: str
-    sizes: dict[str, tuple[int, int]]
+    sizes: str  # of each camera's frames
 
 
 @dataclass
@@ -110,9 +102,7 @@ class Staging:
     def info(self, index: int) -> StagedInfo:
         """Of a staged episode, without reading it."""
         footer = pq.read_metadata(self.path(index))
-        about = json.loads(footer.metadata[b"about"])
-        about["sizes"] = {camera: tuple(size) for camera, size in about["sizes"].items()}
-        return StagedInfo(footer.num_rows, **about)
+        return StagedInfo(footer.num_rows, *(footer.metadata[key].decode() for key in (b"name", b"error", b"sizes")))
 
     def rows(self, index: int, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """A staged episode's rows, a piece of an episode at a time."""
@@ -132,7 +122,7 @@ class Staging:
                 writer.write_table(pa.table(piece, RAW_SCHEMA))
                 first = [Image.open(io.BytesIO(image["bytes"])).size for image in piece["images"][0]]
                 sizes = dict(zip(self.config.cameras, first, strict=True))
-            writer.add_key_value_metadata({"about": json.dumps({"name": name, "error": error, "sizes": sizes})})
+            writer.add_key_value_metadata({"name": name, "error": error, "sizes": str(sizes)})
 
 
 def _stage_in_parallel(staging: Staging, missing: list[int], num_proc: int, progress: tqdm) -> None:

@@ -45,15 +45,12 @@ class LeRobotSource:
         check_stats: bool = True,
     ):
         self.meta, self.check_stats = meta, check_stats
-        images = [
-            key
-            for key, feature in meta.features.items()
-            if feature["dtype"] in IMAGE_TYPES and not feature.get("info", {}).get("video.is_depth_map")
-        ]
-        images = self._found("--image_keys", image_keys or [], images, "camera")
+        pictures = [key for key, feature in meta.features.items() if feature["dtype"] in IMAGE_TYPES]
+        known = [key for key in pictures if not meta.features[key].get("info", {}).get("video.is_depth_map")]
+        images = self._found("--image_keys", image_keys or [], known, "camera")
         for key in images:
-            dtype = meta.features[key]["dtype"]
-            if dtype not in IMAGE_TYPES:
+            if key not in pictures:
+                dtype = meta.features[key]["dtype"]
                 raise ConversionError(f"--image_keys: {key!r} is {dtype}, not image or video")
         self.cameras = {key.removeprefix("observation.").removeprefix("images."): key for key in images}
         if len(self.cameras) < len(images):
@@ -154,7 +151,6 @@ class LeRobotSource:
 
     def _task(self, rows: pa.Table, name: str) -> str:
         numbers = pc.unique(rows["task_index"]).to_pylist()
-        where = self.meta.root / self.meta.tasks_file
         if len(numbers) != 1:
             raise EpisodeError(
                 f"{name}: has {len(numbers)} tasks (task_index {numbers}), an episode can have one: split the "
@@ -163,8 +159,8 @@ class LeRobotSource:
         text = self.meta.tasks.get(numbers[0]) or ""
         if not text.strip():
             raise EpisodeError(
-                f"{name}: task_index {numbers[0]} has no text in {where}: write the instruction there, or leave the "
-                "episode out with --skip_bad_episodes"
+                f"{name}: task_index {numbers[0]} has no text in {self.meta.root / self.meta.tasks_file}: write the "
+                "instruction there, or leave the episode out with --skip_bad_episodes"
             )
         return text
 

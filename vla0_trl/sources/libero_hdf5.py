@@ -49,8 +49,6 @@ class LiberoDemos:
         ConversionError: no file there, or one that is no LIBERO HDF5.
     """
 
-    action_dim, state_dim = ACTION_DIM, STATE_DIM
-
     def __init__(self, paths: list[Path], drop_noops: bool):
         self.drop_noops = drop_noops
         files = [file for path in paths for file in (sorted(path.rglob("*.hdf5")) if path.is_dir() else [path])]
