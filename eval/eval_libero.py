@@ -9,39 +9,45 @@ Four suites, all tasks, 50 initial states each: the full protocol. A part of it;
     python eval/eval_libero.py --model_name_or_path runs/libero --ensemble_size 8 --output_dir runs/libero/eval_ens
     python eval/eval_libero.py --model_name_or_path runs/libero --n_action_steps 8 --output_dir runs/libero/eval_open
 
-With something changed, beside the clean result; and over several processes, GPUs or machines with a shared folder:
+With something changed, beside the clean result; and over several processes, GPUs or machines with a shared folder,
+of which each runs its share (--num_processes: the number of GPUs, or of processes without any):
 
     python eval/eval_libero.py … --perturb rotate:180 --perturb noise:3 --perturb no_task
-    accelerate launch eval/eval_libero.py …
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 2 eval/eval_libero.py …
 
 Stopped at any moment, the same command runs only what is missing. The protocol: vla0_trl/envs/libero_protocol.py. An
 episode whose simulator crashes is tried once more in a fresh process, and is never counted as a failure.
 """
 
-import os
 import warnings
 from pathlib import Path
-
-import torch
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.envs import libero_protocol as protocol
 from vla0_trl.envs.libero_perturb import NAMES, parse_perturbation
 from vla0_trl.envs.libero_setup import check_mujoco, find_assets
-from vla0_trl.evaluation import EvaluationParser, run_identity, stopping_well
+from vla0_trl.evaluation import (
+    NOT_ALL,
+    EvaluationParser,
+    finish,
+    missing_share,
+    open_log,
+    run_identity,
+    stopping_well,
+)
 from vla0_trl.libero_evaluation import (
     benchmark_envs,
     environment_factory,
     evaluation_config,
-    finish,
     run_missing,
     run_protocol,
+    suite_results,
 )
 from vla0_trl.modeling import checkpoint_folder
 from vla0_trl.policy import VLAPolicy, resolve_device
 from vla0_trl.report.page import REPORT, write_report
 from vla0_trl.report.summary import format_table, load_runs, suite_table, summary_table, task_table
-from vla0_trl.results import RESULTS, EpisodeLog
+from vla0_trl.results import RESULTS
 
 
 def build_parser() -> EvaluationParser:
@@ -73,9 +79,6 @@ def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    rank, num_processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if args.device is None and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device, dtype = resolve_device(args.device, args.dtype)
     try:
         parser.check_positive(args, "num_envs", "max_steps", "num_episodes_per_task")
@@ -101,23 +104,23 @@ def main() -> None:
         folders.append(Path(args.output_dir) / ("" if name is None else f"perturbed/{name.replace(':', '_')}"))
         run = base | {"protocol": run_protocol(config, args, name, str(dtype))}
         try:
-            log = EpisodeLog(folders[-1], run, args.overwrite, rank if num_processes > 1 else None)
+            log = open_log(folders[-1], run, args)
         except (ValueError, OSError) as error:
             parser.exit(2, f"error: {error}\n")
         with log, stopping_well(parser, log):
-            missing = log.missing(episodes[rank::num_processes])
+            missing = missing_share(log, episodes, args)
             if missing:
-                (log.folder / RESULTS).unlink(missing_ok=True)  # it exists when nothing is missing
                 policy = policy or VLAPolicy.from_pretrained(checkpoint, device, dtype)
                 policy.config = config
                 make_env = environment_factory(config, args, perturbation)
                 crashed += run_missing(policy, log, missing, make_env, args)
-        if missing or not (log.folder / RESULTS).exists():
-            unfinished |= not finish(log.folder, run, episodes, str(device))
+            if not (log.folder / RESULTS).exists():
+                unfinished |= not finish(log, episodes, str(device), protocol.PACKAGES, suite_results)
     for episode in crashed:
         print(f"crashed twice, so without a result: {episode.seed}")
     if unfinished:
-        parser.exit(1 if crashed else 0, "not all episodes are there: other processes go on, or run this again\n")
+        # launchers end the other processes when one fails
+        parser.exit(1 if crashed and args.num_processes == 1 else 0, NOT_ALL)
     report(folders)
 
 

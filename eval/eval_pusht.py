@@ -8,6 +8,10 @@ Without training anything, a Hub checkpoint; then 3 steps of each chunk, or the 
     python eval/eval_pusht.py --model_name_or_path runs/pusht --output_dir runs/eval_3 --n_action_steps 3
     python eval/eval_pusht.py --model_name_or_path runs/pusht --output_dir runs/eval_ens --ensemble_size 8
 
+Over several processes, GPUs or machines with a shared folder (without a GPU, too), each running its share:
+
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 2 eval/eval_pusht.py …
+
 Stopped at any moment, the same command runs only what is missing; with a larger --num_episodes, only what is new.
 Success is gym-pusht's own: the block covers more than 95 % of the target within --max_steps steps.
 """
@@ -19,13 +23,16 @@ from pathlib import Path
 from vla0_trl.config import VLAConfig
 from vla0_trl.envs.pusht import FPS, MAX_EPISODE_STEPS, SUCCESS_COVERAGE, PushTEnv, check_speaks_pusht, state_mode
 from vla0_trl.evaluation import (
+    NOT_ALL,
     EvaluationParser,
     execution_config,
     execution_protocol,
+    finish,
+    missing_share,
+    open_log,
     run_episodes,
     run_identity,
     stopping_well,
-    write_results,
 )
 from vla0_trl.modeling import checkpoint_folder
 from vla0_trl.policy import VLAPolicy, resolve_device
@@ -48,21 +55,20 @@ def evaluation_config(config: VLAConfig, args: argparse.Namespace) -> VLAConfig:
     return execution_config(config, args)
 
 
-def run_missing(policy: VLAPolicy, log: EpisodeLog, seeds: list[int], state: str, args: argparse.Namespace) -> None:
-    """Run and write the episodes that `log` does not have yet, then the results of all."""
-    missing = log.missing(seeds)
-    (log.folder / RESULTS).unlink(missing_ok=True)  # it exists when nothing is missing
+def run_missing(policy: VLAPolicy, log: EpisodeLog, missing: list[int], state: str, args: argparse.Namespace) -> None:
+    """Run and write these episodes."""
     envs = [PushTEnv(state, args.max_steps) for _ in range(min(args.num_envs, len(missing)))]
-    run_episodes(policy, log, envs, missing, seeds[: args.num_videos], FPS, args.ensemble_decay)
+    filmed = range(args.seed, args.seed + args.num_videos)
+    run_episodes(policy, log, envs, missing, filmed, FPS, args.ensemble_decay)
     for env in envs:
         env.close()
-    write_results(log.folder, log.run, log.episodes, str(policy.model.device), PACKAGES)
 
 
 def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
     seeds = list(range(args.seed, args.seed + args.num_episodes))
+    device, dtype = resolve_device(args.device, args.dtype)
     try:
         parser.check_positive(args, "num_episodes", "num_envs", "max_steps")
         checkpoint = checkpoint_folder(args.model_name_or_path)
@@ -73,17 +79,20 @@ def main() -> None:
             "state": state,
             "max_steps": args.max_steps,
             "success_coverage": SUCCESS_COVERAGE,
-            **execution_protocol(config, args, str(resolve_device(args.device, args.dtype)[1])),
+            **execution_protocol(config, args, str(dtype)),
         }
-        log = EpisodeLog(Path(args.output_dir), run_identity(args, checkpoint, protocol), args.overwrite)
+        log = open_log(Path(args.output_dir), run_identity(args, checkpoint, protocol), args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
 
     with log, stopping_well(parser, log):
-        if log.missing(seeds) or not (log.folder / RESULTS).exists():
-            policy = VLAPolicy.from_pretrained(checkpoint, args.device, args.dtype)
+        missing = missing_share(log, seeds, args)
+        if missing:
+            policy = VLAPolicy.from_pretrained(checkpoint, device, dtype)
             policy.config = config
-            run_missing(policy, log, seeds, state, args)
+            run_missing(policy, log, missing, state, args)
+        if not (log.folder / RESULTS).exists() and not finish(log, seeds, str(device), PACKAGES):
+            parser.exit(0, NOT_ALL)
     results = json.loads((log.folder / RESULTS).read_text())
     print(format_table(summary_table([(args.model_name_or_path, results)])))
     print(f"\nresults, episodes and videos: {log.folder}")

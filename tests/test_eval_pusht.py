@@ -126,6 +126,23 @@ def test_killed_and_continued_gives_the_same_episodes_once(evaluate, checkpoint,
     assert _results(killed) == _results(whole)
 
 
+def test_processes_of_a_launcher_share_the_episodes(evaluate, checkpoint, tmp_path):
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    command += ["--config_file", "accelerate_configs/multi_gpu.yaml", "eval/eval_pusht.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for _ in range(2):  # the second finds nothing to do
+        done = subprocess.run(
+            [*command, *_flags(checkpoint, shared)], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert str(shared) in done.stdout
+        assert sorted(path.name for path in shared.iterdir()) == ["episodes.jsonl", "results.json"]
+    evaluate("--output_dir", str(alone))
+    assert _rows(shared) == _rows(alone)
+    assert _results(shared) == _results(alone)
+
+
 def test_ctrl_c_loses_nothing(evaluate, monkeypatch, capsys, tmp_path):
     class Interrupted(PushTEnv):
         def reset(self, seed):

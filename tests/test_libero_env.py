@@ -164,6 +164,61 @@ def test_assets_are_found_or_missed_clearly(assets, tmp_path, monkeypatch):
         setup.find_assets()
 
 
+def test_assets_come_from_the_hub_where_none_are_given(assets, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(repository, repo_type):
+        asked.append((repository, repo_type))
+        return assets
+
+    monkeypatch.delenv("LIBERO_ASSETS", raising=False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert setup.find_assets() == Path(assets)
+    assert asked == [("lerobot/libero-assets", "dataset")]
+
+
+def test_a_task_that_assets_are_too_few_for_is_told(assets, tmp_path):
+    for folder in Path(assets).iterdir():
+        (tmp_path / folder.name).symlink_to(folder)
+    (tmp_path / "stable_hope_objects").unlink()
+    (tmp_path / "stable_hope_objects").mkdir()
+    with pytest.raises(setup.LiberoError, match=r"libero_object task 0 needs .*stable_hope_objects.* is missing"):
+        LiberoEnv(SUITE, TASK, assets_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variable", "driver", "libraries", "renderer"),
+    [
+        ("glx", True, ["EGL", "OSMesa"], "glx"),
+        ("", True, ["EGL", "OSMesa"], "egl"),
+        ("", True, ["OSMesa"], "osmesa"),
+        ("", False, ["EGL", "OSMesa"], "osmesa"),
+        ("", False, ["EGL"], None),
+    ],
+)
+def test_the_renderer_is_what_the_machine_has(variable, driver, libraries, renderer, tmp_path, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", variable)
+    monkeypatch.setattr(setup, "DEVICES", tmp_path)
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: name if name in libraries else None)
+    if driver:
+        (tmp_path / "nvidiactl").touch()
+    if renderer is None:
+        with pytest.raises(setup.LiberoError, match="apt-get install libosmesa6"):
+            setup.choose_renderer()
+    else:
+        assert setup.choose_renderer() == renderer
+
+
+def test_each_process_of_a_launcher_draws_on_its_own_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "DEVICES", tmp_path)
+    for gpu in ("nvidia0", "nvidia1", "nvidiactl"):
+        (tmp_path / gpu).touch()
+    for visible, rank, device in (("", 0, "0"), ("", 1, "1"), ("", 2, "0"), ("4,6", 1, "6")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert setup.egl_device() == device
+
+
 def test_initial_states_unpickle_arrays_only(tmp_path, monkeypatch):
     class Evil:
         def __reduce__(self):

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from conftest import TINY
 from helpers import REPOSITORY, libero_assets, load_script
@@ -128,16 +130,35 @@ def test_the_same_command_runs_only_what_is_missing(evaluate, monkeypatch):
     assert (folder / "episodes.jsonl").read_bytes() == both
 
 
-def test_several_processes_share_the_episodes_and_count_none_twice(evaluate, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit) as exit_info:
-        evaluate("--num_envs", 1)
-    assert exit_info.value.code == 0 and "other processes go on" in capsys.readouterr().err
-    monkeypatch.setenv("RANK", "0")
-    folder = evaluate("--num_envs", 1)
+def test_processes_of_a_launcher_share_the_episodes_and_go_on_after_a_kill(evaluate, checkpoint, assets, tmp_path):
+    """As --help says; killed with its launcher, and started again with another number of processes."""
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", "accelerate_configs/multi_gpu.yaml", "--main_process_port", "0", "--num_processes"]
+    flags = ["eval/eval_libero.py", "--model_name_or_path", checkpoint, "--suites", "libero_object", "--task_ids", "0"]
+    flags += ["--num_episodes_per_task", "6", "--num_envs", "1", "--num_videos", "0", "--max_steps", "16"]
+    flags += ["--assets_dir", assets, "--output_dir", str(folder)]
+    with subprocess.Popen([*command, "2", *flags], cwd=REPOSITORY, env=ENV, start_new_session=True) as launcher:
+        shards = [folder / f"episodes-{rank}.jsonl" for rank in (0, 1)]
+        while not all(path.exists() and path.read_bytes().count(b"\n") for path in shards):
+            assert launcher.poll() is None
+            time.sleep(0.01)
+        children = psutil.Process(launcher.pid).children(recursive=True)
+        for process in (launcher, *children):
+            process.kill()
+        psutil.wait_procs(children)
+    kept = [path.read_text().splitlines() for path in shards]
+    assert [{json.loads(line)["seed"] % 2 for line in lines} for lines in kept] == [{0}, {1}]
+    assert sum(map(len, kept)) < 6 and not (folder / "results.json").exists()
+
+    run(*command[1:], "2", *flags)
     assert sorted(path.name for path in folder.iterdir()) == ["episodes.jsonl", "report.html", "results.json"]
-    assert [row["seed"] for row in read_episodes(folder)] == [0, 1]
+    lines = (folder / "episodes.jsonl").read_text().splitlines()
+    assert [json.loads(line)["seed"] for line in lines] == list(range(6))
+    assert {line for part in kept for line in part} <= set(lines)  # not run again
+    assert json.loads((folder / "results.json").read_text())["num_episodes"] == 6
+    evaluate("--num_episodes_per_task", 6)  # one process finds all of it
+    assert (folder / "episodes.jsonl").read_text().splitlines() == lines
 
 
 def test_ensembling_and_perturbations_stand_beside_the_clean_result(evaluate):

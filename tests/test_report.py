@@ -99,6 +99,10 @@ def test_the_best_and_the_worst_filmed_episode_are_shown(folders, tmp_path):
     assert [int(seed) for _, seed in videos] == [filmed[-1]["seed"], filmed[0]["seed"]]
     assert base64.b64decode(videos[0][0]) == runs[1].video(filmed[-1]).read_bytes()
 
+    runs[1].episodes = filmed[:1]  # the best is the worst
+    write_report(tmp_path / "report.html", runs, "t")
+    assert (tmp_path / "report.html").read_text().count("data:video/mp4") == 1
+
 
 def test_the_page_without_extras_has_no_empty_sections(folders, tmp_path):
     write_report(tmp_path / "report.html", load_runs(folders[:1]), "t", commands=["make demo"])

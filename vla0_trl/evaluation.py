@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.ensembling import check_decay
@@ -18,12 +21,16 @@ from vla0_trl.results import (
     EpisodeLog,
     WriteError,
     checkpoint_hash,
+    merge_shards,
     provenance,
+    read_episodes,
     video_name,
     write_json,
     write_video,
 )
 from vla0_trl.rollout import Environment, EpisodeCrash, EpisodeResult, Player, Seed, rollout
+
+NOT_ALL = "not all episodes are there: other processes go on, or run this again\n"
 
 
 class EvaluationParser(argparse.ArgumentParser):
@@ -43,7 +50,7 @@ class EvaluationParser(argparse.ArgumentParser):
         add("--n_action_steps", type=int, help="steps of a chunk to execute before the next (default: its own)")
         add("--ensemble_size", type=int, help="ask at every step, average so many chunks; not with n_action_steps")
         add("--ensemble_decay", type=float, help="m of ACT's weights exp(-m*i), i=0 the oldest (default: uniform)")
-        add("--max_steps", type=int, help="time limit of an episode (default: %(default)s)")
+        add("--max_steps", type=int, help="time limit of an episode (default: the protocol's)")
         add(
             "--num_videos",
             type=int,
@@ -53,6 +60,14 @@ class EvaluationParser(argparse.ArgumentParser):
         add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU")
         add("--overwrite", action="store_true", help="delete the evaluation in --output_dir and start anew")
         self.set_defaults(**defaults)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
+        """With `rank` and `num_processes`, as `accelerate launch` sets them, and a GPU of its own for each process."""
+        parsed = super().parse_args(*args, **kwargs)
+        parsed.rank, parsed.num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if parsed.device is None and torch.cuda.is_available():
+            parsed.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        return parsed
 
     def check_positive(self, args: argparse.Namespace, *names: str) -> None:
         """`ValueError` for the first of these flags that is below 1."""
@@ -91,6 +106,19 @@ def run_identity(args: argparse.Namespace, checkpoint: Path, protocol: dict[str,
     }
 
 
+def open_log(folder: Path, run: dict[str, Any], args: argparse.Namespace) -> EpisodeLog:
+    """This process's log of a run; see [`EpisodeLog`] for what it raises."""
+    return EpisodeLog(folder, run, args.overwrite, args.rank if args.num_processes > 1 else None)
+
+
+def missing_share(log: EpisodeLog, seeds: Sequence[Seed], args: argparse.Namespace) -> list[Seed]:
+    """The episodes that this process has to run; results.json, which exists when nothing is missing, goes."""
+    missing = log.missing(seeds[args.rank :: args.num_processes])
+    if missing:
+        (log.folder / RESULTS).unlink(missing_ok=True)
+    return missing
+
+
 def run_episodes(
     policy: VLAPolicy,
     log: EpisodeLog,
@@ -114,11 +142,24 @@ def run_episodes(
     return crashed
 
 
-def write_results(
-    folder: Path, run: dict[str, Any], rows: list[dict[str, Any]], device: str, packages: tuple[str, ...], **more: Any
-) -> None:
-    """results.json, out of all episodes."""
-    write_json(folder / RESULTS, run | aggregate(rows) | more | provenance(device, packages))
+def finish(
+    log: EpisodeLog,
+    seeds: Sequence[Seed],
+    device: str,
+    packages: tuple[str, ...],
+    more: Callable[[list[dict[str, Any]]], dict[str, Any]] = lambda rows: {},
+) -> bool:
+    """Write results.json if all of these episodes are there, whichever process ran them; whether they are.
+
+    Args:
+        more (`Callable`, *optional*): what to write beside `aggregate`'s numbers, from the rows of all episodes.
+    """
+    rows = log.episodes = read_episodes(log.folder)
+    if log.missing(seeds):
+        return False
+    merge_shards(log.folder)
+    write_json(log.folder / RESULTS, log.run | aggregate(rows) | more(rows) | provenance(device, packages))
+    return True
 
 
 @contextmanager

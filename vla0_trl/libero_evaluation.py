@@ -6,7 +6,6 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,10 @@ from vla0_trl.envs import libero_protocol as protocol
 from vla0_trl.envs.libero import LiberoTasks, Perturbation
 from vla0_trl.envs.libero_protocol import LiberoEpisode
 from vla0_trl.envs.libero_setup import choose_renderer
-from vla0_trl.evaluation import execution_config, execution_protocol, run_episodes, write_results
-from vla0_trl.metrics import aggregate_suites, aggregate_tasks, identity, mean_rate
+from vla0_trl.evaluation import execution_config, execution_protocol, run_episodes
+from vla0_trl.metrics import aggregate_suites, aggregate_tasks, mean_rate
 from vla0_trl.policy import VLAPolicy
-from vla0_trl.results import EpisodeLog, merge_shards, read_episodes
+from vla0_trl.results import EpisodeLog
 from vla0_trl.rollout import EpisodeResult, Player, rollout
 from vla0_trl.workers import worker_pool
 
@@ -82,26 +81,16 @@ def run_missing(
         return run_episodes(policy, log, workers, missing, filmed, fps, args.ensemble_decay, task_of)
 
 
-def finish(folder: Path, run: dict[str, Any], episodes: list[LiberoEpisode], device: str) -> bool:
-    """Write results.json if all of these episodes are there, whichever process ran them; whether they are."""
-    rows = read_episodes(folder)
-    if not set(episodes) <= {identity(row) for row in rows}:
-        return False
-    merge_shards(folder)
+def suite_results(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What results.json says of LIBERO's suites and tasks."""
     suites = aggregate_suites(rows)
     rate, interval = mean_rate([part for suite, part in suites.items() if suite != "libero_90"] or [*suites.values()])
-    write_results(
-        folder,
-        run,
-        rows,
-        device,
-        protocol.PACKAGES,
-        average_success_rate=rate,
-        average_success_rate_interval=interval,
-        suites=suites,
-        tasks=aggregate_tasks(rows),
-    )
-    return True
+    return {
+        "average_success_rate": rate,
+        "average_success_rate_interval": interval,
+        "suites": suites,
+        "tasks": aggregate_tasks(rows),
+    }
 
 
 class StandStill:

@@ -171,6 +171,8 @@ class EpisodeLog:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self.path.name != EPISODES and not os.fstat(self._file.fileno()).st_size:
+            self.path.unlink(missing_ok=True)  # there was nothing to do for this process
         self.close()
 
 

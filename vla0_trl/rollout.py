@@ -9,13 +9,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from vla0_trl.config import VLAConfig
-from vla0_trl.ensembling import TemporalEnsembler, check_decay
+from vla0_trl.ensembling import TemporalEnsembler
 
 Observation = dict[str, Any]
 Seed = Hashable  # what an environment's `reset` takes: a number, or a tuple that names task and initial state
@@ -102,16 +103,15 @@ class Player:
 
     def start(self, seed: Seed, record: bool) -> None:
         """Ask for the first turn of an episode."""
-        self._turn = (self._start, seed, record)
+        self._turn = partial(self._start, seed, record)
 
     def execute(self, actions: np.ndarray) -> None:
         """Ask for the turn after these actions (n, action_dim)."""
-        self._turn = (self._execute, actions)
+        self._turn = partial(self._execute, actions)
 
     def wait(self) -> Turn:
         """The turn that was asked for; a worker raises `EpisodeCrash`, this one what its environment raises."""
-        function, *arguments = self._turn
-        return function(*arguments)
+        return self._turn()
 
     def restart(self) -> None:
         """Take a fresh environment after an `EpisodeCrash`, which only workers raise."""
@@ -140,23 +140,19 @@ class _Slot:
     def __init__(self, player: Player, config: VLAConfig, ensemble_decay: float | None):
         self.player, self.config = player, config
         self.group: Hashable = None
-        self.ensembler = None
-        if config.ensemble_size > 1:
-            self.ensembler = TemporalEnsembler(config.chunk_size, config.ensemble_size, ensemble_decay)
+        self.ensembler = TemporalEnsembler(config.chunk_size, config.ensemble_size, ensemble_decay)
 
     def start(self, seed: Seed, record: bool, crashes: Sequence[str] = ()) -> None:
         self.episode = EpisodeResult(seed, crashes=list(crashes))
         self.record = record
-        if self.ensembler is not None:
-            self.ensembler.reset()
+        self.ensembler.reset()
         self.player.start(seed, record)
 
     def execute(self, chunk: np.ndarray) -> None:
         """Act until the next chunk is needed."""
-        if self.ensembler is not None:
+        actions = chunk[: self.config.n_action_steps]
+        if self.config.ensemble_size > 1:
             actions = self.ensembler.update(chunk)[None]
-        else:
-            actions = chunk[: self.config.n_action_steps]
         self.player.execute(self.config.executable(actions))
 
     def wait(self) -> bool:
@@ -220,7 +216,6 @@ def rollout(
     """
     if seeds and not envs:
         raise ValueError("no environment to run the episodes in")
-    check_decay(policy.config.ensemble_size, ensemble_decay)
     players = (env if isinstance(env, Player) else Player(env) for env in envs)
     slots = [_Slot(player, policy.config, ensemble_decay) for player in players]
     return _rounds(policy, slots, _Queue(seeds, group), record, progress)
@@ -269,8 +264,9 @@ def _rounds(
                 began = time.perf_counter()
                 goes_on = slot.wait()
                 working = waiting[position:] if slot.player.concurrent else [slot]
+                seconds = time.perf_counter() - began
                 for other in working:
-                    other.episode.environment_seconds += (time.perf_counter() - began) / len(working)
+                    other.episode.environment_seconds += seconds / len(working)
                 if goes_on:
                     ready.append(slot)
                     continue

@@ -28,7 +28,14 @@ from vla0_trl.envs.libero_protocol import (
     SETTLING_STEPS,
     LiberoEpisode,
 )
-from vla0_trl.envs.libero_setup import initial_states, instruction, package_folder, prepare_simulator, task_names
+from vla0_trl.envs.libero_setup import (
+    LiberoError,
+    initial_states,
+    instruction,
+    package_folder,
+    prepare_simulator,
+    task_names,
+)
 
 
 class Perturbation:
@@ -88,15 +95,21 @@ class LiberoEnv:
         self.task = self.perturbation.task(suite, task_id, instruction(names[task_id]))
         self._states = initial_states(suite, names[task_id])
         # ControlEnv.reset, of the wrapper, swallows every exception, Ctrl-C too: only what is inside is used
-        self.simulator = OffScreenRenderEnv(
-            bddl_file_name=str(package_folder() / "bddl_files" / suite / f"{names[task_id]}.bddl"),
-            control_freq=CONTROL_FREQUENCY,
-            use_camera_obs=False,
-            # The same model again instead of a new one from XML: seconds less an episode. What robosuite then forgets
-            # to reset, `reset` does.
-            hard_reset=False,
-            horizon=self.max_steps + SETTLING_STEPS + 1,
-        ).env
+        try:
+            self.simulator = OffScreenRenderEnv(
+                bddl_file_name=str(package_folder() / "bddl_files" / suite / f"{names[task_id]}.bddl"),
+                control_freq=CONTROL_FREQUENCY,
+                use_camera_obs=False,
+                # The same model again instead of a new one from XML: seconds less an episode. What robosuite then
+                # forgets to reset, `reset` does.
+                hard_reset=False,
+                horizon=self.max_steps + SETTLING_STEPS + 1,
+            ).env
+        except FileNotFoundError as error:
+            raise LiberoError(
+                f"{suite} task {task_id} needs {error.filename}, which is missing: these are not all of LIBERO's "
+                "assets, which come from the Hub if no folder is given"
+            ) from error
         self.perturbation.change_model(self.simulator.sim.model)
         self._take_snapshots()
         self._done = True

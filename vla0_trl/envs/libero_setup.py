@@ -27,6 +27,7 @@ import numpy as np
 
 from vla0_trl.envs.libero_protocol import MAX_STEPS, NUM_TASKS, TESTED_MUJOCO
 
+DEVICES = Path("/dev")
 ASSETS_VARIABLE = "LIBERO_ASSETS"
 ASSETS_REPOSITORY = "lerobot/libero-assets"  # hf-libero: HF_ASSETS_REPO_ID
 _ASSET_FOLDERS = (
@@ -87,11 +88,19 @@ def choose_renderer() -> str:
     """
     if os.environ.get("MUJOCO_GL"):
         return os.environ["MUJOCO_GL"]
-    if Path("/dev/nvidiactl").exists() and ctypes.util.find_library("EGL"):
+    if (DEVICES / "nvidiactl").exists() and ctypes.util.find_library("EGL"):
         return "egl"
     if ctypes.util.find_library("OSMesa"):
         return "osmesa"
     raise LiberoError("nothing to render with: apt-get install libosmesa6 (CPU), or libegl1 with an NVIDIA driver")
+
+
+def egl_device() -> str:
+    """The GPU to draw on: of several processes of a launcher, each its own; robosuite takes the first for all."""
+    gpus = [path.name.removeprefix("nvidia") for path in sorted(DEVICES.glob("nvidia[0-9]*"))]
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    return gpus[int(os.environ.get("LOCAL_RANK", 0)) % len(gpus)]
 
 
 def prepare_simulator(assets_dir: str | Path | None = None) -> None:
@@ -105,6 +114,8 @@ def prepare_simulator(assets_dir: str | Path | None = None) -> None:
     os.environ["MUJOCO_GL"] = choose_renderer()
     if os.environ["MUJOCO_GL"] in ("egl", "osmesa"):
         os.environ["PYOPENGL_PLATFORM"] = os.environ["MUJOCO_GL"]
+    if os.environ["MUJOCO_GL"] == "egl":
+        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", egl_device())
     os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa draws small pictures faster without threads of its own
     # robosuite tells every process that it found no file with private settings; that is how it is meant to be
     logging.getLogger("robosuite_logs").addFilter(lambda record: "macro" not in record.getMessage())

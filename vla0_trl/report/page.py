@@ -165,8 +165,8 @@ def _videos(runs: list[Run]) -> str:
     figures = []
     for index, run in enumerate(runs):
         filmed = sorted(filter(run.video, run.episodes), key=_merit)
-        shown = {"worst": filmed[:1], "best": filmed[-1:]}
-        for label, episode in ((label, shown[label][0]) for label in ("best", "worst") if filmed):
+        shown = {"best": filmed[-1:], "worst": filmed[:-1][:1]}  # one film is not shown twice
+        for label, episode in ((label, shown[label][0]) for label in shown if shown[label]):
             data = base64.b64encode(run.video(episode).read_bytes()).decode()
             figures.append(
                 f'<figure style="--run: {charts.color(index)}">'
