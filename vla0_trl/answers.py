@@ -68,13 +68,13 @@ class Tree:
 
     Attributes:
         last (`int`): the last certain token, where choosing begins; −1 is the prompt's last.
-        tokens (`list`): of each, id, place, slot and the last slot that it sees: see [`passes`].
+        tokens (`list`): of each what a pass must know of it: see [`passes`].
         children (`dict`): (token, column) -> the token that follows it so.
         guesses (`int`): how many of them are of the draft.
     """
 
     last: int
-    tokens: list[tuple[int, int, int, int]] = field(default_factory=list)
+    tokens: list[tuple[int, int, int, int, int]] = field(default_factory=list)
     children: dict[tuple[int | None, int], int] = field(default_factory=dict)
     guesses: int = 0
 
@@ -104,33 +104,36 @@ class Row:
         room = self.grammar.max_new_tokens - len(self.tokens)
         return self.draft.columns[start : start + min(limit, self.window, room)]
 
-    def tries(self) -> list[int]:
-        """All choices for the next token that are followed by another choice; none if few are, which saves little."""
-        choices = self.grammar.choices(self.count, self.state)
-        after = {column: self.speller.after(self.count, self.state, column) for column in choices}
-        done = self.grammar.done
-        tries = [c for c in choices if after[c][1] != done and self.speller.forced(*after[c]) is None]
-        return tries if 2 * len(tries) > len(choices) else []
+    def tries(self) -> list[list[int]]:
+        """All choices for the next token, each with what it forces, as columns; but those that end the answer."""
+        tries = []
+        for column in self.grammar.choices(self.count, self.state):
+            path, place = [column], self.speller.after(self.count, self.state, column)
+            while (forced := self.speller.forced(*place)) is not None:
+                path.append(forced)
+                place = self.speller.after(*place, forced)
+            if place[1] != self.grammar.done:
+                tries.append(path)
+        return tries
 
-    def grow(self, first: int, guess: list[int], tries: list[int]) -> Tree:
+    def grow(self, first: int, guess: list[int], tries: list[list[int]]) -> Tree:
         """What to ask the model next.
 
         Args:
             first: slot of the answer's first token.
             guess: columns that follow what is certain, one after the other.
-            tries: or columns each of which may come next.
+            tries: or several that may come next.
         """
-        length, token_ids = len(self.tokens), self.speller.token_ids
+        length = len(self.tokens)
         tree = Tree(last=length - self.read - 1, guesses=len(guess))
-        for place in range(self.read, length):
-            tree.tokens.append((self.tokens[place], place, first + place, first + place))
-        node = tree.last
-        for place, column in enumerate(guess, start=length):
-            tree.children[node, column] = node = len(tree.tokens)
-            tree.tokens.append((token_ids[column], place, first + place, first + place))
-        for slot, column in enumerate(tries, start=first + length):
-            tree.children[tree.last, column] = len(tree.tokens)
-            tree.tokens.append((token_ids[column], length, slot, first + length - 1))
+        for place, token in enumerate(self.tokens[self.read :], start=self.read):
+            tree.tokens.append((token, place, first + place, first + place, first + place))
+        for path in [guess, *tries]:
+            node, begin = tree.last, first + self.read + len(tree.tokens)
+            for step, column in enumerate(path):
+                tree.children[node, column] = node = len(tree.tokens)
+                token = self.speller.token_ids[column]
+                tree.tokens.append((token, length + step, begin + step, first + length - 1, begin))
         return tree
 
     def follow(self, tree: Tree, logits: np.ndarray) -> None:

@@ -4,8 +4,8 @@ Written text has a known form, and that is used, exactly, in four ways, each of 
 
 - *forced tokens*: what the grammar leaves no choice in is not asked for (a space after a full-width number);
 - *small head*: logits for the dozen tokens that the grammar can ever allow, not for 49k to 152k;
-- *tries*: all possible next tokens, ten digits mostly, are read in the pass that decides which of them it is, so
-  that the pass also tells what comes after it: two tokens for one pass over the weights;
+- *tries*: all possible next tokens, ten digits mostly, with what they force, are read in the pass that decides which
+  of them it is, so that the pass also tells what comes after it: two tokens for one pass over the weights;
 - *drafts*: a guess of the whole answer is read in one pass, with the prompt, and kept as far as it is right. A row
   that left its draft rejoins it at the next number. (Speculative decoding, Leviathan et al. 2023, without a
   draft model.)
@@ -32,6 +32,7 @@ from vla0_trl.passes import Passes
 # Tries in a pass, all rows together, that cost less than the passes they save. A CPU is out of breath soon (on one
 # core, 12 tokens cost SmolVLM2-500M as much as 1.7 passes over one); a GPU waits for weights until hundreds.
 MAX_TRIES = {"cpu": 12, "cuda": 512}
+TRY_SLOTS = 64  # what there is room for in a row's cache
 # The same for tokens of drafts; fewer than so many a row are not worth a wider pass.
 MAX_DRAFTED = {"cpu": 64, "cuda": 1024}
 FEWEST_DRAFTED = 8
@@ -161,7 +162,7 @@ class ChunkDecoder:
         weights = [(weight.data_ptr(), weight._version) for weight in model.parameters()]
         if weights != self._weights:
             self._weights, self._passes, self._prefix = weights, None, None
-        needed = length + self.grammar.max_new_tokens + len(self.grammar.token_ids) + 1
+        needed = length + self.grammar.max_new_tokens + TRY_SLOTS + 1
         if self._passes is None or self._passes.rows != rows or self._passes.capacity < needed:
             self._passes = Passes(
                 model,
@@ -204,8 +205,8 @@ class ChunkDecoder:
         for _, row in active:
             guess = self._guess(passes, row, len(active))
             tries = row.tries() if self.options.tries and not guess else []
-            fit = len(tries) * len(active) <= MAX_TRIES.get(passes.device.type, 0)
-            trees.append(row.grow(first, guess, tries if fit else []))
+            most = min(TRY_SLOTS, MAX_TRIES.get(passes.device.type, 0) // len(active))
+            trees.append(row.grow(first, guess, tries if sum(map(len, tries)) <= most else []))
         tokens = passes.padding(max(len(tree.tokens) for tree in trees))
         for (index, _), tree in zip(active, trees, strict=True):
             tokens[index, : len(tree.tokens)] = tree.tokens

@@ -1,9 +1,9 @@
 """Forward passes of a stock language model over tokens that are no plain continuation: several, at different places.
 
-A pass says of each token its place in the answer, the slot of the cache that its keys and values go to, and the last
-slot that it sees beside its own. So rows of a batch stand at different places, and a row tries several next tokens at
-once (tree attention as in SpecInfer, Miao et al. 2024, one level deep). All that is given to the model is what every
-transformers decoder takes: a 4-D mask, position ids and a `Cache`.
+A pass says of each token its place in the answer, the slot of the cache that its keys and values go to, and the slots
+that it sees. So rows of a batch stand at different places, and a row tries several next tokens at once (tree attention
+as in SpecInfer, Miao et al. 2024, one level deep). All that is given to the model is what every transformers decoder
+takes: a 4-D mask, position ids and a `Cache`.
 
 Slots: prompt and answer in order, then room for tries; the last one takes what pads a batch.
 """
@@ -19,9 +19,9 @@ from transformers import Cache, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-# What a pass must know of a token: its id, its place behind the prompt, the slot that it is written to, and the last
-# slot that it sees, its own aside.
-FIELDS = 4
+# What a pass must know of a token: its id, its place behind the prompt, the slot that it is written to, and what it
+# sees: the slots up to one, and those from another to its own.
+FIELDS = 5
 # Captured passes are as wide as the next of these: a graph has fixed shapes.
 GRAPH_WIDTHS = (2, 4, 8, 16, 32, 64, 128)
 
@@ -127,6 +127,7 @@ class Passes:
             torch.cat([positions, after], -1)[..., skip:],
             slots,
             slots,
+            slots,
             used=width,
             **images,
         )
@@ -141,18 +142,18 @@ class Passes:
             inputs[:, : tokens.shape[1]] = torch.from_numpy(tokens).to(self.device)
             graph.replay()
             return logits[:, : tokens.shape[1]].cpu().numpy()
-        used = self.capacity if self._use_graphs else int(tokens[..., 3].max()) + tokens.shape[1]
+        used = self.capacity if self._use_graphs else int(tokens[..., 3].max()) + 1 + tokens.shape[1]
         return self._step(torch.from_numpy(tokens).to(self.device), min(used, self.capacity)).cpu().numpy()
 
     def padding(self, width: int) -> np.ndarray:
         """Tokens (B, width, FIELDS) that nobody sees."""
-        return np.tile(np.array([0, 0, self.capacity - 1, -1]), (self.rows, width, 1))
+        return np.tile(np.array([0, 0, self.capacity - 1, -1, self.capacity - 1]), (self.rows, width, 1))
 
     def read_apart(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keys and values of plain text ids (1, L) at positions (…, 1, L): (2, layers, 1, heads, L, width)."""
         apart = Passes(self.model, self.token_ids, 1, ids.shape[1], graphs=False)
         slots = apart._keys[None]
-        apart._read(apart.decoder, ids, positions, slots, slots, used=ids.shape[1])
+        apart._read(apart.decoder, ids, positions, slots, slots, slots, used=ids.shape[1])
         return apart.cache.store
 
     def insert(self, states: torch.Tensor) -> None:
@@ -162,14 +163,14 @@ class Passes:
         self.cache.store[..., : states.shape[-2], :] = states
 
     def _step(self, tokens: torch.Tensor, used: int) -> torch.Tensor:
-        ids, places, slots, limits = tokens.unbind(-1)
-        return self._logits(self._read(self.decoder, ids, self._base + places, slots, limits, used))
+        ids, places, *slots = tokens.unbind(-1)
+        return self._logits(self._read(self.decoder, ids, self._base + places, *slots, used))
 
-    def _read(self, module, ids, positions, slots, limits, used: int, **images) -> torch.Tensor:
-        """(B, Q) ids, written to `slots`, that see the slots up to `limits` and their own -> (B, Q, hidden)."""
-        keys = self._keys[:used]
-        seen = (keys <= limits[..., None]) & self._open[:, None, :used] | (keys == slots[..., None])
-        self.cache.slots, self.cache.used = slots, used
+    def _read(self, module, ids, positions, slots, limits, begins, used: int, **images) -> torch.Tensor:
+        """(B, Q) ids, written to `slots`, that see those up to `limits` and from `begins` -> (B, Q, hidden)."""
+        keys, slots, limits, begins = self._keys[:used], slots[..., None], limits[..., None], begins[..., None]
+        seen = (keys <= limits) & self._open[:, None, :used] | (begins <= keys) & (keys <= slots)
+        self.cache.slots, self.cache.used = slots[..., 0], used
         return module(
             input_ids=ids,
             position_ids=positions,
