@@ -47,7 +47,7 @@ def row_picture(row: Row, config: VLAConfig) -> Image.Image:
         row (`dict`): of a chat dataset, images decoded.
         config (`VLAConfig`): the dataset's own.
     """
-    frames = [image.convert("RGB") for image in row["images"]]
+    frames = row["images"]
     state = np.asarray(row["raw_state"], np.float32)
     chunk = config.action_tokenizer().decode(row["action"], state)
     if row["task"] == PUSHT_TASK and config.action_dim == 2:

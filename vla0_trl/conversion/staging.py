@@ -25,6 +25,8 @@ from vla0_trl.config import VLAConfig
 from vla0_trl.episodes import EpisodeError, ImageFormat, Source, raw_rows
 
 MAX_RUN = 16  # episodes that a process reads in a row
+# Frames are compressed already, and all of it is deleted in the end.
+_PLAIN = {"compression": "none", "use_dictionary": False, "write_statistics": False}
 
 
 class ConversionError(RuntimeError):
@@ -116,8 +118,7 @@ class Staging:
 
     def _write(self, path: Path, pieces: Iterable[dict[str, list]], name: str = "", error: str = "") -> None:
         sizes = {}
-        # Neither compressed nor as a dictionary: frames are compressed already, and all of it is deleted in the end.
-        with pq.ParquetWriter(path, RAW_SCHEMA, compression="none", use_dictionary=False) as writer:
+        with pq.ParquetWriter(path, RAW_SCHEMA, **_PLAIN) as writer:
             for piece in pieces:
                 writer.write_table(pa.table(piece, RAW_SCHEMA))
                 first = [Image.open(io.BytesIO(image["bytes"])).size for image in piece["images"][0]]

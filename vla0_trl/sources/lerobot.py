@@ -169,8 +169,8 @@ class LeRobotSource:
 
         The statistics themselves are computed again, so that smaller differences and missing ones do no harm.
         """
-        stats = self.meta.stats.get(meta.index, self.meta.stats.get(None, {})).get(key)
-        if stats is None or not {"min", "max"} <= stats.keys():
+        stats = meta.stats.get(key, {})
+        if not {"min", "max"} <= stats.keys():
             return
         low, high = (np.asarray(stats[bound], np.float64).ravel() for bound in ("min", "max"))
         dim = values.shape[1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,20 @@ class VideoSpan:
 
 @dataclass
 class EpisodeMeta:
-    """What `meta/` tells of an episode; `data` is its parquet in the dataset's folder."""
+    """What `meta/` tells of an episode.
+
+    Args:
+        data (`str`): its parquet, in the dataset's folder.
+        videos (`dict`): camera's feature -> where its frames are; none if they are in the parquet.
+        stats (`dict`): feature -> statistics, of the episode or the whole dataset.
+    """
 
     index: int
     length: int
     tasks: list[str]
     data: str
-    videos: dict[str, VideoSpan] = field(default_factory=dict)
+    videos: dict[str, VideoSpan]
+    stats: dict[str, Any]
 
 
 @dataclass
@@ -58,7 +65,6 @@ class LeRobotMeta:
         tasks (`dict[int, str]`): task_index -> instruction.
         tasks_file (`str`): where they are from, for messages.
         episodes (`list[EpisodeMeta]`): by ascending index.
-        stats (`dict`): episode index -> feature -> its statistics; under None those of the whole dataset.
         digest (`str`): of the folder's contents.
         license (`str`): from the dataset card.
         hub_id, revision (`str`, *optional*): where on the Hub it is from.
@@ -69,7 +75,6 @@ class LeRobotMeta:
     tasks: dict[int, str]
     tasks_file: str
     episodes: list[EpisodeMeta]
-    stats: dict[int | None, dict[str, Any]]
     digest: str
     license: str
     hub_id: str | None = None
@@ -81,7 +86,7 @@ class LeRobotMeta:
         return self.info["features"]
 
 
-_Parts = tuple[dict[int, str], str, list[EpisodeMeta], dict[int | None, dict[str, Any]]]
+_Parts = tuple[dict[int, str], str, list[EpisodeMeta]]
 
 
 def read_meta(root: Path) -> LeRobotMeta:
@@ -114,17 +119,18 @@ def _v21(root: Path, info: dict[str, Any], video_keys: list[str]) -> _Parts:
     """One parquet, and one mp4 a camera, for each episode."""
     meta = root / "meta"
     tasks = {line["task_index"]: line["task"] or "" for line in _json_lines(meta / "tasks.jsonl")}
+    stats = {}
+    if (meta / "episodes_stats.jsonl").is_file():
+        stats = {line["episode_index"]: line["stats"] for line in _json_lines(meta / "episodes_stats.jsonl")}
     episodes = []
     for line in _json_lines(meta / "episodes.jsonl"):
         index = line["episode_index"]
         numbers = {"episode_index": index, "episode_chunk": index // info.get("chunks_size", 1000)}
-        videos = {key: VideoSpan(info["video_path"].format(video_key=key, **numbers)) for key in video_keys}
         data = info["data_path"].format(**numbers)
-        episodes.append(EpisodeMeta(index, line["length"], line.get("tasks", []), data, videos))
-    stats = {}
-    if (meta / "episodes_stats.jsonl").is_file():
-        stats = {line["episode_index"]: line["stats"] for line in _json_lines(meta / "episodes_stats.jsonl")}
-    return tasks, "meta/tasks.jsonl", sorted(episodes, key=lambda e: e.index), stats
+        videos = {key: VideoSpan(info["video_path"].format(video_key=key, **numbers)) for key in video_keys}
+        episode = EpisodeMeta(index, line["length"], line.get("tasks", []), data, videos, stats.get(index, {}))
+        episodes.append(episode)
+    return tasks, "meta/tasks.jsonl", sorted(episodes, key=lambda e: e.index)
 
 
 def _v30(root: Path, info: dict[str, Any], video_keys: list[str]) -> _Parts:
@@ -136,6 +142,8 @@ def _v30(root: Path, info: dict[str, Any], video_keys: list[str]) -> _Parts:
         raise ConversionError(f"{path}: has columns {table.column_names}, expected task_index and the task's text")
     tasks = {row["task_index"]: row[texts[0]] or "" for row in table.to_pylist()}
 
+    path = root / "meta/stats.json"
+    stats = _json(path, path.read_text()) if path.is_file() else {}
     columns = ["episode_index", "length", "tasks", "data/chunk_index", "data/file_index"]
     parts = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
     columns += [f"videos/{key}/{part}" for key in video_keys for part in parts]
@@ -151,11 +159,8 @@ def _v30(root: Path, info: dict[str, Any], video_keys: list[str]) -> _Parts:
             chunk, file, start, end = (row[f"videos/{key}/{part}"] for part in parts)
             video = info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
             videos[key] = VideoSpan(video, start, end)
-        episodes.append(EpisodeMeta(row["episode_index"], row["length"], row["tasks"], data, videos))
-
-    path = root / "meta/stats.json"
-    stats = {None: _json(path, path.read_text())} if path.is_file() else {}
-    return tasks, "meta/tasks.parquet", sorted(episodes, key=lambda e: e.index), stats
+        episodes.append(EpisodeMeta(row["episode_index"], row["length"], row["tasks"], data, videos, stats))
+    return tasks, "meta/tasks.parquet", sorted(episodes, key=lambda e: e.index)
 
 
 def _table(path: Path, columns: list[str] | None = None) -> pa.Table:
