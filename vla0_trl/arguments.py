@@ -81,6 +81,9 @@ class VLASFTConfig(SFTConfig):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "All parameters get gradients here: looking for others costs time."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN in the log: not needed, as it ends the run. The look costs time."}
+    )
     report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or a list."})
     mask_max: float = field(
         default=0.4, metadata={"help": "Hide up to this fraction of a sample's action values in the input."}

@@ -18,6 +18,7 @@ from vla0_trl.rollout import Environment, rollout
 # Rollouts during training choose checkpoints, so final evaluations use other seeds (eval_pusht.py starts at 100000).
 ROLLOUT_SEED = 50_000
 INITIAL, BEST = "initial", "best"
+_ASK_EVERY = 10  # steps
 
 
 class PolicyCallback(TrainerCallback):
@@ -32,9 +33,15 @@ class PolicyCallback(TrainerCallback):
             self.trainer.save_policy(Path(args.output_dir, INITIAL))
 
     def on_step_end(self, args, state, control, **kwargs):
-        # Together: a Ctrl-C reaches processes in different steps, and saving needs all of them in one.
-        interrupted = torch.tensor(float(self.trainer.interrupted), device=args.device)
-        if self.trainer.accelerator.reduce(interrupted, "sum") > 0:
+        interrupted = self.trainer.interrupted
+        if args.world_size > 1:
+            # Together: a Ctrl-C reaches processes in different steps, and saving needs all of them in one. Now and then
+            # only, because the answer makes the host wait for the device.
+            if state.global_step % _ASK_EVERY:
+                return
+            interrupted = torch.tensor(float(interrupted), device=args.device)
+            interrupted = self.trainer.accelerator.reduce(interrupted, "sum").item() > 0
+        if interrupted:
             self.trainer.interrupted = control.should_save = control.should_training_stop = True
 
     def on_epoch_begin(self, args, state, control, **kwargs):

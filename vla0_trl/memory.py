@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
+from PIL import Image
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, TrainerCallback
 from trl import ModelConfig
@@ -47,8 +49,13 @@ _DATASETS = {
 }
 
 
-def synthetic_dataset(kind: str, rows: int) -> tuple[Dataset, VLAConfig]:
-    """Rows as a conversion of `libero` or `pusht` gives them; integers of mostly three digits, the usual length."""
+def synthetic_dataset(kind: str, rows: int, **overrides: Any) -> tuple[Dataset, VLAConfig]:
+    """Rows as a conversion of `libero` or `pusht` gives them: integers of mostly three digits, the usual length, and
+    images as smooth as photographs, as JPEG.
+
+    Args:
+        overrides: fields of the [`VLAConfig`].
+    """
     task, config, side = _DATASETS[kind]
     rng = np.random.default_rng(0)
     stats = {
@@ -58,12 +65,17 @@ def synthetic_dataset(kind: str, rows: int) -> tuple[Dataset, VLAConfig]:
     episode = Episode(
         task,
         rng.uniform(-1, 1, (rows, config.action_dim)),
-        {camera: rng.integers(0, 256, (rows, side, side, 3), np.uint8) for camera in config.cameras},
+        {camera: [_smooth_image(side, rng) for _ in range(rows)] for camera in config.cameras},
         rng.uniform(-1, 1, (rows, config.state_dim)),
     )
-    config = replace(config, **stats)
-    pieces = [pa.table(piece, RAW_SCHEMA) for piece in raw_rows(episode, config, index=0)]
+    config = config.replace(**stats | overrides)
+    pieces = [pa.table(piece, RAW_SCHEMA) for piece in raw_rows(episode, config, index=0, image_format="jpeg")]
     return Dataset(chat_rows(pa.concat_tables(pieces), config)), config
+
+
+def _smooth_image(side: int, rng: np.random.Generator) -> np.ndarray:
+    coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
+    return np.asarray(coarse.resize((side, side)))
 
 
 def random_checkpoint(source: str, folder: Path, dtype: torch.dtype, layers: tuple[int, int] | None = None) -> None:

@@ -113,9 +113,10 @@ class VLATrainer(SFTTrainer):
             inputs |= model_inputs(self.processing_class.image_processor, config=self.vla_config, **pixels)
         return inputs
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        # Here, where TRL's metrics have just waited for the device: behind the backward pass it would wait once more.
+        if self.model.training and not torch.isfinite(loss):
             raise NotFiniteError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; the batch's rows are in "
                 f"{self._save_rows()}: look at them, lower learning_rate, or set max_grad_norm"
