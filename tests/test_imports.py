@@ -16,8 +16,8 @@ episodes chat_dataset conversion.card conversion.staging conversion.shards conve
 conversion.pusht
 sources.video sources.parquet_images sources.lerobot_meta sources.lerobot sources.lerobot_hub sources.libero_hdf5
 inspection
-arguments run_report callbacks probes training training_bench recipe memory metrics results learner evaluation libero_evaluation
-benchmarking offline report.summary report.charts report.page ablation
+arguments run_report callbacks probes training training_bench recipe memory metrics results learner
+evaluation libero_evaluation benchmarking offline report.summary report.charts report.page ablation
 """.split()  # noqa: SIM905
 
 
