@@ -54,6 +54,7 @@ def main() -> None:
     add("--warmup", type=int, default=2, help="calls before that, which capture graphs (default: %(default)s)")
     add("--device", help="default: a GPU if there is one")
     add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--load_in_4bit", action="store_true", help="weights as NF4, with bitsandbytes, in all variants")
     add("--models_dir", type=Path, help="folders with configs and processors, by name (default: from the Hub)")
     add("--max_gb", type=float, default=8.0, help="skip models with more weights (default: %(default)s)")
     add("--jitter", type=int, default=2, help="bins by which drafts of (d±) are off at most (default: %(default)s)")
@@ -63,7 +64,7 @@ def main() -> None:
     rows, skipped = [], {}
     for name in args.models:
         try:
-            policy = random_policy(name, args.models_dir, device, dtype, args.max_gb)
+            policy = random_policy(name, args.models_dir, device, dtype, args.max_gb, args.load_in_4bit)
         except MemoryError as error:
             skipped[name] = str(error)
             print(f"{name} skipped: {error}")
@@ -77,7 +78,8 @@ def main() -> None:
     for name, found in by_model.items():
         print(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in found.items()))
     if args.json:
-        about = provenance(str(device), PACKAGES) | {"dtype": str(dtype).removeprefix("torch."), "skipped": skipped}
+        about = provenance(str(device), PACKAGES) | {"dtype": str(dtype).removeprefix("torch.")}
+        about |= {"load_in_4bit": args.load_in_4bit, "skipped": skipped}
         try:
             about["versions"]["xgrammar"] = version("xgrammar")
         except PackageNotFoundError:

@@ -110,7 +110,7 @@ def main() -> None:
         with log, stopping_well(parser, log):
             missing = missing_share(log, episodes, args)
             if missing:
-                policy = policy or VLAPolicy.from_pretrained(checkpoint, device, dtype)
+                policy = policy or VLAPolicy.from_pretrained(checkpoint, device, dtype, load_in_4bit=args.load_in_4bit)
                 policy.config = config
                 make_env = environment_factory(config, args, perturbation)
                 crashed += run_missing(policy, log, missing, make_env, args)

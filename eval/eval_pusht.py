@@ -88,7 +88,7 @@ def main() -> None:
     with log, stopping_well(parser, log):
         missing = missing_share(log, seeds, args)
         if missing:
-            policy = VLAPolicy.from_pretrained(checkpoint, device, dtype)
+            policy = VLAPolicy.from_pretrained(checkpoint, device, dtype, load_in_4bit=args.load_in_4bit)
             policy.config = config
             run_missing(policy, log, missing, state, args)
         if not (log.folder / RESULTS).exists() and not finish(log, seeds, str(device), PACKAGES):

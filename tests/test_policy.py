@@ -108,6 +108,17 @@ def test_a_saved_policy_needs_nothing_else(policy, tmp_path):
         VLAPolicy.from_pretrained(tmp_path)
 
 
+def test_weights_in_4_bits_answer_in_chunks_too(policy, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra [train8bit]")
+    save(policy, tmp_path)
+    loaded = VLAPolicy.from_pretrained(tmp_path, load_in_4bit=True)
+    packed = [m for m in loaded.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert packed and all(m.weight.dtype == torch.uint8 and m.weight.quant_type == "nf4" for m in packed)
+    chunks = loaded.predict_action_chunk(observations(3))
+    loaded.decoder = None
+    assert np.array_equal(chunks, loaded.predict_action_chunk(observations(3)))
+
+
 def test_a_checkpoint_on_the_hub_is_fetched_whole(policy, tmp_path, monkeypatch):
     """The Hub itself is faked: what it would download is a folder here."""
     save(policy, tmp_path)

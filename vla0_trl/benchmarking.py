@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,12 @@ MODELS = {
 
 
 def random_policy(
-    name: str, models_dir: Path | None, device: torch.device, dtype: torch.dtype, max_gb: float
+    name: str,
+    models_dir: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_gb: float,
+    load_in_4bit: bool = False,
 ) -> VLAPolicy:
     """One of MODELS in its true architecture, with random weights; `MemoryError` if they take more than `max_gb`.
 
@@ -58,7 +64,13 @@ def random_policy(
     model = model.to(device, dtype).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.mul_(2.0 if parameter.ndim > 1 else 1.0)  # or all answers are nearly the same
-    return VLAPolicy(model, processor, config)
+    policy = VLAPolicy(model, processor, config)
+    if load_in_4bit:  # weights are packed when they are loaded
+        with tempfile.TemporaryDirectory() as folder:
+            for part in (model, processor, config):
+                part.save_pretrained(folder)
+            policy = VLAPolicy.from_pretrained(folder, device, dtype, load_in_4bit=True)
+    return policy
 
 
 class DigitsAndSpaces(LogitsProcessor):

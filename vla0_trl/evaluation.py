@@ -58,6 +58,9 @@ class EvaluationParser(argparse.ArgumentParser):
         )
         add("--device", help="cuda, cuda:1, cpu, … (default: a GPU if there is one)")
         add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU")
+        add(
+            "--load_in_4bit", action="store_true", help="weights as NF4, with bitsandbytes: less memory, other answers"
+        )
         add("--overwrite", action="store_true", help="delete the evaluation in --output_dir and start anew")
         self.set_defaults(**defaults)
 
@@ -94,6 +97,7 @@ def execution_protocol(config: VLAConfig, args: argparse.Namespace, dtype: str) 
         "ensemble_size": config.ensemble_size,
         "ensemble_decay": args.ensemble_decay,
         "dtype": dtype.removeprefix("torch."),
+        **({"load_in_4bit": True} if args.load_in_4bit else {}),
     }
 
 
