@@ -116,20 +116,46 @@ def test_draws_depend_on_seed_epoch_and_frame_alone(tiny_nano, example_config, r
     assert torch.equal(camera(batch(order=slice(None, None, -1))).flip(0), camera(batch()))
 
 
-def test_epochs_reach_worker_processes(tiny_nano, dot_dataset, dot_config):
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_draws_reach_worker_processes_and_do_not_depend_on_their_number(tiny_nano, dot_dataset, num_workers):
+    """Masks, crops and colours, epoch by epoch, are those that this process would draw."""
     dataset, config = load_chat_dataset(dot_dataset)
-    collator = VLADataCollator(load_processor(tiny_nano, config), config, mask_max=1.0)
+    config = config.replace(crop_ratio=0.75, image_jitter=[0.2, 0.2, 0.2, 0.05])
+    collator = VLADataCollator(load_processor(tiny_nano, config), config, mask_max=1.0, defer_images=True)
     loader = torch.utils.data.DataLoader(
-        dataset, batch_size=8, collate_fn=collator, num_workers=1, persistent_workers=True
+        dataset, batch_size=8, collate_fn=collator, num_workers=num_workers, persistent_workers=True
     )
     epochs = []
     for epoch in (0, 1, 0):
         collator.set_epoch(epoch)
-        epochs.append([batch["input_ids"] for batch in loader])
-        for ids, start in zip(epochs[-1], range(0, len(dataset), 8), strict=True):
-            assert torch.equal(ids, collator(dataset.select(range(start, min(start + 8, len(dataset)))))["input_ids"])
-    assert all(torch.equal(a, b) for a, b in zip(epochs[0], epochs[2], strict=True))
-    assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(epochs[0], epochs[1], strict=True))
+        epochs.append(list(loader))
+        for batch, start in zip(epochs[-1], range(0, len(dataset), 8), strict=True):
+            here = collator(dataset.select(range(start, min(start + 8, len(dataset)))))
+            torch.testing.assert_close(batch, here, rtol=0, atol=0)
+    torch.testing.assert_close(epochs[0], epochs[2], rtol=0, atol=0)
+    for part in (lambda b: b["input_ids"], lambda b: b["images"]["cameras"][0], lambda b: b["images"]["jitter"]):
+        assert not all(torch.equal(part(a), part(b)) for a, b in zip(epochs[0], epochs[1], strict=True))
+
+
+def test_static_length_depends_on_the_tasks_alone(backbone, rows):
+    """All of its rows' numbers may be long or short, masked or not: the length is the same, and nothing is lost."""
+    _, processor, config = backbone
+    collator = VLADataCollator(processor, config, mask_max=1.0, pad_to_multiple_of=4)
+    plain = VLADataCollator(processor, config, mask_max=1.0)
+    lengths = set()
+    for value in (0.0, 511.0):
+        for epoch in range(3):
+            collator.set_epoch(epoch)
+            plain.set_epoch(epoch)
+            changed = [{**row, "raw_state": [value] * 2, "raw_action": [value] * 6} for row in rows]
+            batch, short = collator(changed)["input_ids"], plain(changed)["input_ids"]
+            lengths.add(batch.shape[1])
+            assert torch.equal(batch[:, : short.shape[1]], short)
+            assert (batch[:, short.shape[1] :] == processor.tokenizer.pad_token_id).all()
+    (length,) = lengths
+    longest = [{**row, "raw_state": [511.0] * 2, "raw_action": [511.0] * 6} for row in rows]
+    assert length % 4 == 0
+    assert length - 4 < VLADataCollator(processor, config, mask_max=0.0)(longest)["input_ids"].shape[1] <= length
 
 
 def test_deferred_images_become_the_same_pixels(backbone, rows):

@@ -22,6 +22,8 @@ from vla0_trl.nano import NanoConfig, build_nano
 from vla0_trl.recipe import hold_out, prepare, train
 from vla0_trl.training import NotFiniteError, VLATrainer, last_checkpoint
 
+AUGMENTED = {"crop_ratio": 0.75, "image_jitter": [0.2, 0.2, 0.2, 0.05]}
+
 
 def run(dataset: str, output_dir: Path, model: dict | None = None, data: dict | None = None, **training) -> Path:
     """A whole run, with defaults for tests."""
@@ -57,7 +59,8 @@ def predicts(checkpoint: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def full_run(dot_dataset, tmp_path_factory) -> Path:
     """Four steps of full fine-tuning with a checkpoint at each second, uninterrupted."""
-    return run(dot_dataset, tmp_path_factory.mktemp("runs") / "full", max_steps=4, save_steps=2, save_initial=True)
+    out = tmp_path_factory.mktemp("runs") / "full"
+    return run(dot_dataset, out, data=AUGMENTED, max_steps=4, save_steps=2, save_initial=True)
 
 
 def test_full_fine_tuning_moves_every_parameter(full_run):
@@ -94,14 +97,14 @@ def test_resume_gives_the_losses_of_an_uninterrupted_run(full_run, dot_dataset, 
     (killed / "checkpoint-3").mkdir()
     (killed / "checkpoint-3" / "model.safetensors").write_bytes(b"half")
     assert last_checkpoint(killed) == killed / "checkpoint-2"
-    run(dot_dataset, killed, max_steps=4, save_steps=2, save_initial=True)
+    run(dot_dataset, killed, data=AUGMENTED, max_steps=4, save_steps=2, save_initial=True)
     assert losses(killed) == losses(full_run)
     assert not any(moved(full_run, killed).values())
 
 
 def test_a_finished_run_is_not_trained_again(full_run, dot_dataset):
     before = (full_run / "model.safetensors").stat().st_mtime_ns
-    run(dot_dataset, full_run, max_steps=4, save_steps=2, save_initial=True)
+    run(dot_dataset, full_run, data=AUGMENTED, max_steps=4, save_steps=2, save_initial=True)
     assert (full_run / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -283,7 +286,7 @@ def test_another_runs_folder_is_kept(full_run, dot_dataset, tmp_path):
     with pytest.raises(
         ValueError, match=r"belongs to another run \(learning_rate: 0.01 there, 0.5 here\).*--overwrite"
     ):
-        run(dot_dataset, full_run, learning_rate=0.5, max_steps=4)
+        run(dot_dataset, full_run, data=AUGMENTED, learning_rate=0.5, max_steps=4)
     assert (full_run / "model.safetensors").read_bytes() == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")

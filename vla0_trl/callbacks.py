@@ -35,8 +35,8 @@ class PolicyCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         interrupted = self.trainer.interrupted
         if args.world_size > 1:
-            # Together: a Ctrl-C reaches processes in different steps, and saving needs all of them in one. Not at every
-            # step, because the answer makes the host wait for the device.
+            # Together: a Ctrl-C reaches processes in different steps, and saving needs all of them in one. Not at
+            # every step, because the answer makes the host wait for the device.
             if state.global_step % _ASK_EVERY:
                 return
             interrupted = torch.tensor(float(interrupted), device=args.device)
