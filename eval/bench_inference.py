@@ -17,28 +17,10 @@ import argparse
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import numpy as np
-import torch
-from transformers import LogitsProcessorList
-
-from vla0_trl.benchmarking import (
-    MODELS,
-    DigitsAndSpaces,
-    clock,
-    floor_seconds,
-    grammar_seconds,
-    open_tokens,
-    random_policy,
-    recorded_steps,
-    xgrammar_processor,
-)
-from vla0_trl.decoding import ChunkDecoder
-from vla0_trl.grammar import ActionGrammarLogitsProcessor
-from vla0_trl.policy import VLAPolicy, resolve_device
+from vla0_trl.benchmarking import MODELS, VARIANTS, bench, random_policy, ratios
+from vla0_trl.policy import resolve_device
 from vla0_trl.results import provenance, write_json
 
-VARIANTS = {"a": "stock, digits and spaces", "b": "stock, xgrammar", "c": "ours", "d": "ours, drafts", "d±": "jitter"}
-RATIOS = {"ours_vs_stock": ("a", "c"), "drafts_vs_stock": ("a", "d"), "ours_vs_xgrammar": ("b", "c")}
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 TITLES = {"median_ms": "ms/chunk", "p95_ms": "p95", "chunks_per_s": "chunks/s", "hz_n_step": "Hz, n-step"}
 TITLES |= {"hz_requery": "Hz, re-query", "passes_per_chunk": "passes", "of_floor": "x floor"}
@@ -70,7 +52,7 @@ def main() -> None:
             print(f"{name} skipped: {error}")
             continue
         for size in args.batch_sizes:
-            table = bench(policy, size, args)
+            table = bench(policy, size, args.chunks, args.warmup, args.jitter)
             rows += [{"model": name, "batch": size} | row for row in table]
             print_table(name, size, table)
         del policy
@@ -86,84 +68,6 @@ def main() -> None:
             about["versions"]["xgrammar"] = None
         first = by_model[rows[0]["model"]] if rows else {}
         write_json(args.json, {"table": rows, "ratios": first, "ratios_by_model": by_model} | about)
-
-
-def bench(policy: VLAPolicy, size: int, args: argparse.Namespace) -> list[dict]:
-    """All variants on one model and batch size -> a table row each."""
-    rng, make_xgrammar = np.random.default_rng(0), xgrammar_processor(policy)
-    decoders = {key: ChunkDecoder(policy.grammar, prefix=policy.decoder.prefix) for key in ("c", "d", "d±")}
-    timings, counts, wrong, answers = {}, {}, dict.fromkeys(decoders, 0), []
-    steps = recorded_steps(policy.config, (args.warmup + args.chunks) * size)
-    for turn in range(args.warmup + args.chunks):
-        observations, offs = zip(*steps[turn * size : (turn + 1) * size], strict=True)
-        grammar = LogitsProcessorList([ActionGrammarLogitsProcessor(grammar=policy.grammar)])
-        stock, _ = timed(policy, observations, policy.grammar.max_new_tokens, logits_processor=grammar)
-        expected = [row[: row.index(policy.chat.end_of_turn_id) + 1] for row in stock.tolist()]
-        calls = {"a": {"logits_processor": LogitsProcessorList([DigitsAndSpaces(policy)])}}
-        if make_xgrammar is not None:
-            calls["b"] = {"logits_processor": LogitsProcessorList([make_xgrammar()])}
-        for key, decoder in decoders.items():
-            calls[key] = {"custom_generate": decoder}
-            if key != "c":
-                spread = args.jitter if key == "d±" else 0
-                calls[key]["drafts"] = [draft(policy, *pair, spread, rng) for pair in zip(expected, offs, strict=True)]
-        keys = [*calls][turn % len(calls) :] + [*calls][: turn % len(calls)]
-        for key in keys:
-            before = decoders[key].stats.passes if key in decoders else 0
-            output, seconds = timed(policy, observations, stock.shape[1], **calls[key])  # (a) has no end of its own
-            if turn >= args.warmup:
-                passes = decoders[key].stats.passes - before if key in decoders else stock.shape[1]
-                timings.setdefault(key, []).append(seconds)
-                counts.setdefault(key, []).append(passes)
-            if key in decoders:
-                pairs = zip(output.tolist(), expected, strict=True)
-                wrong[key] += sum(tokens[: len(other)] != other for tokens, other in pairs)
-        answers.append(max(open_tokens(policy, answer) for answer in expected))
-    floor = float(np.median(answers)) * floor_seconds(policy)
-    table = []
-    for key in (key for key in VARIANTS if key in timings):
-        median, p95 = np.quantile(timings[key], [0.5, 0.95])
-        stats = decoders[key].stats if key in decoders else None
-        table.append(
-            {
-                "variant": key, "median_ms": median * 1e3, "p95_ms": p95 * 1e3, "chunks_per_s": size / median,
-                "hz_n_step": policy.config.chunk_size / median, "hz_requery": 1 / median,
-                "passes_per_chunk": float(np.mean(counts[key])), "of_floor": median / floor,
-                "acceptance": stats.acceptance if stats and stats.drafted else None, "other_answers": wrong.get(key),
-                "grammar_share": None,
-            }
-        )  # fmt: skip
-        if key == "c":  # host time of a token, of a pass
-            table[-1]["grammar_share"] = grammar_seconds(policy) / (median / table[-1]["passes_per_chunk"])
-    return table
-
-
-def timed(policy: VLAPolicy, observations, max_new_tokens: int, **options) -> tuple[torch.Tensor, float]:
-    """Answers (B, A), and seconds from observations to tokens."""
-    began = clock(policy.model.device)
-    inputs = policy._inputs(observations)
-    policy.generation_config.max_new_tokens = max_new_tokens
-    output = policy.model.generate(**inputs, generation_config=policy.generation_config, **options)
-    return output[:, inputs["input_ids"].shape[1] :], clock(policy.model.device) - began
-
-
-def draft(policy: VLAPolicy, answer: list[int], off: np.ndarray, jitter: int, rng: np.random.Generator) -> list[int]:
-    """The model's own answer, off by so many bins."""
-    integers = np.array(policy.processor.tokenizer.decode(answer, skip_special_tokens=True).split(), np.int64)
-    integers = integers + off + rng.integers(-jitter, jitter + 1, off.shape)
-    return policy.chat.encode_answer(integers.clip(0, policy.grammar.num_bins))[0]
-
-
-def ratios(rows: list[dict]) -> dict[str, float]:
-    """Of median times; a key is there if both of its variants are."""
-    times = {(row["variant"], row["batch"]): row["median_ms"] for row in rows}
-    found = {
-        f"{name}_b{size}": times[slow, size] / times[fast, size]
-        for name, (slow, fast) in RATIOS.items()
-        for size in sorted({size for _, size in times})
-        if (slow, size) in times
-    }
-    return found | {f"of_floor_b{row['batch']}": row["of_floor"] for row in rows if row["variant"] == "c"}
 
 
 def print_table(name: str, size: int, table: list[dict]) -> None:

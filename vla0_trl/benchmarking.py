@@ -1,4 +1,4 @@
-"""What eval/bench_inference.py compares and measures: random models, other people's decoding, drafts, the floor."""
+"""What eval/bench_inference.py measures: our decoding beside other people's, on random models, and the floor."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, LogitsProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
 
 from vla0_trl.actions import NormStats
 from vla0_trl.answers import Row, Speller
 from vla0_trl.config import VLAConfig
+from vla0_trl.decoding import ChunkDecoder
 from vla0_trl.envs.pusht import TASK
 from vla0_trl.envs.pusht_expert import record_episode
+from vla0_trl.grammar import ActionGrammarLogitsProcessor
 from vla0_trl.modeling import load_processor
 from vla0_trl.nano import NANO, build_nano
 from vla0_trl.policy import VLAPolicy
 
+VARIANTS = {"a": "stock, digits and spaces", "b": "stock, xgrammar", "c": "ours", "d": "ours, drafts", "d±": "jitter"}
+RATIOS = {"ours_vs_stock": ("a", "c"), "drafts_vs_stock": ("a", "d"), "ours_vs_xgrammar": ("b", "c")}
 # Hub id, image side, steps of a chunk, width of an action (PushT's for nano, LIBERO's for the others)
 MODELS = {
     NANO: (None, 96, 10, 2),
@@ -73,6 +77,89 @@ def random_policy(
     return policy
 
 
+def bench(policy: VLAPolicy, size: int, chunks: int, warmup: int, jitter: int) -> list[dict]:
+    """Time all VARIANTS on one model and batch size: a row of the table each.
+
+    Args:
+        chunks, warmup: timed calls of each variant, and calls before that.
+        jitter: bins by which the drafts of (d±) are off at most, beside what a recorded episode says.
+    """
+    rng, make_xgrammar = np.random.default_rng(0), _xgrammar_processor(policy)
+    decoders = {key: ChunkDecoder(policy.grammar, prefix=policy.decoder.prefix) for key in ("c", "d", "d±")}
+    timings, counts, wrong, answers = {}, {}, dict.fromkeys(decoders, 0), []
+    steps = _recorded_steps(policy.config, (warmup + chunks) * size)
+    for turn in range(warmup + chunks):
+        observations, offs = zip(*steps[turn * size : (turn + 1) * size], strict=True)
+        grammar = LogitsProcessorList([ActionGrammarLogitsProcessor(grammar=policy.grammar)])
+        stock, _ = _timed(policy, observations, policy.grammar.max_new_tokens, logits_processor=grammar)
+        expected = [row[: row.index(policy.chat.end_of_turn_id) + 1] for row in stock.tolist()]
+        calls = {"a": {"logits_processor": LogitsProcessorList([DigitsAndSpaces(policy)])}}
+        if make_xgrammar is not None:
+            calls["b"] = {"logits_processor": LogitsProcessorList([make_xgrammar()])}
+        for key, decoder in decoders.items():
+            calls[key] = {"custom_generate": decoder}
+            if key != "c":
+                most = jitter if key == "d±" else 0
+                calls[key]["drafts"] = [_draft(policy, *pair, most, rng) for pair in zip(expected, offs, strict=True)]
+        keys = [*calls][turn % len(calls) :] + [*calls][: turn % len(calls)]
+        for key in keys:
+            before = decoders[key].stats.passes if key in decoders else 0
+            output, seconds = _timed(policy, observations, stock.shape[1], **calls[key])  # (a) has no end of its own
+            if turn >= warmup:
+                passes = decoders[key].stats.passes - before if key in decoders else stock.shape[1]
+                timings.setdefault(key, []).append(seconds)
+                counts.setdefault(key, []).append(passes)
+            if key in decoders:
+                pairs = zip(output.tolist(), expected, strict=True)
+                wrong[key] += sum(tokens[: len(other)] != other for tokens, other in pairs)
+        answers.append(max(_open_tokens(policy, answer) for answer in expected))
+    floor = float(np.median(answers)) * _floor_seconds(policy)
+    table = []
+    for key in (key for key in VARIANTS if key in timings):
+        median, p95 = np.quantile(timings[key], [0.5, 0.95])
+        stats = decoders[key].stats if key in decoders else None
+        table.append(
+            {
+                "variant": key, "median_ms": median * 1e3, "p95_ms": p95 * 1e3, "chunks_per_s": size / median,
+                "hz_n_step": policy.config.chunk_size / median, "hz_requery": 1 / median,
+                "passes_per_chunk": float(np.mean(counts[key])), "of_floor": median / floor,
+                "acceptance": stats.acceptance if stats and stats.drafted else None, "other_answers": wrong.get(key),
+                "grammar_share": None,
+            }
+        )  # fmt: skip
+        if key == "c":  # host time of a token, of a pass
+            table[-1]["grammar_share"] = _grammar_seconds(policy) / (median / table[-1]["passes_per_chunk"])
+    return table
+
+
+def _timed(policy: VLAPolicy, observations, max_new_tokens: int, **options) -> tuple[torch.Tensor, float]:
+    """Answers (B, A), and seconds from observations to tokens."""
+    began = _clock(policy.model.device)
+    inputs = policy._inputs(observations)
+    policy.generation_config.max_new_tokens = max_new_tokens
+    output = policy.model.generate(**inputs, generation_config=policy.generation_config, **options)
+    return output[:, inputs["input_ids"].shape[1] :], _clock(policy.model.device) - began
+
+
+def _draft(policy: VLAPolicy, answer: list[int], off: np.ndarray, jitter: int, rng: np.random.Generator) -> list[int]:
+    """The model's own answer, off by so many bins."""
+    integers = np.array(policy.processor.tokenizer.decode(answer, skip_special_tokens=True).split(), np.int64)
+    integers = integers + off + rng.integers(-jitter, jitter + 1, off.shape)
+    return policy.chat.encode_answer(integers.clip(0, policy.grammar.num_bins))[0]
+
+
+def ratios(rows: list[dict]) -> dict[str, float]:
+    """Of median times; a key is there if both of its variants are."""
+    times = {(row["variant"], row["batch"]): row["median_ms"] for row in rows}
+    found = {
+        f"{name}_b{size}": times[slow, size] / times[fast, size]
+        for name, (slow, fast) in RATIOS.items()
+        for size in sorted({size for _, size in times})
+        if (slow, size) in times
+    }
+    return found | {f"of_floor_b{row['batch']}": row["of_floor"] for row in rows if row["variant"] == "c"}
+
+
 class DigitsAndSpaces(LogitsProcessor):
     """What VLA-0 and its re-implementations allow; it knows no end, so `generate` has to be told how many tokens."""
 
@@ -86,7 +173,7 @@ class DigitsAndSpaces(LogitsProcessor):
         return allowed
 
 
-def xgrammar_processor(policy: VLAPolicy) -> Callable[[], LogitsProcessor] | None:
+def _xgrammar_processor(policy: VLAPolicy) -> Callable[[], LogitsProcessor] | None:
     """Makes a processor for one `generate()`; None without xgrammar."""
     try:
         import xgrammar
@@ -102,7 +189,7 @@ def xgrammar_processor(policy: VLAPolicy) -> Callable[[], LogitsProcessor] | Non
     return functools.partial(Masked, xgrammar.GrammarCompiler(info).compile_regex(regex))
 
 
-def recorded_steps(config: VLAConfig, count: int) -> list[tuple[dict, np.ndarray]]:
+def _recorded_steps(config: VLAConfig, count: int) -> list[tuple[dict, np.ndarray]]:
     """`count` steps of the scripted PushT expert: observation, and by how many bins drafts are off there, (values,).
 
     A draft is the chunk that was recorded for the step before, shifted by one step; actions wider than PushT's repeat.
@@ -124,7 +211,7 @@ def recorded_steps(config: VLAConfig, count: int) -> list[tuple[dict, np.ndarray
     return steps
 
 
-def open_tokens(policy: VLAPolicy, answer: list[int]) -> int:
+def _open_tokens(policy: VLAPolicy, answer: list[int]) -> int:
     """Tokens of an answer that the grammar does not force: passes that one-by-one decoding can't do without."""
     speller = Speller(policy.grammar)
     row, count = Row(speller), 0
@@ -134,7 +221,7 @@ def open_tokens(policy: VLAPolicy, answer: list[int]) -> int:
     return count
 
 
-def grammar_seconds(policy: VLAPolicy, answers: int = 12) -> float:
+def _grammar_seconds(policy: VLAPolicy, answers: int = 12) -> float:
     """Host time a token for choosing, forcing and laying out the next pass, without any model."""
     speller, tokens = Speller(policy.grammar), 0
     logits = np.random.default_rng(0).standard_normal((64, len(speller.token_ids))).astype(np.float32)
@@ -147,7 +234,7 @@ def grammar_seconds(policy: VLAPolicy, answers: int = 12) -> float:
     return (time.perf_counter() - began) / tokens
 
 
-def floor_seconds(policy: VLAPolicy) -> float:
+def _floor_seconds(policy: VLAPolicy) -> float:
     """The least time of a pass: reading the language model's weights once, at the bandwidth measured here."""
     model = policy.model
     weights = sum(p.nbytes for p in model.get_decoder().parameters())
@@ -160,14 +247,14 @@ def _bandwidth(device: torch.device, dtype: torch.dtype) -> float:
     matrices = [torch.zeros(4096, 4096, device=device, dtype=dtype) for _ in range(8)]
     vector, best = torch.zeros(1, 4096, device=device, dtype=dtype), float("inf")
     for _ in range(8):
-        began = clock(device)
+        began = _clock(device)
         for matrix in matrices:
             torch.nn.functional.linear(vector, matrix)
-        best = min(best, clock(device) - began)
+        best = min(best, _clock(device) - began)
     return sum(matrix.nbytes for matrix in matrices) / best
 
 
-def clock(device: torch.device) -> float:
+def _clock(device: torch.device) -> float:
     """Seconds, after all that the device had to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
