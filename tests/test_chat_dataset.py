@@ -254,6 +254,26 @@ def test_interrupted_conversion_continues(tmp_path, how, num_proc, uninterrupted
     assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
 
 
+def test_a_worker_that_dies_is_one_clear_error(tmp_path, uninterrupted):
+    """The first one, while its parent may still be starting the second: an executor alone would wait for ever."""
+    output_dir = tmp_path / "dataset"
+    flags = ("--num_proc", "2")
+    process = subprocess.Popen(command(output_dir, *flags), stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "dataset.partial/episodes").glob("*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(workers[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: a worker process died" in stderr
+    assert "Traceback" not in stderr
+    assert not output_dir.exists()
+    subprocess.run(command(output_dir, *flags), check=True, capture_output=True, timeout=120)
+    assert contents(output_dir) == uninterrupted
+
+
 def group_is_alive(group: int) -> bool:
     try:
         os.killpg(group, 0)

@@ -148,14 +148,16 @@ def _stage_in_parallel(staging: Staging, missing: list[int], num_proc: int, prog
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for future in as_completed(futures):
             progress.update(future.result())
-    except BrokenProcessPool as error:
-        raise ConversionError(
-            "a worker process died, out of memory perhaps: run the same command again with a smaller --num_proc; "
-            f"finished episodes are kept in {staging.folder}"
-        ) from error
-    except BaseException:
+    except BaseException as error:
+        # An episode can take a minute; what it has written so far is not under a final name. And an executor that
+        # loses a process while it is starting the next one would wait for that one for ever (CPython 3.11).
         for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()  # an episode can take a minute; what it has written so far is not under a final name
+            worker.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise ConversionError(
+                "a worker process died, out of memory perhaps: run the same command again with a smaller --num_proc; "
+                f"finished episodes are kept in {staging.folder}"
+            ) from error
         raise
     finally:
         executor.shutdown(cancel_futures=True)
