@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from test_scale_out import SHARDED, launch
 from test_training import losses, run
 
 from vla0_trl.arguments import VLASFTConfig
@@ -126,3 +127,20 @@ def test_held_out_rows_are_probed_where_there_are_some(dot_dataset, tmp_path, tr
     trainer.eval_dataset = trainer.train_dataset.select([0])
     with pytest.raises(ValueError, match="needs at least 2 rows, there are 1"):
         ProbeCallback(trainer)
+
+
+@pytest.fixture(scope="module")
+def one_process(dot_dataset, tmp_path_factory) -> list[dict[str, float]]:
+    out = tmp_path_factory.mktemp("one") / "r"
+    launch("cpu", 1, dot_dataset, out, "--probe_steps", 2, "--logging_steps", 2)
+    return probed(out)
+
+
+@pytest.mark.parametrize("config", ["multi_gpu", *SHARDED])
+def test_two_processes_measure_what_one_does(config, dot_dataset, one_process, tmp_path):
+    launch(config, 2, dot_dataset, tmp_path / "r", "--probe_steps", 2, "--logging_steps", 2)
+    entries = probed(tmp_path / "r")
+    assert [entry["step"] for entry in entries] == [2, 4]
+    for entry, expected in zip(entries, one_process, strict=True):
+        for name in ("first_action_loss", *GAPS):
+            assert entry[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4)

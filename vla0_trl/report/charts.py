@@ -46,6 +46,34 @@ def success_bars(groups: dict[str, Sequence[dict[str, Any]]], names: Sequence[st
     return figure
 
 
+def beside_published(
+    names: Sequence[str], ours: Sequence[dict[str, Any] | None], published: Sequence[dict[str, Any] | None]
+) -> Figure:
+    """Success rates as bars, others' as rings below them, with their intervals; None where there is none.
+
+    Args:
+        ours, published (`list[dict | None]`): `success_rate` and `success_rate_interval`, one a name.
+    """
+    figure, axes = _figure(height=1.2 + 0.42 * max(2, len(names)))
+    for label, runs, shift, shade in (("here", ours, -0.12, color(0)), ("published", published, 0.24, color(1))):
+        shown = [(y + shift, run) for y, run in enumerate(runs) if run is not None]
+        for y, run in shown:
+            low, high = (100 * end for end in run["success_rate_interval"])
+            axes.hlines(y, low, high, color=_INK if label == "here" else shade, linewidth=1.2)
+        places, rates = [y for y, _ in shown], [100 * run["success_rate"] for _, run in shown]
+        if label == "here":
+            axes.barh(places, rates, height=0.42, color=shade, label=label)
+        else:
+            axes.plot(rates, places, "o", color=shade, markerfacecolor="white", markersize=5, label=label)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("success rate, % (line: 95 % interval)")
+    axes.grid(axis="x")
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    return figure
+
+
 def coverage_strip(coverages: Sequence[Sequence[float]], names: Sequence[str], threshold: float) -> Figure:
     """Every episode's highest coverage as a dot, the mean as a bar; dashed: what counts as success."""
     figure, axes = _figure(height=0.9 + 0.42 * max(2, len(names)))

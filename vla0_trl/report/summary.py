@@ -95,7 +95,7 @@ def summary_table(runs: list[tuple[str, dict[str, Any]]]) -> Table:
                 name,
                 str(run["num_episodes"]),
                 f"{100 * run['success_rate']:.1f}",
-                _percent_interval(run["success_rate_interval"]),
+                percent_interval(run["success_rate_interval"]),
                 *middle,
                 f"{run['seconds_per_episode']:.2f}",
                 f"{run['ms_per_chunk']:.1f}",
@@ -124,10 +124,10 @@ def suite_table(runs: list[Run]) -> Table | None:
 
 
 def _cell(rate: float, interval: tuple[float, float]) -> str:
-    return f"{100 * rate:.1f} ({_percent_interval(interval)})"
+    return f"{100 * rate:.1f} ({percent_interval(interval)})"
 
 
-def _percent_interval(interval: tuple[float, float]) -> str:
+def percent_interval(interval: tuple[float, float]) -> str:
     return f"{100 * interval[0]:.1f} – {100 * interval[1]:.1f}"
 
 

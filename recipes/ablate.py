@@ -1,0 +1,69 @@
+"""Which choice matters? Train variants of one recipe with the same budget, evaluate each, and compare.
+
+    python recipes/ablate.py --ablations recipes/pusht/ablations.yaml --num_episodes 200 --output_dir runs/ablation
+
+The file names the recipe's YAML and, for each arm, what it changes of the training (`train:`, any field of the
+recipe) and of the execution (`evaluate:`, any flag of the evaluation), and what others published for it (`published:`,
+a column of its own). Arms that differ in `evaluate:` alone share one training.
+
+What comes after -- goes to every training, e.g. a smaller budget for a first look:
+
+    python recipes/ablate.py --ablations recipes/pusht/ablations.yaml --arms "relative, state" "masking off" \\
+        --output_dir runs/ablation_small -- --max_steps 200
+
+Stopped at any moment, the same command goes on where it was: finished arms are not run again. An arm that fails is
+named in the table and does not keep the others from running. Writes ablation.md, .json and .png, after every arm anew.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from vla0_trl.ablation import Ablation, run_arm, write_report
+from vla0_trl.report.summary import format_table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ablations", type=Path, required=True, help="the file, e.g. recipes/pusht/ablations.yaml")
+    add("--output_dir", type=Path, required=True, help="gets train/, eval/, logs/ and the tables")
+    add("--arms", nargs="+", metavar="NAME", help="only these of the file (default: all)")
+    add("--num_episodes", type=int, default=200, help="to evaluate each arm on (default: %(default)s)")
+    add("--seed", type=int, default=100_000, help="of the first episode, the same for all (default: %(default)s)")
+    add("--num_envs", type=int, default=16, help="episodes side by side (default: %(default)s)")
+    add("--accelerate_config", help="for `accelerate launch`, e.g. accelerate_configs/single_gpu.yaml")
+    arguments = sys.argv[1:]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    args, train = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    try:
+        ablation = Ablation.load(args.ablations)
+        chosen = args.arms or [arm.name for arm in ablation.arms]
+        if unknown := set(chosen) - {arm.name for arm in ablation.arms}:
+            raise ValueError(f"--arms {sorted(unknown)}: the file has {[arm.name for arm in ablation.arms]}")
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+    evaluate = {"num_episodes": args.num_episodes, "seed": args.seed, "num_envs": args.num_envs, "num_videos": 0}
+    evaluate = [word for name, value in evaluate.items() for word in (f"--{name}", str(value))]
+    launch = ["--config_file", args.accelerate_config] if args.accelerate_config else []
+    errors: dict[str, str] = {}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(chosen, start=1):
+        print(f"{number}/{len(chosen)} {name}", flush=True)
+        arm = next(arm for arm in ablation.arms if arm.name == name)
+        try:
+            error = run_arm(ablation, arm, args.output_dir, train, evaluate, launch)
+        except KeyboardInterrupt:
+            parser.exit(130, "\nstopped; the same command goes on from here\n")
+        if error:
+            errors[name] = error
+            print(f"  failed: {error}", flush=True)
+        table = write_report(ablation, args.output_dir, errors)
+    print(f"\n{format_table(table)}\n\nablation.md, .json and .png: {args.output_dir}")
+    if errors:
+        parser.exit(1, f"{len(errors)} of {len(chosen)} arms failed; their logs: {args.output_dir}/logs\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""A metric against the samples seen, for one run or several: what training has bought so far.
+
+    python recipes/curves.py runs/pusht_nano --key observation_gap --output gap.png
+    python recipes/curves.py runs/a runs/b --key success_rate --output success.png
+
+Keys are those of the training log (loss, mean_token_accuracy, observation_gap, …) and, where checkpoints were
+evaluated into RUN/eval/checkpoint-N and RUN/eval/final, success_rate and mean_max_coverage. Runs that still go on are
+shown up to their last checkpoint. The points are written beside the picture, as JSON.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from vla0_trl.files import write_whole
+from vla0_trl.recipe import RUN_FILE
+from vla0_trl.report.charts import training_curve
+from vla0_trl.results import RESULTS
+from vla0_trl.training import last_checkpoint
+
+EVALUATED = ("success_rate", "success_rate_interval", "mean_max_coverage", "num_episodes")
+
+
+def read_run(folder: Path) -> list[dict[str, Any]]:
+    """Log entries and evaluations of a run, each with the `samples` that it had seen.
+
+    Raises:
+        FileNotFoundError: no recipe has run there, or it has no checkpoint yet.
+    """
+    checkpoint = folder if (folder / TRAINER_STATE_NAME).is_file() else last_checkpoint(folder)
+    if checkpoint is None or not (folder / RUN_FILE).is_file():
+        raise FileNotFoundError(f"{folder}: no run of recipes/sft_*.py with a checkpoint")
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    entries = list(state["log_history"])
+    for file in folder.glob(f"eval/*/{RESULTS}"):
+        name, results = file.parent.name, json.loads(file.read_text())
+        step = state["global_step"] if name == "final" else int(name.removeprefix("checkpoint-"))
+        entries.append({"step": step} | {key: results[key] for key in EVALUATED if key in results})
+    batch = json.loads((folder / RUN_FILE).read_text())["global_batch"]
+    return sorted(({**entry, "samples": entry["step"] * batch} for entry in entries), key=lambda e: e["samples"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a recipe")
+    parser.add_argument("--key", required=True, help="what to draw")
+    parser.add_argument("--label", help="what the picture calls it (default: the key)")
+    parser.add_argument("--output", type=Path, required=True, help="the PNG")
+    args = parser.parse_args()
+    try:
+        logs = {run.name: [entry for entry in read_run(run) if args.key in entry] for run in args.runs}
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+    if not any(logs.values()):
+        parser.exit(2, f"error: {args.key} is in no log of {', '.join(map(str, args.runs))}\n")
+    figure = training_curve(
+        {name: [entry | {"step": entry["samples"]} for entry in entries] for name, entries in logs.items()},
+        args.key,
+        args.label or args.key,
+    )
+    figure.axes[0].set_xlabel("samples")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output, dpi=150)
+    kept = ("step", "samples", args.key, *EVALUATED)
+    points = {name: [{k: e[k] for k in kept if k in e} for e in entries] for name, entries in logs.items()}
+    write_whole(args.output.with_suffix(".json"), json.dumps(points, indent=1) + "\n")
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()
