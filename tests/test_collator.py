@@ -137,6 +137,25 @@ def test_draws_reach_worker_processes_and_do_not_depend_on_their_number(tiny_nan
         assert not all(torch.equal(part(a), part(b)) for a, b in zip(epochs[0], epochs[1], strict=True))
 
 
+def test_the_steady_state_calls_neither_template_nor_tokenizer(backbone, rows, monkeypatch):
+    _, processor, config = backbone
+    collator = VLADataCollator(processor, config, defer_images=True)
+    first = collator(rows)["input_ids"]
+
+    def called(*_, **__):
+        raise AssertionError("called for a row")
+
+    for owner, name in (
+        (processor, "apply_chat_template"),
+        (processor, "__call__"),
+        (processor.tokenizer, "__call__"),
+    ):
+        monkeypatch.setattr(type(owner), name, called)
+    assert torch.equal(collator(rows)["input_ids"], first)
+    with pytest.raises(AssertionError, match="called for a row"):
+        collator([{**rows[0], "task": "Something new."}])
+
+
 def test_static_length_depends_on_the_tasks_alone(backbone, rows):
     """All of its rows' numbers may be long or short, masked or not: the length is the same, and nothing is lost."""
     _, processor, config = backbone
