@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import pyarrow.dataset
-import pyarrow.parquet as pq
-from huggingface_hub import DatasetCardData, HfApi
+import pyarrow as pa
+from huggingface_hub import HfApi
 from PIL import Image
 
 from vla0_trl import __version__
@@ -19,9 +19,13 @@ SAMPLE_NAME = "sample.png"
 _SAMPLE_FRAMES = 6
 _SAMPLE_HEIGHT = 192  # px, of one frame in the picture
 
+# No `configs` in the header: load_dataset finds data/train-* by itself, and with `configs` its cache would know a
+# local folder by its name alone: another folder of that name, or one converted again, would give the old rows.
 _CARD = """\
 ---
-{header}
+license: {info.license}
+task_categories: [robotics]
+tags: [vla0_trl, VLA, robotics, imitation-learning, trl]
 ---
 
 # {info.source} as chat
@@ -85,15 +89,7 @@ def write_card(
         command (`str`): how the conversion was called.
     """
     sample_picture(sample).save(directory / SAMPLE_NAME)
-    # No `configs` here: load_dataset finds data/train-* by itself, and with `configs` its cache would know a local
-    # folder by its name alone: another folder of that name, or one converted again, would give the old rows.
-    header = DatasetCardData(
-        license=info.license,
-        task_categories=["robotics"],
-        tags=["vla0_trl", "VLA", "robotics", "imitation-learning", "trl"],
-    )
     card = _CARD.format(
-        header=header.to_yaml(),
         frames=frames,
         episodes=episodes,
         version=__version__,
@@ -112,12 +108,15 @@ def write_card(
     (directory / "README.md").write_text(card)
 
 
-def sampled_frames(path: Path) -> list[list[bytes]]:
-    """Evenly spaced frames of a staged episode: image files of all cameras."""
-    rows = pq.read_metadata(path).num_rows
-    wanted = np.linspace(0, rows - 1, _SAMPLE_FRAMES).astype(int)
-    images = pyarrow.dataset.dataset(path).take(wanted, columns=["images"], use_threads=False)["images"]
-    return [[image["bytes"] for image in frame] for frame in images.to_pylist()]
+def sampled_frames(pieces: Iterable[pa.Table], frames: int) -> list[list[bytes]]:
+    """Evenly spaced frames of an episode of `frames` rows, which come piece by piece: image files of all cameras."""
+    wanted = np.linspace(0, frames - 1, _SAMPLE_FRAMES).astype(int)
+    sample, start = [], 0
+    for piece in pieces:
+        inside = wanted[(wanted >= start) & (wanted < start + len(piece))] - start
+        sample += piece["images"].take(inside).to_pylist()
+        start += len(piece)
+    return [[image["bytes"] for image in frame] for frame in sample]
 
 
 def sample_picture(sample: list[list[bytes]]) -> Image.Image:

@@ -88,7 +88,8 @@ def write_dataset(final: Path, staging: Staging, result: Sorted, key: dict[str, 
         episodes = tqdm(shard, desc=f"writing {name}", unit="episode")
         _write_shard(final / "data" / name, (rows for index in episodes for rows in staging.rows(index)), config)
     config.save_pretrained(final)
-    sample = sampled_frames(staging.path(result.kept[0]))
+    first = result.kept[0]
+    sample = sampled_frames(staging.rows(first, ["images"]), staging.info(first).frames)
     left_out = sorted([*result.rejected, *result.skipped])
     write_card(final, sample, config, staging.source.info, len(result.kept), result.frames, left_out, command)
     record = key | {"rejected": result.rejected, "skipped": result.skipped}

@@ -209,10 +209,8 @@ class LeRobotSource:
         yield from video.frames(span.start + times, name, alone=span.end is None)
 
     def _reader(self, camera: str, kind: type, path: Path, *args: Any) -> Any:
-        """The open file of a camera; the one before it is closed."""
+        """The open file of a camera, one at a time."""
         reader = self._readers.get(camera)
         if reader is None or reader.path != path:
-            if reader is not None:
-                reader.close()
             reader = self._readers[camera] = kind(path, *args)
         return reader
