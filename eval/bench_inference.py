@@ -17,7 +17,7 @@ import argparse
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from vla0_trl.benchmarking import MODELS, VARIANTS, bench, random_policy, ratios
+from vla0_trl.benchmarking import MODELS, SEED, VARIANTS, bench, random_policy, ratios
 from vla0_trl.policy import resolve_device
 from vla0_trl.results import provenance, write_json
 
@@ -61,7 +61,7 @@ def main() -> None:
         print(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in found.items()))
     if args.json:
         about = provenance(str(device), PACKAGES) | {"dtype": str(dtype).removeprefix("torch.")}
-        about |= {"load_in_4bit": args.load_in_4bit, "skipped": skipped}
+        about |= {"seed": SEED, "load_in_4bit": args.load_in_4bit, "skipped": skipped}
         try:
             about["versions"]["xgrammar"] = version("xgrammar")
         except PackageNotFoundError:

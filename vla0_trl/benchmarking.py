@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
+from transformers import AutoConfig, AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList, set_seed
 
 from vla0_trl.actions import NormStats
 from vla0_trl.answers import Row, Speller
@@ -25,6 +25,7 @@ from vla0_trl.policy import VLAPolicy
 
 VARIANTS = {"a": "stock, digits and spaces", "b": "stock, xgrammar", "c": "ours", "d": "ours, drafts", "d±": "jitter"}
 RATIOS = {"ours_vs_stock": ("a", "c"), "drafts_vs_stock": ("a", "d"), "ours_vs_xgrammar": ("b", "c")}
+SEED = 1  # with it, nano's answers differ and are as long as a trained one's; with 0, all are the same number
 # Hub id, image side, steps of a chunk, width of an action (PushT's for nano, LIBERO's for the others)
 MODELS = {
     NANO: (None, 96, 10, 2),
@@ -54,7 +55,7 @@ def random_policy(
         normalization=[-200.0, 200.0], action_stats=stats, state_stats=stats, crop_ratio=0.875,
     )  # fmt: skip
     if hub_id is None:
-        model, processor = build_nano()
+        model, processor = build_nano(seed=SEED)
     else:
         source = hub_id if models_dir is None else str(models_dir / hub_id.split("/")[1])
         architecture, processor = AutoConfig.from_pretrained(source), load_processor(source, config)
@@ -63,6 +64,7 @@ def random_policy(
         size = parameters * dtype.itemsize / 1e9
         if size > max_gb:
             raise MemoryError(f"{size:.1f} GB of weights, --max_gb is {max_gb:g}")
+        set_seed(SEED)
         with device:
             model = AutoModelForImageTextToText.from_config(architecture, dtype=dtype)
     model = model.to(device, dtype).eval().requires_grad_(False)

@@ -32,6 +32,8 @@ from vla0_trl.passes import Passes
 # Tries in a pass, all rows together, that cost less than the passes they save. A CPU is out of breath soon (on one
 # core, 12 tokens cost SmolVLM2-500M as much as 1.7 passes over one); a GPU waits for weights until hundreds.
 MAX_TRIES = {"cpu": 12, "cuda": 512}
+# A pass of a model with fewer parameters is mostly Python, and takes some more.
+SMALL, MAX_TRIES_OF_SMALL = 50e6, 32
 TRY_SLOTS = 64  # what there is room for in a row's cache
 # The same for tokens of drafts; fewer than so many a row are not worth a wider pass.
 MAX_DRAFTED = {"cpu": 64, "cuda": 1024}
@@ -103,6 +105,7 @@ class ChunkDecoder:
         self.stats = DecodingStats()
         self._speller = Speller(grammar, self.options.forced_tokens)
         self._passes: Passes | None = None
+        self._max_tries = 0
         self._weights: list[tuple[int, int]] = []
         self._prefix: torch.Tensor | None = None
 
@@ -172,6 +175,9 @@ class ChunkDecoder:
                 self.options.small_head,
                 self.options.graphs,
             )
+            self._max_tries = MAX_TRIES.get(model.device.type, 0)
+            if self._passes.decoder.num_parameters() < SMALL:
+                self._max_tries = max(self._max_tries, MAX_TRIES_OF_SMALL)
         return self._passes
 
     def _read_prompt(self, passes, rows, input_ids, kept, position_ids, pad, inputs) -> None:
@@ -205,7 +211,7 @@ class ChunkDecoder:
         for _, row in active:
             guess = self._guess(passes, row, len(active))
             tries = row.tries() if self.options.tries and not guess else []
-            most = min(TRY_SLOTS, MAX_TRIES.get(passes.device.type, 0) // len(active))
+            most = min(TRY_SLOTS, self._max_tries // len(active))
             trees.append(row.grow(first, guess, tries if sum(map(len, tries)) <= most else []))
         tokens = passes.padding(max(len(tree.tokens) for tree in trees))
         for (index, _), tree in zip(active, trees, strict=True):
