@@ -14,6 +14,7 @@ from helpers import libero_assets
 from vla0_trl.envs import libero_protocol as protocol
 from vla0_trl.envs import libero_setup as setup
 from vla0_trl.envs.libero import LiberoEnv, LiberoTasks
+from vla0_trl.envs.libero_expert import find_actions
 from vla0_trl.envs.libero_perturb import parse_perturbation
 from vla0_trl.envs.libero_protocol import LiberoEpisode
 
@@ -298,6 +299,16 @@ def test_instructions_are_replaced_or_emptied(clean, assets):
     assert parse_perturbation("no_task").task(SUITE, 0, clean["task"]) == "."
     other = parse_perturbation("other_task").task(SUITE, 9, clean["task"])
     assert other == clean["task"]  # the last task is told the first one's
+
+
+def test_the_expert_reaches_into_a_drawer(clean, assets):
+    env = LiberoEnv("libero_spatial", 4, assets_dir=assets)
+    try:
+        actions = find_actions(env, 0)
+        assert all(action.shape == (7,) and np.abs(action).max() <= 1 for action in actions)
+        assert env.success and env.steps == len(actions)
+    finally:
+        env.close()
 
 
 def test_one_process_plays_one_task_after_another(clean, assets):

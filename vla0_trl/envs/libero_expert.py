@@ -22,6 +22,9 @@ _GAIN = 1.6  # of the distance, asked for at once: the controller reaches about 
 _ABOVE = 0.12  # m
 _CLOSING_STEPS, _OPENING_STEPS = 14, 20  # the fingers take most of them
 _MAX_WIDTH = 0.075  # m; the fingers open to 0.08
+# m from a bowl's rim, which comes between the fingers, to the middle between them; the second where a drawer's wall
+# leaves no room for an open finger outside: closing, that finger pushes the bowl along
+_INSIDE_RIM = (0.006, 0.034)
 _FINGER = 0.012  # m from the point that is controlled down to the fingers' ends
 
 
@@ -72,11 +75,12 @@ def record_episode(env: LiberoEnv, seed: int) -> Recording | None:
 
 
 def find_actions(env: LiberoEnv, seed: int) -> list[np.ndarray] | None:
-    """float32[7] each, the last of which makes the task succeed; None if neither side of a bowl can be gripped."""
-    for near in (True, False):
+    """float32[7] each, the last of which makes the task succeed; None if no way to take hold of the thing does."""
+    env.reset(seed)
+    for grip in _grip_points(_box(env, env.simulator.obj_of_interest[0]), _Hand(env).position):
         env.reset(seed)
         actions = []
-        for action in pick_and_place(env, near):
+        for action in pick_and_place(env, grip):
             actions.append(action)
             if env.step(action):
                 break
@@ -85,15 +89,14 @@ def find_actions(env: LiberoEnv, seed: int) -> list[np.ndarray] | None:
     return None
 
 
-def pick_and_place(env: LiberoEnv, near: bool) -> Iterator[np.ndarray]:
+def pick_and_place(env: LiberoEnv, grip: np.ndarray) -> Iterator[np.ndarray]:
     """The script, one float32[7] after another; the environment is stepped in between by who asks for them.
 
     Args:
-        near (`bool`): grip a bowl on the side that is nearer to the hand.
+        grip (`np.ndarray`): (3,), where to take hold.
     """
     thing, target = env.simulator.obj_of_interest
     hand = _Hand(env)
-    grip = _grip_point(_box(env, thing), hand.position, near)
     yield from hand.move(np.append(grip[:2], grip[2] + _ABOVE), GRIPPER_OPEN)
     yield from hand.move(grip, GRIPPER_OPEN, tolerance=0.006)
     yield from hand.stay(_CLOSING_STEPS, GRIPPER_CLOSED)
@@ -152,16 +155,17 @@ class _Hand:
         return np.append(motion, gripper).astype(np.float32)
 
 
-def _grip_point(box: Box, hand: np.ndarray, near: bool) -> np.ndarray:
-    """Where the hand, whose fingers close along y, takes hold of what is in the box."""
-    point = box.center
-    if box.size[1] > _MAX_WIDTH:  # a bowl: one finger inside
-        point[1] += np.copysign(box.size[1] / 2 - 0.006, hand[1] - point[1]) * (1 if near else -1)
-        point[2] = box.high[2] - 0.015
-    else:  # not deeper than the fingers are long, or the palm pushes
-        point[2] = max(point[2], box.high[2] - 0.04)
-    point[2] = max(point[2], box.low[2] + _FINGER)
-    return point
+def _grip_points(box: Box, hand: np.ndarray) -> list[np.ndarray]:
+    """Where the hand, whose fingers close along y, may take hold of what is in the box, the best first."""
+    lowest = box.low[2] + _FINGER
+    if box.size[1] <= _MAX_WIDTH:  # not deeper than the fingers are long, or the palm pushes
+        return [np.append(box.center[:2], max(box.center[2], box.high[2] - 0.04, lowest))]
+    points = []
+    for inside in _INSIDE_RIM:
+        offset = np.copysign(box.size[1] / 2 - inside, hand[1] - box.center[1])
+        for y in (box.center[1] + offset, box.center[1] - offset):  # the nearer side first
+            points.append(np.array([box.center[0], y, max(box.high[2] - 0.015, lowest)]))
+    return points
 
 
 def _box(env: LiberoEnv, name: str) -> Box:
