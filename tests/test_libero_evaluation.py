@@ -17,7 +17,7 @@ from vla0_trl.chat_dataset import load_chat_dataset
 from vla0_trl.config import VLAConfig
 from vla0_trl.envs.libero import LiberoEnv
 from vla0_trl.envs.libero_protocol import LiberoEpisode, select_episodes
-from vla0_trl.report.summary import load_runs, suite_table
+from vla0_trl.report.summary import load_runs, suite_table, tasks
 from vla0_trl.results import read_episodes
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
@@ -170,6 +170,7 @@ def test_ensembling_and_perturbations_stand_beside_the_clean_result(evaluate):
     assert [run.results["protocol"]["perturbation"] for run in runs] == [None, "no_task", "noise:2"]
     header, rows = suite_table(runs)
     assert header == ["run", "episodes", "Object", "Avg"] and [row[0] for row in rows] == ["out", "no_task", "noise_2"]
+    assert list(tasks(runs)) == ["libero_object 0: pick up the alphabet soup and place it in the basket"]
     page = (folder / "report.html").read_text()
     assert "no_task" in page and "noise_2" in page
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from vla0_trl.envs.libero_protocol import COLUMNS
 from vla0_trl.files import ENERGY_FILE
-from vla0_trl.metrics import aggregate_suites, aggregate_tasks, mean_rate
+from vla0_trl.metrics import aggregate_suites, aggregate_tasks, identity, mean_rate
 from vla0_trl.results import RESULTS, VIDEOS, read_episodes, video_name
 
 OFFLINE = "offline.json"
@@ -132,8 +132,14 @@ def percent_interval(interval: tuple[float, float]) -> str:
 
 
 def tasks(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
-    """`aggregate`'s numbers of each run, for each task that all of them have."""
-    return _shared([aggregate_tasks(run.episodes) for run in runs])
+    """`aggregate`'s numbers of each run, for each task that all of them have; named as the first run was told it."""
+
+    def key(row: dict[str, Any]) -> Any:
+        return identity(row)[:-1] or row["task"]
+
+    told = {key(row): row["task"] for row in runs[0].episodes}
+    named = [[row | {"task": told.get(key(row), row["task"])} for row in run.episodes] for run in runs]
+    return _shared([aggregate_tasks(rows) for rows in named])
 
 
 def suites(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
