@@ -85,7 +85,7 @@ def write_report(path: Path, runs: list[Run], title: str, commands: list[str] | 
     sections = [_cards(runs), _simulator(runs), _open_loop(runs), _training(runs), _videos(runs)]
     sections += [_commands(runs, commands), _provenance(runs)]
     body = "\n".join(section for section in sections if section)
-    names = list(dict.fromkeys(episode["task"] for run in runs for episode in run.episodes))
+    names = list(dict.fromkeys(episode["task"] for episode in runs[0].episodes))
     task = names[0] if len(names) == 1 else f"{len(names)} tasks"
     page = f"""<!doctype html>
 <html lang="en">
