@@ -95,7 +95,7 @@ def test_tokens_are_those_of_stock_greedy_decoding(policy, options, size):
     batch = observations(size, seed=size)
     expected = generate(policy, batch)
     assert len({row.tobytes() for row in expected.numpy()}) > size // 2  # else the test would say little
-    decoder = ChunkDecoder(policy.grammar, DecodingOptions(**options), policy.decoder.prefix)
+    decoder = ChunkDecoder(policy.grammar, DecodingOptions(**options), policy.decoder.prefix, period=2)
     for _ in range(2):
         assert torch.equal(generate(policy, batch, custom_generate=decoder), expected)
     written = decoder.stats.tokens
@@ -195,7 +195,7 @@ def test_tokens_of_several_digits(tokens, prefix, attention):
     processor = LogitsProcessorList([ActionGrammarLogitsProcessor(grammar=grammar)])
     expected = model.generate(**inputs, logits_processor=processor)
     for options in OPTIONS.values():
-        decoder = ChunkDecoder(grammar, DecodingOptions(**options))
+        decoder = ChunkDecoder(grammar, DecodingOptions(**options), period=2)
         assert torch.equal(model.generate(**inputs, custom_generate=decoder), expected)
     drafts = [row[7:].tolist() for row in expected.roll(1, 0)]
     assert torch.equal(model.generate(**inputs, custom_generate=decoder, drafts=drafts), expected)
@@ -271,6 +271,19 @@ def test_a_draft_is_left_and_rejoined(policy):
     number = policy.chat.encode_answer([511, 3])[0].index(end)  # tokens up to the 3 of 358
     assert on_draft.pop(number + 1) is False
     assert all(on_draft.values()) and len(on_draft) > 8
+
+
+def test_a_step_is_guessed_to_be_like_the_one_before(policy):
+    speller, end = Speller(policy.grammar), policy.chat.end_of_turn_id
+    answer = policy.chat.encode_answer([255, 31, 255, 31, 255, 39, 7, 39])[0]
+    answer = answer[: answer.index(end) + 1]
+    row, right = Row(speller, period=2), []
+    while not row.done:
+        guess = [speller.token_ids[column] for column in row.guess(64)]
+        right.append(bool(guess) and guess[0] == answer[len(row.tokens)])
+        row.write(speller.column[answer[len(row.tokens)]])
+    # The first step is new, and so is a digit that differs, with what follows it up to the next number.
+    assert not any(right[:5]) and sum(right) >= 9, right
 
 
 def test_too_long_a_prompt_and_drafts_of_another_batch_raise():

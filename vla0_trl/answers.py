@@ -41,25 +41,38 @@ class Speller:
         return choices[0] if len(choices) == 1 else None
 
 
-class Draft:
-    """A guess of a whole answer, which can be rejoined wherever a row comes back to one of its states.
+class Guess:
+    """Text of an answer that another part, or another answer, is guessed to repeat.
 
-    Args:
-        speller: of the row.
-        tokens: ids, from the prefix through the end of the turn. Cut where they leave the grammar.
+    It is found again wherever a row comes to one of its states, so a row that left it rejoins it at the next number.
     """
 
-    def __init__(self, speller: Speller, tokens: list[int]):
+    def __init__(self, speller: Speller):
+        self.speller = speller
         self.columns: list[int] = []
-        self.at: dict[tuple[int, int], int] = {}
-        place = speller.grammar.initial_count, speller.grammar.initial_state
+        self._begins: dict[tuple[int, int], int] = {}
+
+    def add(self, count: int, state: int, column: int) -> None:
+        """`column` was written when so many numbers were finished, in this state of the grammar."""
+        self._begins.setdefault((count, state), len(self.columns))
+        self.columns.append(column)
+
+    def after(self, count: int, state: int) -> list[int]:
+        """The columns that followed there; empty if it was never there."""
+        begin = self._begins.get((count, state))
+        return [] if begin is None else self.columns[begin:]
+
+    @classmethod
+    def of(cls, speller: Speller, tokens: list[int]) -> Guess:
+        """From the ids of a whole answer, prefix through end of turn. Cut where they leave the grammar."""
+        guess, place = cls(speller), (speller.grammar.initial_count, speller.grammar.initial_state)
         for token in tokens:
             column = speller.column.get(token)
             if column is None or column not in speller.grammar.choices(*place):
                 break
-            self.at.setdefault(place, len(self.columns))
-            self.columns.append(column)
+            guess.add(*place, column)
             place = speller.after(*place, column)
+        return guess
 
 
 @dataclass
@@ -80,14 +93,21 @@ class Tree:
 
 
 class Row:
-    """One answer. `tokens` are certain, the first `read` of them are in the cache."""
+    """One answer. `tokens` are certain, the first `read` of them are in the cache.
 
-    def __init__(self, speller: Speller, draft: list[int] | None = None):
+    Args:
+        speller: of all rows.
+        draft: ids of a guess of the whole answer.
+        period: without a draft, each number is guessed to be like the one so many before it.
+    """
+
+    def __init__(self, speller: Speller, draft: list[int] | None = None, period: int | None = None):
         self.speller, self.grammar = speller, speller.grammar
         self.tokens: list[int] = []
         self.read = 0
         self.count, self.state = self.grammar.initial_count, self.grammar.initial_state
-        self.draft = None if draft is None else Draft(speller, draft)
+        self.draft = None if draft is None else Guess.of(speller, draft)
+        self.period, self.written = period, Guess(speller)
         self.window = LARGEST_WINDOW
         self.accepted = 0
         self._write_forced()
@@ -97,12 +117,14 @@ class Row:
         return self.state == self.grammar.done
 
     def guess(self, limit: int) -> list[int]:
-        """Columns that the draft has for what comes next, at most `limit`; empty while the row is off the draft."""
-        start = None if self.draft is None else self.draft.at.get((self.count, self.state))
-        if start is None:
+        """Columns that may come next, one after the other, at most `limit`; empty where there is nothing to go by."""
+        if self.draft is not None:
+            columns = self.draft.after(self.count, self.state)
+        elif self.period is not None:
+            columns = self.written.after(self.count - self.period, self.state)
+        else:
             return []
-        room = self.grammar.max_new_tokens - len(self.tokens)
-        return self.draft.columns[start : start + min(limit, self.window, room)]
+        return columns[: min(limit, self.window, self.grammar.max_new_tokens - len(self.tokens))]
 
     def tries(self) -> list[list[int]]:
         """All choices for the next token, each with what it forces, as columns; but those that end the answer."""
@@ -168,6 +190,7 @@ class Row:
         self._write_forced()
 
     def _write(self, column: int) -> None:
+        self.written.add(self.count, self.state, column)
         self.tokens.append(self.speller.token_ids[column])
         self.count, self.state = self.speller.after(self.count, self.state, column)
 

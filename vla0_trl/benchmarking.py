@@ -87,7 +87,8 @@ def bench(policy: VLAPolicy, size: int, chunks: int, warmup: int, jitter: int) -
         jitter: bins by which the drafts of (d±) are off at most, beside what a recorded episode says.
     """
     rng, make_xgrammar = np.random.default_rng(0), _xgrammar_processor(policy)
-    decoders = {key: ChunkDecoder(policy.grammar, prefix=policy.decoder.prefix) for key in ("c", "d", "d±")}
+    options = {"prefix": policy.decoder.prefix, "period": policy.config.action_dim}
+    decoders = {key: ChunkDecoder(policy.grammar, **options) for key in ("c", "d", "d±")}
     timings, counts, wrong, answers = {}, {}, dict.fromkeys(decoders, 0), []
     steps = _recorded_steps(policy.config, (warmup + chunks) * size)
     for turn in range(warmup + chunks):

@@ -7,8 +7,8 @@ Written text has a known form, and that is used, exactly, in four ways, each of 
 - *tries*: all possible next tokens, ten digits mostly, with what they force, are read in the pass that decides which
   of them it is, so that the pass also tells what comes after it: two tokens for one pass over the weights;
 - *drafts*: a guess of the whole answer is read in one pass, with the prompt, and kept as far as it is right. A row
-  that left its draft rejoins it at the next number. (Speculative decoding, Leviathan et al. 2023, without a
-  draft model.)
+  that left its draft rejoins it at the next number. Without one, a step is guessed to be like the step before it.
+  (Speculative decoding, Leviathan et al. 2023; from the text itself, as in prompt lookup, Saxena 2023.)
 
 Exact means: each token is the argmax over what the grammar allows, of logits that are mathematically those of stock
 greedy decoding. In floating point a pass over several tokens rounds differently from a pass over one, as a batch
@@ -32,8 +32,6 @@ from vla0_trl.passes import Passes
 # Tries in a pass, all rows together, that cost less than the passes they save. A CPU is out of breath soon (on one
 # core, 12 tokens cost SmolVLM2-500M as much as 1.7 passes over one); a GPU waits for weights until hundreds.
 MAX_TRIES = {"cpu": 12, "cuda": 512}
-# A pass of a model with fewer parameters is mostly Python, and takes some more.
-SMALL, MAX_TRIES_OF_SMALL = 50e6, 32
 TRY_SLOTS = 64  # what there is room for in a row's cache
 # The same for tokens of drafts; fewer than so many a row are not worth a wider pass.
 MAX_DRAFTED = {"cpu": 64, "cuda": 1024}
@@ -95,17 +93,24 @@ class ChunkDecoder:
         grammar ([`ActionGrammar`]): of the answers.
         options ([`DecodingOptions`], *optional*): everything on by default.
         prefix (`Sequence[int]`, *optional*): ids with which prompts begin, up to the first image: read once for all.
+        period (`int`, *optional*): numbers of a step: steps without a draft are guessed to be like the one before.
 
     Attributes:
         stats ([`DecodingStats`]): may be replaced to start counting anew.
     """
 
-    def __init__(self, grammar: ActionGrammar, options: DecodingOptions | None = None, prefix: Sequence[int] = ()):
-        self.grammar, self.options, self.prefix = grammar, options or DecodingOptions(), list(prefix)
+    def __init__(
+        self,
+        grammar: ActionGrammar,
+        options: DecodingOptions | None = None,
+        prefix: Sequence[int] = (),
+        period: int | None = None,
+    ):
+        self.grammar, self.options = grammar, options or DecodingOptions()
+        self.prefix, self.period = list(prefix), period
         self.stats = DecodingStats()
         self._speller = Speller(grammar, self.options.forced_tokens)
         self._passes: Passes | None = None
-        self._max_tries = 0
         self._weights: list[tuple[int, int]] = []
         self._prefix: torch.Tensor | None = None
 
@@ -142,7 +147,7 @@ class ChunkDecoder:
             )
         if drafts is None or not self.options.drafts:
             drafts = [None] * prompts
-        rows = [Row(self._speller, draft) for draft in drafts]
+        rows = [Row(self._speller, draft, self.period if self.options.drafts else None) for draft in drafts]
         pad = int(generation_config.pad_token_id)
         # Not parameters: `generate` would hand over the caller's own beside those that it has prepared.
         mask, position_ids = inputs.pop("attention_mask"), inputs.pop("position_ids")
@@ -175,9 +180,6 @@ class ChunkDecoder:
                 self.options.small_head,
                 self.options.graphs,
             )
-            self._max_tries = MAX_TRIES.get(model.device.type, 0)
-            if self._passes.decoder.num_parameters() < SMALL:
-                self._max_tries = max(self._max_tries, MAX_TRIES_OF_SMALL)
         return self._passes
 
     def _read_prompt(self, passes, rows, input_ids, kept, position_ids, pad, inputs) -> None:
@@ -211,7 +213,7 @@ class ChunkDecoder:
         for _, row in active:
             guess = self._guess(passes, row, len(active))
             tries = row.tries() if self.options.tries and not guess else []
-            most = min(TRY_SLOTS, self._max_tries // len(active))
+            most = min(TRY_SLOTS, MAX_TRIES.get(passes.device.type, 0) // len(active))
             trees.append(row.grow(first, guess, tries if sum(map(len, tries)) <= most else []))
         tokens = passes.padding(max(len(tree.tokens) for tree in trees))
         for (index, _), tree in zip(active, trees, strict=True):

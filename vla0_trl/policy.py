@@ -56,7 +56,7 @@ class VLAPolicy:
         self.config = config
         prompt = self.chat.encode_prompt("task", [0] * config.state_dim)
         prefix = prompt[: prompt.index(self.chat.image_token_id)]
-        self.decoder: ChunkDecoder | None = ChunkDecoder(self.grammar, decoding, prefix)
+        self.decoder: ChunkDecoder | None = ChunkDecoder(self.grammar, decoding, prefix, config.action_dim)
         self.actions = config.action_tokenizer()
         self.states = config.state_quantizer()
         # What a checkpoint says of sampling, penalties or lengths must not leak into evaluation, and generate() fills
