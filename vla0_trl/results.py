@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,10 @@ def read_episodes(folder: Path) -> list[dict[str, Any]]:
     """The finished episodes of an output folder, each once, in order; a half line left by a kill is no episode."""
     rows = {}
     for path in [*sorted(folder.glob(_SHARDS)), folder / EPISODES]:
-        for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
-            row = json.loads(line)
-            rows[identity(row)] = row
+        with suppress(FileNotFoundError):  # another process may have merged it into EPISODES, which comes last
+            for line in path.read_bytes().split(b"\n")[:-1]:
+                row = json.loads(line)
+                rows[identity(row)] = row
     return [rows[key] for key in sorted(rows)]
 
 
