@@ -161,7 +161,8 @@ def test_the_gpu_script_and_its_curves(tmp_path, monkeypatch, capsys):
         assert ("already trained" in done.stdout) == again
     results = tmp_path / "w/results"
     points = json.loads((results / "success_rate.json").read_text())["train"]
-    assert [point["samples"] for point in points] == [8, 16, 16] and points[-1]["num_episodes"] in (1, 2)
+    assert [point["samples"] for point in points] == [8, 16]
+    assert [point["num_episodes"] for point in points] == [1, 2]
     gaps = json.loads((results / "observation_gap.json").read_text())["train"]
     assert [(point["step"], point["samples"]) for point in gaps] == [(2, 8), (4, 16)]
     assert (results / "checkpoint/vla_config.json").is_file() and (results / "checkpoint/model.safetensors").is_file()

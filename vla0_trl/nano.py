@@ -6,7 +6,7 @@ policy that is worth something, fine-tune a pretrained backbone.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -43,6 +43,8 @@ class NanoConfig:
         image_size (`int`): side of the input it is built for; other sizes interpolate its position embeddings.
         patch_size (`int`): side of a patch; (image_size / patch_size / scale_factor)² tokens an image.
         scale_factor (`int`): side of the square of patches that becomes one token.
+        image_mean (`list[float]`): colour in [0, 1] that becomes zero. From scratch it should be the frames' own mean:
+            what all frames share, as PushT's white ground, otherwise drowns what differs within some ten steps.
     """
 
     hidden_size: int = 192
@@ -53,6 +55,7 @@ class NanoConfig:
     image_size: int = 96
     patch_size: int = 12
     scale_factor: int = 2
+    image_mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
 
 
 def build_nano(
@@ -113,7 +116,9 @@ def _processor(config: NanoConfig) -> SmolVLMProcessor:
     )
     side = {"longest_edge": config.image_size}
     return SmolVLMProcessor(
-        image_processor=SmolVLMImageProcessor(size=side, max_image_size=side, do_image_splitting=False, resample=3),
+        image_processor=SmolVLMImageProcessor(
+            size=side, max_image_size=side, do_image_splitting=False, resample=3, image_mean=config.image_mean
+        ),
         tokenizer=tokenizer,
         video_processor=SmolVLMVideoProcessor(),
         image_seq_len=(config.image_size // config.patch_size // config.scale_factor) ** 2,

@@ -3,9 +3,13 @@
 #
 #   bash recipes/pusht/nano_gpu.sh                 # all of it; stopped or killed, the same command goes on
 #   bash recipes/pusht/nano_gpu.sh train           # one part: record, train, evaluate or collect
-#   EPISODES=4 MAX_STEPS=4 SAVE_STEPS=2 EVAL_EPISODES=2 CURVE_EPISODES=1 MAX_EPISODE_STEPS=10 TRAIN_FLAGS="--use_cpu true \
-#     --bf16 false --optim adamw_torch --num_eval_episodes 1 --per_device_train_batch_size 8 --probe_steps 2 \
-#     --dataloader_num_workers 0 --dataloader_persistent_workers false" bash recipes/pusht/nano_gpu.sh  # minutes, no GPU
+#
+# A try without GPU, in minutes:
+#
+#   export EPISODES=4 MAX_STEPS=4 SAVE_STEPS=2 EVAL_EPISODES=2 CURVE_EPISODES=1 MAX_EPISODE_STEPS=10
+#   export TRAIN_FLAGS="--use_cpu true --bf16 false --optim adamw_torch --num_eval_episodes 1 --probe_steps 2 \
+#     --per_device_train_batch_size 8 --dataloader_num_workers 0 --dataloader_persistent_workers false"
+#   bash recipes/pusht/nano_gpu.sh
 #
 # No part runs longer than STEP_SECONDS: it stops with all it has done kept, and status 130 says to call it again.
 set -euo pipefail
@@ -16,7 +20,8 @@ cd "$(dirname "$0")/../.."
 : "${EVAL_EPISODES:=500}" "${CURVE_EPISODES:=64}" "${MAX_EPISODE_STEPS:=300}" "${STEP_SECONDS:=540}"
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-bounded() { timeout --foreground --signal INT "$STEP_SECONDS" python "$@"; }
+# Training saves on Ctrl-C's signal; the others keep every finished episode whatever ends them.
+bounded() { timeout --kill-after 60 "$STEP_SECONDS" python "$@"; }
 
 record() {
     bounded data_prep/record_pusht.py --num_episodes "$EPISODES" --num_proc "$(nproc)" --state "$STATE" \
@@ -24,8 +29,9 @@ record() {
 }
 
 train() { # TRAIN_FLAGS is a list of words
-    bounded recipes/sft_pusht.py --config "$CONFIG" --dataset_name "$WORK/data" --output_dir "$WORK/train" \
-        --max_steps "$MAX_STEPS" --save_steps "$SAVE_STEPS" $TRAIN_FLAGS
+    timeout --foreground --signal INT "$STEP_SECONDS" python recipes/sft_pusht.py --config "$CONFIG" \
+        --dataset_name "$WORK/data" --output_dir "$WORK/train" --max_steps "$MAX_STEPS" --save_steps "$SAVE_STEPS" \
+        $TRAIN_FLAGS
 }
 
 # The last policy on seeds that nothing was chosen by, and every checkpoint on others, all at once: simulators need a
@@ -34,6 +40,7 @@ evaluate() {
     local checkpoint name status=0 jobs=()
     for checkpoint in "$WORK/train" "$WORK"/train/checkpoint-*; do
         name=$(basename "$checkpoint")
+        [ "$name" = "checkpoint-$MAX_STEPS" ] && continue # the last policy once more
         local seed=60000 episodes=$CURVE_EPISODES
         [ "$name" = train ] && name=final && seed=100000 && episodes=$EVAL_EPISODES
         mkdir -p "$WORK/train/eval/$name"
@@ -48,14 +55,14 @@ evaluate() {
 }
 
 collect() { # what is worth keeping, in less than 64 MiB
-    mkdir -p "$RESULTS"
-    for key in success_rate mean_max_coverage observation_gap loss; do
-        python recipes/curves.py "$WORK/train" --key "$key" --output "$RESULTS/$key.png"
+    local key
+    mkdir -p "$RESULTS/checkpoint" || return
+    for key in success_rate mean_max_coverage observation_gap first_action_loss; do
+        python recipes/curves.py "$WORK/train" --key "$key" --output "$RESULTS/$key.png" || return
     done
-    cp -r "$WORK/train/eval" "$WORK/train/trainer_state.json" "$WORK/train/run.json" "$WORK/data/README.md" "$RESULTS/"
-    mkdir -p "$RESULTS/checkpoint"
-    find "$WORK/train" -maxdepth 1 -type f ! -name "*.bin" -exec cp {} "$RESULTS/checkpoint/" \;
-    du -sh "$RESULTS"
+    cp -r "$WORK/train/eval" "$WORK/train/trainer_state.json" "$WORK/data/README.md" "$RESULTS/" &&
+        find "$WORK/train" -maxdepth 1 -type f ! -name "*.bin" -exec cp {} "$RESULTS/checkpoint/" \; &&
+        du -sh "$RESULTS"
 }
 
 for part in ${*:-record train evaluate collect}; do
