@@ -14,8 +14,8 @@ from test_training import losses, run
 from vla0_trl.arguments import VLASFTConfig
 from vla0_trl.chat_dataset import load_chat_dataset
 from vla0_trl.config import VLAConfig
-from vla0_trl.conversion.convert import SourceInfo, convert
-from vla0_trl.episodes import Episode
+from vla0_trl.conversion.convert import convert
+from vla0_trl.episodes import Episode, SourceInfo
 from vla0_trl.modeling import load_model, load_processor
 from vla0_trl.probes import ProbeCallback
 from vla0_trl.training import VLATrainer
