@@ -92,11 +92,12 @@ def in_a_process(config: Path, args: argparse.Namespace, options: list[str]) -> 
 def row(name: str, figures: dict[str, float | str]) -> str:
     if "error" in figures:
         return f"{name}: does not fit: {figures['error']}"
+    name += ": fits" if figures["peak_gib"] <= ALLOCATOR_GIB else f": does not fit into {ALLOCATOR_GIB} GiB"
     parts = " + ".join(f"{part} {figures[f'{part}_gib']:.2f}" for part in PARTS)
     if "reserved_gib" not in figures:
-        return f"{name}: about {figures['peak_gib']:.2f} GiB at its peak (estimated without a GPU) = {parts}"
+        return f"{name}, about {figures['peak_gib']:.2f} GiB at its peak (estimated without a GPU) = {parts}"
     return (
-        f"{name}: {figures['peak_gib']:.2f} GiB at its peak = {parts}; {figures['reserved_gib']:.2f} GiB reserved, "
+        f"{name}, {figures['peak_gib']:.2f} GiB at its peak = {parts}; {figures['reserved_gib']:.2f} GiB reserved, "
         f"{figures['limit_gib']:.2f} GiB allowed; {figures['samples_per_second']:.1f} samples/s"
     )
 
