@@ -122,7 +122,7 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 def run_logged(command: list[str], log: Path) -> str | None:
-    """Run a command with its output in `log`; None if it went well, else its last line.
+    """Run a command with its output in `log`; None if it went well, else the error that it ended with.
 
     Raises:
         KeyboardInterrupt: once the command, which Ctrl-C reaches as well, has saved and ended.
@@ -137,8 +137,9 @@ def run_logged(command: list[str], log: Path) -> str | None:
             raise
     if code == 130:
         raise KeyboardInterrupt
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"exit status {code}: {lines[-1] if lines else 'no output'}" if code else None
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["no output"]
+    # a recipe's own word comes before what `accelerate launch` says of its exit
+    return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])[:300] if code else None
 
 
 def run_arm(
