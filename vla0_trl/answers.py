@@ -11,7 +11,8 @@ import numpy as np
 
 from vla0_trl.grammar import ActionGrammar
 
-LARGEST_WINDOW = 64
+# Tokens that are guessed at once: of a draft, and of what the answer itself suggests, which is right less often.
+LARGEST_WINDOW, FIRST_WINDOW = 64, 8
 
 
 class Speller:
@@ -108,7 +109,7 @@ class Row:
         self.count, self.state = self.grammar.initial_count, self.grammar.initial_state
         self.draft = None if draft is None else Guess.of(speller, draft)
         self.period, self.written = period, Guess(speller)
-        self.window = LARGEST_WINDOW
+        self.window = FIRST_WINDOW if draft is None else LARGEST_WINDOW
         self.accepted = 0
         self._write_forced()
 
