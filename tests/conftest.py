@@ -1,6 +1,7 @@
 """Small real things that tests share: a dataset of a dot that walks to the centre, processors, a nano backbone."""
 
 import os
+import signal
 import tempfile
 
 # Before anything imports them: no test reaches the Hub, or leaves files in the user's cache.
@@ -22,6 +23,8 @@ from vla0_trl.nano import NanoConfig, build_nano
 
 # Tiny models on all cores mostly wait for their threads, the more the busier the machine is.
 torch.set_num_threads(1)
+# What a shell starts in the background ignores Ctrl-C, and hands that on to every process of these tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TASK = "Move the dot to the centre."
 TINY = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vision_hidden_size": 64, "vision_layers": 1}

@@ -179,9 +179,11 @@ def test_rollouts_during_training_are_logged_and_the_best_is_kept(tmp_path):
     launch(
         "recipes/sft_pusht.py", "--config", "recipes/pusht/nano.yaml", "--dataset_name", tmp_path / "data",
         "--output_dir", out, "--max_steps", 2, "--rollout_steps", 2, "--rollout_episodes", 2, "--num_eval_episodes", 0,
-        "--eval_strategy", "no", "--nano", json.dumps({**TINY, "image_size": 96, "patch_size": 24}),
+        "--eval_strategy", "no", "--logging_steps", 2,
+        "--nano", json.dumps({**TINY, "image_size": 96, "patch_size": 24}),
     )  # fmt: skip
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert any("loss" in entry and entry["step"] == 2 for entry in history), "training's own log was lost"
     (logged,) = (entry for entry in history if "rollout/success_rate" in entry)
     assert logged["step"] == 2 and 0 <= logged["rollout/mean_max_coverage"] <= 1
     assert (out / "best" / "vla_config.json").exists() and not list(out.glob("best.*"))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 from trl import SFTTrainer
 
 from vla0_trl.config import VLAConfig
@@ -19,6 +19,17 @@ from vla0_trl.rollout import Environment, rollout
 ROLLOUT_SEED = 50_000
 INITIAL, BEST = "initial", "best"
 _ASK_EVERY = 10  # steps
+
+
+def log_beside_training(trainer: SFTTrainer, control: TrainerControl, metrics: dict[str, float]) -> None:
+    """Log from `on_step_end`, without mixing with what training itself logs at this step, or taking its place."""
+    log_training, training = control.should_log, trainer.model.training
+    trainer.model.eval()  # by which TRL tells evaluation's metrics from training's
+    try:
+        trainer.log(metrics)
+    finally:
+        trainer.model.train(training)
+        control.should_log = log_training  # which every log switches off
 
 
 class PolicyCallback(TrainerCallback):
@@ -75,7 +86,7 @@ class RolloutCallback(TrainerCallback):
         score = self._evaluate() if state.is_world_process_zero else (0.0, 0.0)
         names = ("rollout/success_rate", "rollout/mean_max_coverage")
         scores = self.trainer.accelerator.gather(torch.tensor([score], device=args.device))[0].tolist()
-        self.trainer.log(dict(zip(names, scores, strict=True)))
+        log_beside_training(self.trainer, control, dict(zip(names, scores, strict=True)))
         earlier = [tuple(entry[name] for name in names) for entry in state.log_history[:-1] if names[0] in entry]
         if tuple(scores) > max(earlier, default=(-1.0, -1.0)):
             self._keep(Path(args.output_dir))

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from vla0_trl.actions import join_integers
+from vla0_trl.callbacks import log_beside_training
 from vla0_trl.collator import Row
 
 PROBE_ROWS = 128
@@ -51,12 +52,12 @@ class ProbeCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.probe_steps:
             return
-        model, log_training = self.trainer.model.eval(), control.should_log
+        self.trainer.model.eval()
         try:
-            self.trainer.log(self.measure())  # while it counts as evaluation, or TRL would mix it with training's
+            metrics = self.measure()
         finally:
-            model.train()
-            control.should_log = log_training  # which every log switches off
+            self.trainer.model.train()
+        log_beside_training(self.trainer, control, metrics)
 
     def measure(self) -> dict[str, float]:
         """The metrics of the model as it is; all processes call it."""

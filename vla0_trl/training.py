@@ -86,7 +86,7 @@ class VLATrainer(SFTTrainer):
             if self.interrupted:
                 raise KeyboardInterrupt
             self.interrupted = True
-            print("\nsaving after this step; Ctrl-C again to stop without", flush=True)
+            print("\nsaving soon; Ctrl-C again to stop without", flush=True)
 
         previous = signal.signal(signal.SIGINT, interrupt)
         try:
