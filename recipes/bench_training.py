@@ -58,7 +58,9 @@ def main() -> None:
                 table[name]["mfu"] = figures["samples_per_s"] * sample["tflop"] / args.peak_tflops
         ratios |= {f"step_vs_{other}": ratio(table, "steps_per_s", other) for other in ("trl", "trl_tuned")}
         print(
-            "a sample: {tokens} tokens, {image_tokens} of them of images; {tflop:.3g} TFLOP to train on\n".format(**sample)
+            "a sample: {tokens} tokens, {image_tokens} of them of images; {tflop:.3g} TFLOP to train on\n".format(
+                **sample
+            )
         )
     print_table(table)
     print("\n" + "  ".join(f"{name} {value:.2f}×" for name, value in ratios.items()))
