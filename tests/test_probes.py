@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from packaging.version import Version
 from test_scale_out import SHARDED, launch
 from test_training import losses, run
 
@@ -138,6 +139,8 @@ def one_process(dot_dataset, tmp_path_factory) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("config", ["multi_gpu", *SHARDED])
 def test_two_processes_measure_what_one_does(config, dot_dataset, one_process, tmp_path):
+    if config == "fsdp2" and Version(torch.__version__) < Version("2.12"):
+        pytest.skip("torch 2.11 leaves FSDP2's weights sharded here")
     launch(config, 2, dot_dataset, tmp_path / "r", "--probe_steps", 2, "--logging_steps", 2)
     entries = probed(tmp_path / "r")
     assert [entry["step"] for entry in entries] == [2, 4]

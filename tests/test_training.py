@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import TINY, DotSource
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl import ModelConfig, SFTConfig, SFTTrainer
@@ -22,6 +24,8 @@ from vla0_trl.nano import NanoConfig, build_nano
 from vla0_trl.recipe import hold_out, prepare, train
 from vla0_trl.training import NotFiniteError, VLATrainer, last_checkpoint
 
+# transformers 5.17 makes the host wait once more a step than 5.23.
+ONE_MORE = int(Version(transformers.__version__) < Version("5.23"))
 AUGMENTED = {"crop_ratio": 0.75, "image_jitter": [0.2, 0.2, 0.2, 0.05]}
 
 
@@ -199,7 +203,7 @@ def test_the_forward_pass_is_one_graph_without_syncs_and_equals_transformers():
         torch.testing.assert_close(features[other], features[0])
         torch.testing.assert_close(gradients[other], gradients[0], rtol=1e-4, atol=1e-5)
     # One is the test's own: the choice of kept positions.
-    assert syncs[0] > 4 and syncs[1] == 1
+    assert syncs[0] > 4 and syncs[1] == 1 + ONE_MORE
 
 
 def test_compiled_steps_equal_plain_ones_and_compile_once(dot_dataset, tmp_path, monkeypatch):
@@ -341,4 +345,4 @@ def test_losses_equal_plain_trl(dot_dataset, tiny_nano, tmp_path):
         with HostSyncs() as counter:
             trainer.training_step(trainer.model, batch)
         syncs.append(counter.count)
-    assert syncs[1] == 6 < syncs[0]
+    assert syncs[1] == 6 + ONE_MORE < syncs[0]

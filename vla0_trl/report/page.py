@@ -39,7 +39,7 @@ section > h2 { padding-bottom: 0.4rem; border-bottom: 1px solid var(--line); }
 .card p { margin: 0; }
 .card p + p { color: var(--muted); font-size: 0.9rem; }
 .pictures, .videos { display: grid; gap: 1.5rem 2rem; align-items: start; }
-.pictures { grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); }
+.pictures { grid-template-columns: repeat(auto-fill, minmax(24rem, 1fr)); }
 .videos { grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); }
 figure { margin: 0; }
 figure svg { display: block; width: 100%; height: auto; }
