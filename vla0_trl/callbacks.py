@@ -108,6 +108,8 @@ class RolloutCallback(TrainerCallback):
     def _keep(self, output_dir: Path) -> None:
         """Replace `best` in one step, so that a kill leaves the old one or the new one."""
         fresh, best, old = (output_dir / f"{BEST}{suffix}" for suffix in (".partial", "", ".old"))
+        if self.trainer.args.should_save:
+            shutil.rmtree(fresh, ignore_errors=True)  # half written when an earlier session was killed
         self.trainer.save_policy(fresh)
         if self.trainer.args.should_save:
             if best.exists():

@@ -44,5 +44,6 @@ class Learner:
 
     @cached_property
     def _policy(self) -> VLAPolicy:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.num_proc))
+        if self.num_proc > 1:  # this is a worker process, and others want their share of the cores
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.num_proc))
         return VLAPolicy.from_pretrained(self.checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -143,7 +144,11 @@ class VLATrainer(SFTTrainer):
         # Old checkpoints may only go once the new one is whole, or a kill in between would leave none.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with self._marked_whole(Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")):
+            checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            if self.args.should_save and checkpoint.exists() and not (checkpoint / CONFIG_NAME).exists():
+                shutil.rmtree(checkpoint)  # half written when an earlier session was killed
+            self.accelerator.wait_for_everyone()
+            with self._marked_whole(checkpoint):
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
