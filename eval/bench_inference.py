@@ -17,7 +17,7 @@ import argparse
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from vla0_trl.benchmarking import MODELS, SEED, VARIANTS, bench, random_policy, ratios
+from vla0_trl.inference_bench import MODELS, SEED, VARIANTS, bench, random_policy, ratios
 from vla0_trl.policy import resolve_device
 from vla0_trl.results import provenance, write_json
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from vla0_trl.memory import synthetic_dataset
 from vla0_trl.nano import NANO
 from vla0_trl.results import provenance, write_json
+from vla0_trl.synthetic import synthetic_dataset
 from vla0_trl.training_bench import Bench
 
 PACKAGES = ("torch", "torchvision", "transformers", "trl", "vla0_trl")

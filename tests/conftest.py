@@ -1,5 +1,6 @@
 """Small real things that tests share: a dataset of a dot that walks to the centre, processors, a nano backbone."""
 
+import logging
 import os
 import signal
 import tempfile
@@ -25,6 +26,8 @@ from vla0_trl.nano import NanoConfig, build_nano
 torch.set_num_threads(1)
 # What a shell starts in the background ignores Ctrl-C, and hands that on to every process of these tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# It misses a kernel that no test needs, and would say so behind pytest's summary.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 TASK = "Move the dot to the centre."
 TINY = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vision_hidden_size": 64, "vision_layers": 1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +37,16 @@ def libero_assets() -> str:
     except LiberoError as error:
         pytest.skip(str(error))
     return str(shared_path("data/libero/assets"))
+
+
+def check_user_error(run: Callable[[], object], message: str, capsys: pytest.CaptureFixture, folder: Path) -> None:
+    """What a user did wrong is one line with `message`, and nothing is left in `folder`."""
+    with pytest.raises(SystemExit) as exit_info:
+        run()
+    errors = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1
+    assert list(folder.iterdir()) == []
 
 
 def load_script(relative: str) -> ModuleType:

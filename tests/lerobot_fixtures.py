@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +17,7 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets import Dataset
 from PIL import Image
 
 FPS = 30
@@ -250,3 +252,26 @@ def no_bytes(table: pa.Table) -> pa.Table:
     key = "observation.images.top"
     images = [image | {"bytes": None} for image in table[key].to_pylist()]
     return replace_column(table, key, pa.array(images, pa.struct({"bytes": pa.binary(), "path": pa.string()})))
+
+
+class Library:
+    """Datasets, each written once: library(version, codec) -> folder that nobody may change."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self, version: str = "v3.0", codec: str | None = "h264") -> Path:
+        root = self.folder / f"{version}-{codec}"
+        return root if root.exists() else Written(root, version, codec).write()
+
+
+def check_rows(rows: Dataset, episodes: Iterable[int] = range(len(LENGTHS)), cameras: Iterable[int] = (0, 1)) -> None:
+    """Every frame, first to last of every episode, is where it belongs, and so are vectors and text."""
+    expected = [(episode, frame) for episode in episodes for frame in range(LENGTHS[episode])]
+    assert list(zip(rows["episode_index"], rows["frame_index"], strict=True)) == expected
+    for row, (episode, frame) in zip(rows, expected, strict=True):
+        assert [number_in(image) for image in row["images"]] == [(episode, frame, camera) for camera in cameras]
+        states, actions = Written(Path()).vectors(episode)
+        assert row["raw_state"] == states[frame].tolist()
+        assert row["raw_action"][:2] == actions[frame].tolist()
+        assert row["task"] == TASKS[episode % 2]

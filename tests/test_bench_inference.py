@@ -9,7 +9,7 @@ import torch
 from conftest import QWEN
 from helpers import REPOSITORY, shared_path
 
-from vla0_trl.benchmarking import DigitsAndSpaces, random_policy
+from vla0_trl.inference_bench import DigitsAndSpaces, random_policy
 
 
 def test_the_table_of_the_nano_model(tmp_path):

@@ -14,6 +14,7 @@ from vla0_trl import memory
 from vla0_trl.arguments import parse_recipe
 from vla0_trl.modeling import load_processor
 from vla0_trl.nano import NanoConfig, build_nano
+from vla0_trl.synthetic import synthetic_dataset
 from vla0_trl.tokenization import ChatTokenizer
 
 CONFIGS = sorted((REPOSITORY / "recipes").rglob("*12gb.yaml"))
@@ -88,7 +89,7 @@ def test_recipes_for_12_gb_say_what_they_need(path):
 )
 def test_synthetic_rows_have_the_true_length(kind, image_size, tokens):
     """With the real tokenizer: 56 or 20 integers of mostly three digits, a token a digit."""
-    dataset, config = memory.synthetic_dataset(kind, 4)
+    dataset, config = synthetic_dataset(kind, 4)
     config = config.replace(image_size=image_size, use_state=True)
     processor = load_processor(shared_path("data/models/SmolVLM2-500M-Video-Instruct"), config)
     chat = ChatTokenizer(processor, config)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
-from helpers import REPOSITORY, load_script
+from helpers import REPOSITORY, check_user_error, load_script
 
 from vla0_trl.actions import NormStats
 from vla0_trl.config import VLAConfig
@@ -238,12 +238,7 @@ def test_a_full_disk_is_one_clear_error_and_keeps_what_was_there(evaluate, capsy
     ],
 )
 def test_a_user_error_is_one_line_and_leaves_nothing(evaluate, tmp_path, capsys, flags, message):
-    with pytest.raises(SystemExit) as exit_info:
-        evaluate(*flags)
-    errors = capsys.readouterr().err
-    assert exit_info.value.code == 2
-    assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    check_user_error(lambda: evaluate(*flags), message, capsys, tmp_path)
 
 
 def test_a_checkpoint_of_another_robot_is_refused(evaluate, tmp_path, capsys):

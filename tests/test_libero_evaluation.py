@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import TINY
-from helpers import REPOSITORY, libero_assets, load_script
+from helpers import REPOSITORY, check_user_error, libero_assets, load_script
 
 from vla0_trl.chat_dataset import load_chat_dataset
 from vla0_trl.config import VLAConfig
@@ -195,12 +195,7 @@ def test_the_speed_of_workers_is_printed_and_nothing_is_written(evaluate, capsys
     ],
 )
 def test_a_user_error_is_one_line_and_leaves_nothing(evaluate, tmp_path, capsys, flags, message):
-    with pytest.raises(SystemExit) as exit_info:
-        evaluate(*flags)
-    errors = capsys.readouterr().err
-    assert exit_info.value.code == 2
-    assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    check_user_error(lambda: evaluate(*flags), message, capsys, tmp_path)
 
 
 def test_a_checkpoint_of_another_robot_is_refused(evaluate, checkpoint, tmp_path, capsys):

@@ -114,7 +114,6 @@ class ChunkDecoder:
         self._weights: list[tuple[int, int]] = []
         self._prefix: torch.Tensor | None = None
 
-    @torch.no_grad()
     def __call__(
         self,
         model: PreTrainedModel,

@@ -8,24 +8,18 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-from datasets import Dataset
-from PIL import Image
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, TrainerCallback
 from trl import ModelConfig
 from trl.kernels import chunked_logprob
 
-from vla0_trl.actions import NormStats
 from vla0_trl.arguments import DataArguments, VLASFTConfig
-from vla0_trl.chat_dataset import RAW_SCHEMA, align_config, chat_rows
-from vla0_trl.config import VLAConfig
-from vla0_trl.episodes import Episode, raw_rows
+from vla0_trl.chat_dataset import align_config
 from vla0_trl.recipe import load_backbone, lora_config
+from vla0_trl.synthetic import synthetic_dataset
 from vla0_trl.training import VLATrainer
 
 GIB = 2**30
@@ -36,46 +30,6 @@ _CPU_TOKEN_CHUNK = 64
 _BATCHES = (2, 3)  # one sample needs no padding, and takes another way through attention
 PARTS = ("weights", "gradients", "optimizer", "activations")
 Plan = tuple[DataArguments, VLASFTConfig, ModelConfig]
-
-_LIBERO_TASK = "turn on the stove and put the moka pot on it, then put both bowls on the plate"  # longer than any
-# What the datasets of the recipes look like: (task, VLAConfig without statistics, side of a camera's image).
-_DATASETS = {
-    "libero": (
-        _LIBERO_TASK,
-        VLAConfig(cameras=["image", "image2"], action_dim=7, state_dim=8, chunk_size=8, image_size=256),
-        256,
-    ),
-    "pusht": ("Push the T onto its goal.", VLAConfig(action_dim=2, state_dim=2, chunk_size=10, image_size=96), 96),
-}
-
-
-def synthetic_dataset(kind: str, rows: int, **overrides: Any) -> tuple[Dataset, VLAConfig]:
-    """Rows as a conversion of `libero` or `pusht` gives them: integers of mostly three digits, the usual length, and
-    images as smooth as photographs, as JPEG.
-
-    Args:
-        overrides: fields of the [`VLAConfig`].
-    """
-    task, config, side = _DATASETS[kind]
-    rng = np.random.default_rng(0)
-    stats = {
-        f"{name}_stats": NormStats.from_array(np.array([[-1.0] * dim, [1.0] * dim]))
-        for name, dim in (("action", config.action_dim), ("state", config.state_dim))
-    }
-    episode = Episode(
-        task,
-        rng.uniform(-1, 1, (rows, config.action_dim)),
-        {camera: [_smooth_image(side, rng) for _ in range(rows)] for camera in config.cameras},
-        rng.uniform(-1, 1, (rows, config.state_dim)),
-    )
-    config = config.replace(**stats | overrides)
-    pieces = [pa.table(piece, RAW_SCHEMA) for piece in raw_rows(episode, config, index=0, image_format="jpeg")]
-    return Dataset(chat_rows(pa.concat_tables(pieces), config)), config
-
-
-def _smooth_image(side: int, rng: np.random.Generator) -> np.ndarray:
-    coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
-    return np.asarray(coarse.resize((side, side)))
 
 
 def random_checkpoint(source: str, folder: Path, dtype: torch.dtype, layers: tuple[int, int] | None = None) -> None:

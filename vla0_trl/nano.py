@@ -17,7 +17,6 @@ from transformers import (
     SmolVLMImageProcessor,
     SmolVLMProcessor,
     SmolVLMVideoProcessor,
-    set_seed,
 )
 
 NANO = "nano"  # as a `model_name_or_path`: build the backbone instead of loading one
@@ -66,7 +65,7 @@ def build_nano(
     processor = _processor(config)
     tokenizer = processor.tokenizer
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in _SPECIAL}
-    set_seed(seed)
+    torch.manual_seed(seed)
     model = SmolVLMForConditionalGeneration(
         SmolVLMConfig(
             text_config={

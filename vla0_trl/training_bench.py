@@ -47,7 +47,7 @@ class Bench:
     Args:
         model (`str`): nano, a folder or a Hub id.
         config ([`VLAConfig`]): of the rows.
-        rows (`Dataset`): from [`memory.synthetic_dataset`].
+        rows (`Dataset`): from [`synthetic.synthetic_dataset`].
         random_weights (`bool`): build the model from its config, without weights.
         steps (`int`): timed optimizer steps.
         num_workers (`int`): processes that collate beside the training process.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList, set_seed
+from transformers import AutoConfig, AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
 
 from vla0_trl.actions import NormStats
 from vla0_trl.answers import Row, Speller
@@ -64,7 +64,7 @@ def random_policy(
         size = parameters * dtype.itemsize / 1e9
         if size > max_gb:
             raise MemoryError(f"{size:.1f} GB of weights, --max_gb is {max_gb:g}")
-        set_seed(SEED)
+        torch.manual_seed(SEED)
         with device:
             model = AutoModelForImageTextToText.from_config(architecture, dtype=dtype)
     model = model.to(device, dtype).eval().requires_grad_(False)
