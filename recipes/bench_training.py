@@ -6,8 +6,9 @@
         --num_workers 8 --torch_compile --peak_tflops 989 --trace trace.json # an H200
 
 Same rows (JPEG bytes of two 256 px cameras), same model, same optimizer; they take turns, and the best turn of each
-counts: noise only ever adds time. Steps are measured of TRL as it comes (`trl`: gradient checkpointing is on) and with
-our settings (`trl_tuned`). A collator's speed is one process's. `--random_weights` builds a model from its config.
+counts: noise only ever adds time. Steps are measured of TRL as it comes (`trl`: bfloat16, gradient checkpointing) and
+with our settings (`trl_tuned`: bfloat16, no checkpointing). A collator's speed is one process's. `--random_weights`
+builds a model from its config.
 """
 
 import argparse
@@ -36,6 +37,7 @@ def main() -> None:
     add("--steps", type=int, default=8, help="timed optimizer steps a turn (default: %(default)s)")
     add("--turns", type=int, default=3, help="of each contestant (default: %(default)s)")
     add("--num_workers", type=int, default=0, help="that collate beside the training process (default: %(default)s)")
+    add("--float32", action="store_true", help="train without bfloat16: for CPUs that have no instructions for it")
     add("--torch_compile", action="store_true", help="measure our steps compiled, too")
     add("--skip_steps", action="store_true", help="only the collators")
     add("--peak_tflops", type=float, help="of the GPU in bf16, by its data sheet (H200: 989): prints the MFU")
@@ -76,7 +78,7 @@ def main() -> None:
 def make_bench(model: str, args: argparse.Namespace) -> Bench:
     side = args.image_size or (96 if model == NANO else 512)
     rows, config = synthetic_dataset("libero", max(args.rows, args.batch_size), use_state=True, image_size=side)
-    return Bench(model, config, rows, args.batch_size, args.steps, args.num_workers, args.random_weights)
+    return Bench(model, config, rows, args.batch_size, args.steps, args.num_workers, args.random_weights, args.float32)
 
 
 def take_turns(

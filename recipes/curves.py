@@ -15,11 +15,11 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
+from vla0_trl.checkpoints import last_checkpoint
 from vla0_trl.files import write_whole
 from vla0_trl.recipe import RUN_FILE
 from vla0_trl.report.charts import training_curve
 from vla0_trl.results import RESULTS
-from vla0_trl.training import last_checkpoint
 
 EVALUATED = ("success_rate", "success_rate_interval", "mean_max_coverage", "num_episodes")
 

@@ -97,3 +97,11 @@ def backbone(request, example_config, tiny_nano):
         return "nano", load_processor(tiny_nano, example_config), example_config
     config = example_config.replace(image_size=224 if request.param == QWEN else 512)
     return request.param, load_processor(shared_path(f"data/models/{request.param}"), config), config
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """LeRobotDatasets by version and codec, each written once."""
+    from lerobot_fixtures import Library  # needs the extra [convert]
+
+    return Library(tmp_path_factory.mktemp("lerobot"))

@@ -11,11 +11,17 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
+import transformers
+from packaging.version import Version
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.episodes import Episode, SourceInfo
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# transformers 5.17 makes the host wait once more a step than 5.23.
+ONE_MORE = int(Version(transformers.__version__) < Version("5.23"))
 PUSHT_ZARR = "data/pusht_human/pusht_cchi_v7_replay.zarr"
 
 
@@ -103,3 +109,19 @@ class SmallSource:
         if index == self.broken_index:
             return self.broken
         return None if index in self.rejected else small_episode(index, frames=5 + index)
+
+
+class HostSyncs(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU: values it reads, and shapes that depend on values."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masks = isinstance(args[1], list | tuple) if len(args) > 1 and "index.Tensor" in str(func) else False
+        booleans = masks and any(index is not None and index.dtype == torch.bool for index in args[1])
+        self.count += booleans or func.overloadpacket.__name__ in self.names
+        return func(*args, **(kwargs or {}))

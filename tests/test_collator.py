@@ -159,7 +159,8 @@ def test_the_steady_state_calls_neither_template_nor_tokenizer(backbone, rows, m
 def test_static_length_depends_on_the_tasks_alone(backbone, rows):
     """All of its rows' numbers may be long or short, masked or not: the length is the same, and nothing is lost."""
     _, processor, config = backbone
-    collator = VLADataCollator(processor, config, mask_max=1.0, pad_to_multiple_of=4)
+    tasks = sorted({row["task"] for row in rows})
+    collator = VLADataCollator(processor, config, mask_max=1.0, static_tasks=tasks, pad_to_multiple_of=4)
     plain = VLADataCollator(processor, config, mask_max=1.0)
     lengths = set()
     for value in (0.0, 511.0):
@@ -168,7 +169,7 @@ def test_static_length_depends_on_the_tasks_alone(backbone, rows):
             plain.set_epoch(epoch)
             changed = [{**row, "raw_state": [value] * 2, "raw_action": [value] * 6} for row in rows]
             batch, short = collator(changed)["input_ids"], plain(changed)["input_ids"]
-            lengths.add(batch.shape[1])
+            lengths |= {batch.shape[1], *(collator([row])["input_ids"].shape[1] for row in changed)}
             assert torch.equal(batch[:, : short.shape[1]], short)
             assert (batch[:, short.shape[1] :] == processor.tokenizer.pad_token_id).all()
     (length,) = lengths

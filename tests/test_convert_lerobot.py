@@ -20,7 +20,6 @@ from datasets import List, load_dataset
 from helpers import REPOSITORY, load_script
 from lerobot_fixtures import (
     LENGTHS,
-    Library,
     Written,
     check_rows,
     frame_of,
@@ -40,11 +39,6 @@ ALL = range(len(LENGTHS))
 @pytest.fixture(scope="module")
 def script():
     return load_script("data_prep/convert_lerobot.py")
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    return Library(tmp_path_factory.mktemp("lerobot"))
 
 
 FORMATS = [("v2.1", None), ("v2.1", "h264"), ("v2.1", "libsvtav1"), ("v3.0", None), ("v3.0", "h264")]

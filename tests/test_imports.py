@@ -10,14 +10,14 @@ import vla0_trl
 PACKAGE = Path(vla0_trl.__file__).parent
 # Each module may import from those before it.
 ORDER = """
-actions files config chat tokenization images grammar collator nano modeling ensembling
+actions files config chat tokenization images grammar collator nano modeling forward ensembling
 passes answers decoding policy rollout workers
 episodes chat_dataset synthetic conversion.card conversion.staging conversion.shards conversion.convert conversion.cli
 conversion.pusht
 sources.video sources.parquet_images sources.lerobot_meta sources.lerobot sources.lerobot_hub sources.libero_hdf5
 inspection
-arguments run_report callbacks probes training training_bench recipe memory metrics results learner
-evaluation libero_evaluation inference_bench offline report.summary report.charts report.page ablation
+arguments run_report callbacks probes checkpoints not_finite training training_bench recipe memory metrics results
+learner evaluation libero_evaluation inference_bench offline report.summary report.charts report.page ablation
 """.split()  # noqa: SIM905
 
 

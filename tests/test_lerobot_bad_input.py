@@ -16,7 +16,6 @@ from helpers import load_script
 from lerobot_fixtures import (
     LENGTHS,
     TASKS,
-    Library,
     Written,
     check_rows,
     cut,
@@ -36,11 +35,6 @@ from test_data_prep import run_main
 @pytest.fixture(scope="module")
 def script():
     return load_script("data_prep/convert_lerobot.py")
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    return Library(tmp_path_factory.mktemp("lerobot"))
 
 
 TASKS_FILE, DATA = "meta/tasks.parquet", "data/chunk-000/file-000.parquet"

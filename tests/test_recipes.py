@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import TINY
 
@@ -76,6 +77,14 @@ def test_unknown_keys_raise(monkeypatch, tmp_path):
     path.write_text("dataset_name: data/x\nlerning_rate: 1.0\n")
     with pytest.raises(ValueError, match="lerning_rate"):
         parse(monkeypatch, "--config", path, "--use_cpu", "true", "--bf16", "false")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_bfloat16_is_the_default_where_the_cpu_has_it(monkeypatch, known):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": known}, raising=False)
+    command = ["--config", "recipes/pusht/nano.yaml"]
+    assert [parse(monkeypatch, *command, *more)[1].bf16 for more in ((), ("--bf16", "true"))] == [known, True]
+    assert parse(monkeypatch, *command, "--bf16", "false")[1].bf16 is False
 
 
 def test_a_recipe_runs_as_the_readme_says(dot_dataset, tmp_path):

@@ -22,7 +22,7 @@ from helpers import REPOSITORY
 from test_training import losses, predicts
 
 from vla0_trl import VLAPolicy
-from vla0_trl.training import last_checkpoint
+from vla0_trl.checkpoints import last_checkpoint
 
 CONFIGS = REPOSITORY / "accelerate_configs"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
@@ -53,7 +53,7 @@ def command(config: str, processes: int, dataset: str, output_dir: Path, *option
         "--config": "recipes/pusht/nano.yaml", "--dataset_name": dataset, "--output_dir": output_dir,
         "--nano": json.dumps(TINY), "--image_size": 48, "--n_action_steps": 2, "--num_eval_episodes": 0,
         "--eval_strategy": "no", "--logging_steps": 1, "--save_steps": 2, "--max_steps": 4, "--report_to": "none",
-        "--warmup_steps": 0, "--lr_scheduler_type": "constant", "--learning_rate": 1e-2,
+        "--bf16": "false", "--warmup_steps": 0, "--lr_scheduler_type": "constant", "--learning_rate": 1e-2,
         "--per_device_train_batch_size": GLOBAL_BATCH // processes,
         # Engines that shard know no `use_cpu`: they take what accelerate finds.
         **({"--use_cpu": "false", "--ddp_backend": "gloo"} if sharded else {}),

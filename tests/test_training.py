@@ -1,31 +1,26 @@
 """Every way to train, for real, on a tiny nano backbone: what should move moves, and a resumed run is the same run."""
 
-import copy
 import json
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from conftest import TINY, DotSource
-from packaging.version import Version
+from helpers import ONE_MORE, HostSyncs
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from vla0_trl import VLAPolicy
 from vla0_trl.arguments import DataArguments, VLASFTConfig
 from vla0_trl.chat_dataset import load_chat_dataset
-from vla0_trl.modeling import load_model, load_processor, prepare_for_training
-from vla0_trl.nano import NanoConfig, build_nano
+from vla0_trl.checkpoints import last_checkpoint
+from vla0_trl.modeling import load_model, load_processor
+from vla0_trl.not_finite import NotFiniteError
 from vla0_trl.recipe import hold_out, prepare, train
-from vla0_trl.training import NotFiniteError, VLATrainer, last_checkpoint
+from vla0_trl.training import VLATrainer
 
-# transformers 5.17 makes the host wait once more a step than 5.23.
-ONE_MORE = int(Version(transformers.__version__) < Version("5.23"))
 AUGMENTED = {"crop_ratio": 0.75, "image_jitter": [0.2, 0.2, 0.2, 0.05]}
 
 
@@ -162,48 +157,6 @@ def test_accumulation_and_checkpointing_change_nothing_but_memory(dot_dataset, t
         "checkpointed": {"gradient_checkpointing": True},
     }.items():
         np.testing.assert_allclose(losses(run(dot_dataset, tmp_path / name, **options)), plain, rtol=1e-3)
-
-
-class HostSyncs(TorchDispatchMode):
-    """Counts what makes the host wait for a GPU: values it reads, and shapes that depend on values."""
-
-    names = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        masks = isinstance(args[1], list | tuple) if len(args) > 1 and "index.Tensor" in str(func) else False
-        booleans = masks and any(index is not None and index.dtype == torch.bool for index in args[1])
-        self.count += booleans or func.overloadpacket.__name__ in self.names
-        return func(*args, **(kwargs or {}))
-
-
-def test_the_forward_pass_is_one_graph_without_syncs_and_equals_transformers():
-    """On a batch with padding, of two images a row; compiled, ours and transformers' give the same gradients."""
-    theirs, _ = build_nano(NanoConfig(**TINY))
-    ours = copy.deepcopy(theirs)
-    prepare_for_training(ours)
-    ids = torch.randint(5, 200, (3, 40), generator=torch.manual_seed(0))
-    ids[:, 3:7] = ids[:, 9:13] = ours.config.image_token_id
-    kept = (torch.arange(40) < torch.tensor([[40], [33], [28]])).long()
-    inputs = {"input_ids": ids, "attention_mask": kept, "pixel_values": torch.randn(3, 2, 3, 48, 48)}
-    compiled = torch.compile(ours.model, backend="aot_eager", fullgraph=True)
-    features, gradients, syncs = [], [], []
-    for forward, model in ((theirs.model, theirs), (ours.model, ours), (compiled, ours)):
-        model.zero_grad()
-        with HostSyncs() if forward is not compiled else nullcontext(HostSyncs()) as counter:
-            out = forward(**inputs, use_cache=False).last_hidden_state[kept.bool()]
-            (out**2).sum().backward()
-        features.append(out.detach())
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-        syncs.append(counter.count)
-    for other in (1, 2):
-        torch.testing.assert_close(features[other], features[0])
-        torch.testing.assert_close(gradients[other], gradients[0], rtol=1e-4, atol=1e-5)
-    # One is the test's own: the choice of kept positions.
-    assert syncs[0] > 4 and syncs[1] == 1 + ONE_MORE
 
 
 def test_compiled_steps_equal_plain_ones_and_compile_once(dot_dataset, tmp_path, monkeypatch):

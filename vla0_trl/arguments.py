@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from vla0_trl.config import VLAConfig
@@ -84,6 +86,10 @@ class VLASFTConfig(SFTConfig):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN in the log: not needed, as it ends the run. The look costs time."}
     )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Autocast to bfloat16; default: on GPUs, and on CPUs with instructions for it."},
+    )
     report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or a list."})
     mask_max: float = field(
         default=0.4, metadata={"help": "Hide up to this fraction of a sample's action values in the input."}
@@ -122,11 +128,19 @@ class VLASFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = _cpu_has_bfloat16() if self.use_cpu else is_torch_bf16_gpu_available()
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns=True would remove the columns that the collator reads: leave it out"
             )
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies in bfloat16; those that don't emulate it, slower than float32."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+    return known.get("avx512_bf16", False) or known.get("amx_bf16", False)
 
 
 def parse_recipe(

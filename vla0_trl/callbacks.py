@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,6 +32,23 @@ def log_beside_training(trainer: SFTTrainer, control: TrainerControl, metrics: d
     finally:
         trainer.model.train(training)
         control.should_log = log_training  # which every log switches off
+
+
+@contextmanager
+def finish_on_interrupt(trainer: SFTTrainer) -> Iterator[None]:
+    """The first Ctrl-C sets `trainer.interrupted`, for [`PolicyCallback`] to act on; a second one is as ever."""
+
+    def interrupt(*_):
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        trainer.interrupted = True
+        print("\nsaving soon; Ctrl-C again to stop without", flush=True)
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class PolicyCallback(TrainerCallback):

@@ -102,6 +102,11 @@ def episode_indices(dataset: Dataset) -> np.ndarray:
     return np.asarray(dataset.with_format("numpy")["episode_index"][:])
 
 
+def tasks_of(*datasets: Dataset | None) -> list[str]:
+    """The tasks of some datasets, without reading their images."""
+    return sorted({task for d in datasets if d is not None for task in d.select_columns("task").unique("task")})
+
+
 def align_config(dataset: Dataset, dataset_config: VLAConfig, **overrides: Any) -> VLAConfig:
     """The config of a training run: the dataset's with a recipe's changes, with statistics that fit them.
 

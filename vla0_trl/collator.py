@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -43,8 +42,9 @@ class VLADataCollator:
         defer_images (`bool`, *optional*, defaults to `False`): leave images uint8 under `"images"`, for
             [`images.model_inputs`] on the training device: 10 to 30 times fewer bytes to copy.
         stored_cameras (`list[str]`, *optional*): the cameras of the rows, if the config takes only some of them.
-        pad_to_multiple_of (`int`, *optional*): pad to the longest text that the tasks of a batch can have, rounded up
-            to a multiple of this: nearly always the same length, as `torch.compile` wants it.
+        pad_to_multiple_of (`int`, *optional*): round up the length of every batch.
+        static_tasks (`list[str]`, *optional*): all tasks there are. Every batch is then as long as the longest text
+            that a row with one of them can have: a single length, as `torch.compile` wants it.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class VLADataCollator:
         defer_images: bool = False,
         stored_cameras: Sequence[str] | None = None,
         pad_to_multiple_of: int | None = None,
+        static_tasks: Sequence[str] = (),
     ):
         for name, value in (("mask_max", mask_max), ("mask_skip", mask_skip)):
             if not 0 <= value <= 1:
@@ -72,8 +73,8 @@ class VLADataCollator:
         self.chat = ChatTokenizer(processor, config)
         self.actions = config.action_tokenizer()
         self.states = config.state_quantizer()
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self._longest = lru_cache(maxsize=4096)(self._longest_text)
+        self._multiple = pad_to_multiple_of or 1
+        self._min_length = max(map(self._longest_text, static_tasks), default=0)
         # Shared memory: the trainer turns the epoch while worker processes live on.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -90,7 +91,7 @@ class VLADataCollator:
             images.append([crop(image, self.config.crop_ratio, rng) for image in self._images(row)])
             if rng is not None and self.config.image_jitter:
                 jitter.append([draw_jitter(self.config.image_jitter, rng) for _ in self.config.cameras])
-        batch = self._pad(encoded, {row["task"] for row in rows})
+        batch = self._pad(encoded)
         pixels = {"cameras": stack_cameras(images, self.config.cameras)}
         if jitter:
             pixels["jitter"] = torch.from_numpy(np.array(jitter))
@@ -147,11 +148,9 @@ class VLADataCollator:
         state, action = ([widest] * count for count in (self.config.state_dim, self.config.num_values))
         return len(self.chat.encode_prompt(task, state)) + len(self.chat.encode_answer(action)[0])
 
-    def _pad(self, encoded: list[tuple[list[int], list[int]]], tasks: set[str]) -> dict[str, torch.Tensor]:
-        length = max(len(ids) for ids, _ in encoded)
-        if self.pad_to_multiple_of:
-            length = max(length, *map(self._longest, tasks))
-            length = math.ceil(length / self.pad_to_multiple_of) * self.pad_to_multiple_of
+    def _pad(self, encoded: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+        length = max(self._min_length, *(len(ids) for ids, _ in encoded))
+        length = math.ceil(length / self._multiple) * self._multiple
         shape = (len(encoded), length)
         input_ids = np.full(shape, self.chat.pad_id)
         labels = np.full(shape, IGNORED)

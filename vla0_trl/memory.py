@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from trl import ModelConfig
 from trl.kernels import chunked_logprob
 
+from vla0_trl import forward
 from vla0_trl.arguments import DataArguments, VLASFTConfig
 from vla0_trl.chat_dataset import align_config
 from vla0_trl.recipe import load_backbone, lora_config
@@ -24,8 +26,6 @@ from vla0_trl.training import VLATrainer
 
 GIB = 2**30
 CARD = 12 * GIB
-# The loss keeps one tile of bf16 logits on a GPU, several in float32 on a CPU. So the CPU gets a small tile, and the
-# GPU's is added to the estimate.
 _CPU_TOKEN_CHUNK = 64
 _BATCHES = (2, 3)  # one sample needs no padding, and takes another way through attention
 PARTS = ("weights", "gradients", "optimizer", "activations")
@@ -84,17 +84,14 @@ def estimate(plan: Plan, kind: str, source: str, folder: Path) -> dict[str, floa
     depth = getattr(backbone.text_config, text), getattr(backbone.vision_config, vision)
     batch = plan[1].per_device_train_batch_size
     found: dict[tuple[int, int, int], dict[str, int]] = {}
-    usual, chunked_logprob.TOKEN_CHUNK_SIZE = chunked_logprob.TOKEN_CHUNK_SIZE, _CPU_TOKEN_CHUNK
-    try:
-        for layers in ((1, 1), (2, 1), (1, 2)):
-            target = folder / "x".join(map(str, layers))
-            random_checkpoint(source, target, _dtype(plan[2]), layers)
-            for size in _BATCHES:
-                training = replace(plan[1], per_device_train_batch_size=size)
-                small = (plan[0], training, replace(plan[2], model_name_or_path=str(target)))
+    for layers in ((1, 1), (2, 1), (1, 2)):
+        target = folder / "x".join(map(str, layers))
+        random_checkpoint(source, target, _dtype(plan[2]), layers)
+        for size in _BATCHES:
+            training = replace(plan[1], per_device_train_batch_size=size)
+            small = (plan[0], training, replace(plan[2], model_name_or_path=str(target)))
+            with _kernels_like_a_gpus():
                 found[*layers, size] = _measure_on_cpu(small, kind)
-    finally:
-        chunked_logprob.TOKEN_CHUNK_SIZE = usual
 
     def whole(name: str, size: int) -> float:
         shallow = found[1, 1, size][name]
@@ -107,10 +104,22 @@ def estimate(plan: Plan, kind: str, source: str, folder: Path) -> dict[str, floa
     passing = found[1, 1, few]["passing"] + (batch - few) * (
         found[1, 1, more]["passing"] - found[1, 1, few]["passing"]
     )
-    tile = min(usual, batch * found[1, 1, few]["answer_tokens"])
+    tile = min(chunked_logprob.TOKEN_CHUNK_SIZE, batch * found[1, 1, few]["answer_tokens"])
     head = tile * backbone.get_text_config().vocab_size * torch.bfloat16.itemsize
     figures["activations"] = kept + passing + head
     return {f"{name}_gib": size / GIB for name, size in (figures | {"peak": sum(figures.values())}).items()}
+
+
+@contextmanager
+def _kernels_like_a_gpus() -> Iterator[None]:
+    """What a CPU keeps beyond a GPU, made small: several tiles of float32 logits instead of one in bfloat16 (the
+    GPU's is added to the estimate), and attention weights."""
+    usual = chunked_logprob.TOKEN_CHUNK_SIZE
+    chunked_logprob.TOKEN_CHUNK_SIZE, forward.blocks_on_cpu = _CPU_TOKEN_CHUNK, False
+    try:
+        yield
+    finally:
+        chunked_logprob.TOKEN_CHUNK_SIZE, forward.blocks_on_cpu = usual, True
 
 
 def _measure_on_cpu(plan: Plan, kind: str) -> dict[str, int]:
@@ -128,11 +137,11 @@ def _measure_on_cpu(plan: Plan, kind: str) -> dict[str, int]:
     )
     allocated = np.cumsum(changes)
     # The last of them: gradients and optimizer state are there, and are counted on their own.
-    step, forward = (
+    step, loss = (
         max((e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == name and "dur" in e)
         for name in ("training_step", "compute_loss")
     )
-    begun, ready, done = np.searchsorted(times, (forward[0], forward[1], step[1]))
+    begun, ready, done = np.searchsorted(times, (loss[0], loss[1], step[1]))
     kept = allocated[ready - 1] - allocated[begun - 1]
     passing = allocated[ready - 1 : done].max() - allocated[ready - 1]
     answer = (trainer.eval_collator([trainer.train_dataset[0]])["labels"] >= 0).sum()

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
@@ -21,8 +19,6 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.utils import cached_file
 
 from vla0_trl.config import VLAConfig
@@ -33,8 +29,7 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG = "adapter_config.json"
 BASE_FINGERPRINT = "base_model.json"  # beside an adapter: of which weights it is a change
 _PROBES, _PROBE_BYTES = 64, 4096
-_SMOLVLM = ("smolvlm", "idefics3")  # one architecture under two names
-_MASKLESS = "sdpa_without_padding_mask"
+SMOLVLM = ("smolvlm", "idefics3")  # one architecture under two names
 VISION_MODULES = ("vision_model", "visual", "vision_tower")  # the image encoder, as transformers' models name it
 
 
@@ -68,7 +63,7 @@ def set_image_size(processor: ProcessorMixin, backbone: PreTrainedConfig, config
     """
     side, vision = config.image_size, backbone.vision_config
     processor.image_processor.resample = Image.Resampling.BICUBIC
-    if backbone.model_type in _SMOLVLM:
+    if backbone.model_type in SMOLVLM:
         if config.tile_images:
             raise ValueError(
                 f"tile_images=True: {backbone.model_type} squares every image, which would squash the cameras: "
@@ -169,45 +164,6 @@ def _check_base(adapter: Path, base: str) -> None:
             f"weights now: an adapter only means something on its own base model. If they are the same in another "
             f"file format, delete {file}"
         )
-
-
-def prepare_for_training(model: PreTrainedModel) -> None:
-    """Make the forward pass static: no shape that depends on data, and nothing that the host must ask the device.
-
-    While gradients are on, attention goes without a mask: our training batches are padded on the right, where causal
-    attention does not look, and images not at all. SmolVLM's image features go to their places by an index of known
-    size, where transformers first looks for empty images. Both compute what transformers computes.
-    """
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(_MASKLESS)
-    if model.config.model_type in _SMOLVLM:
-        model.model.register_forward_pre_hook(_embed_images, with_kwargs=True)
-
-
-def _maskless(*args, **kwargs) -> torch.Tensor | None:
-    plain = kwargs["mask_function"] in (causal_mask_function, bidirectional_mask_function)
-    return None if plain and torch.is_grad_enabled() else sdpa_mask(*args, **kwargs)
-
-
-AttentionInterface.register(_MASKLESS, sdpa_attention_forward)
-AttentionMaskInterface.register(_MASKLESS, _maskless)
-
-
-def _embed_images(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """`input_ids` (B, L) and `pixel_values` (B, C, 3, H, W) -> `inputs_embeds`; each row has all its C images."""
-    if kwargs.get("pixel_values") is None:
-        return args, kwargs
-    ids, pixels = kwargs.pop("input_ids"), kwargs.pop("pixel_values").flatten(0, 1)
-    embeds = model.get_input_embeddings()(ids)
-    grid = [side // model.config.vision_config.patch_size for side in pixels.shape[-2:]]
-    whole = torch.ones(len(pixels), *grid, dtype=torch.bool, device=pixels.device)
-    seen = model.vision_model(pixels.to(model.dtype), patch_attention_mask=whole).last_hidden_state
-    # Under autocast the connector gives bfloat16, and the embeddings are float32.
-    features = model.connector(seen).reshape(len(ids), -1, embeds.shape[-1]).to(embeds.dtype)
-    places = ids == model.config.image_token_id
-    which = (places.cumsum(1) - 1).clamp(min=0)[..., None].expand_as(embeds)
-    kwargs["inputs_embeds"] = torch.where(places[..., None], features.gather(1, which), embeds)
-    return args, kwargs
 
 
 def freeze_vision(model: PreTrainedModel) -> None:

@@ -21,13 +21,15 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from vla0_trl.arguments import DataArguments, VLASFTConfig, parse_recipe
 from vla0_trl.callbacks import RolloutCallback
 from vla0_trl.chat_dataset import align_config, episode_indices, load_chat_dataset
+from vla0_trl.checkpoints import last_checkpoint
 from vla0_trl.config import CONFIG_NAME, VLAConfig
 from vla0_trl.files import write_whole
 from vla0_trl.modeling import VISION_MODULES, freeze_vision, load_model, load_processor, set_image_size
 from vla0_trl.nano import NANO, build_nano, nano_from_dict
+from vla0_trl.not_finite import NotFiniteError
 from vla0_trl.rollout import Environment
 from vla0_trl.run_report import describe_run, global_batch_size
-from vla0_trl.training import NotFiniteError, VLATrainer, last_checkpoint
+from vla0_trl.training import VLATrainer
 
 RUN_FILE = "run.json"
 BASE_MODEL = "base_model"

@@ -51,6 +51,7 @@ class Bench:
         random_weights (`bool`): build the model from its config, without weights.
         steps (`int`): timed optimizer steps.
         num_workers (`int`): processes that collate beside the training process.
+        float32 (`bool`): train without bfloat16, in which TRL and our recipes train by default.
     """
 
     model: str
@@ -60,6 +61,7 @@ class Bench:
     steps: int
     num_workers: int = 0
     random_weights: bool = False
+    float32: bool = False
 
     def processor(self, stock: bool = False) -> ProcessorMixin:
         """Ours, or what users of plain TRL load: only the splitting of images into 17 is off, for comparison."""
@@ -106,7 +108,7 @@ class Bench:
             "output_dir": folder,
             "max_steps": _WARM_UP + self.steps,
             "per_device_train_batch_size": self.batch_size,
-            "bf16": on_gpu,
+            "bf16": not self.float32,
             "use_cpu": not on_gpu,
             "optim": "adamw_torch_fused",
             "gradient_checkpointing": name == "trl",

@@ -1,0 +1,96 @@
+"""The forward pass in training: the model's own, made static and as fast as the device allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+from vla0_trl.modeling import SMOLVLM
+
+_ATTENTION = "vla0_training"
+_BLOCK = 128  # queries; 64 to 256 are within a fifth of it, up to 1,400 tokens
+blocks_on_cpu = True  # off where a CPU stands in for a GPU: these blocks keep attention weights, flash kernels don't
+
+
+def prepare_for_training(model: PreTrainedModel) -> None:
+    """Make the forward pass static: no shape that depends on data, and nothing that the host must ask the device.
+
+    While gradients are on, attention goes without a mask: our training batches are padded on the right, where causal
+    attention does not look, and images not at all. SmolVLM's image features go to their places by an index of known
+    size, where transformers first looks for empty images. Both compute what transformers computes.
+    """
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(_ATTENTION)
+    if model.config.model_type in SMOLVLM:
+        model.model.register_forward_pre_hook(_embed_images, with_kwargs=True)
+
+
+def _without_mask(*args, **kwargs) -> torch.Tensor | None:
+    plain = kwargs["mask_function"] in (causal_mask_function, bidirectional_mask_function)
+    return None if plain and torch.is_grad_enabled() else sdpa_mask(*args, **kwargs)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """`sdpa`, or `_in_blocks` where that is the same and faster; (B, heads, L, D) each -> (B, L, heads, D)."""
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    faster = blocks_on_cpu and device == "cpu" and dtype == torch.bfloat16
+    special = kwargs.get("dropout") or kwargs.get("position_bias") is not None or query.shape[2] != key.shape[2]
+    if not faster or special or attention_mask is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    causal = kwargs.get("is_causal")
+    query = (query * (scaling or query.shape[-1] ** -0.5)).to(dtype)
+    key, value = (repeat_kv(tensor.to(dtype), query.shape[1] // key.shape[1]) for tensor in (key, value))
+    out = _in_blocks(query, key, value, module.is_causal if causal is None else causal)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Attention as matrix products, (B, heads, L, D) each; `query` is scaled already.
+
+    torch's flash kernel takes as long in bfloat16 as in float32 on a CPU, whose matrix products are twice as fast:
+    with the softmax between them, they need a third to four fifths of its time, the less the shorter the text.
+    """
+    future = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool).triu(1)
+    blocks, stop = [], 0
+    for part in query.split(_BLOCK, 2):
+        start, stop = stop, stop + part.shape[2]
+        seen = stop if causal else key.shape[2]
+        scores = part @ key[:, :, :seen].mT
+        if causal:
+            scores[..., start:].masked_fill_(future[: stop - start, : stop - start], -torch.inf)
+        blocks.append(scores.softmax(-1) @ value[:, :, :seen])
+    return torch.cat(blocks, 2)
+
+
+AttentionInterface.register(_ATTENTION, _attention)
+AttentionMaskInterface.register(_ATTENTION, _without_mask)
+
+
+def _embed_images(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """`input_ids` (B, L) and `pixel_values` (B, C, 3, H, W) -> `inputs_embeds`; each row has all its C images."""
+    if kwargs.get("pixel_values") is None:
+        return args, kwargs
+    ids, pixels = kwargs.pop("input_ids"), kwargs.pop("pixel_values").flatten(0, 1)
+    embeds = model.get_input_embeddings()(ids)
+    grid = [side // model.config.vision_config.patch_size for side in pixels.shape[-2:]]
+    whole = torch.ones(len(pixels), *grid, dtype=torch.bool, device=pixels.device)
+    seen = model.vision_model(pixels.to(model.dtype), patch_attention_mask=whole).last_hidden_state
+    # Under autocast the connector gives bfloat16, and the embeddings are float32.
+    features = model.connector(seen).reshape(len(ids), -1, embeds.shape[-1]).to(embeds.dtype)
+    places = ids == model.config.image_token_id
+    which = (places.cumsum(1) - 1).clamp(min=0)[..., None].expand_as(embeds)
+    kwargs["inputs_embeds"] = torch.where(places[..., None], features.gather(1, which), embeds)
+    return args, kwargs
