@@ -60,6 +60,8 @@ def test_bfloat16_attention_on_a_cpu_is_as_good_as_torchs(length, causal):
     truth = attend(sdpa_attention_forward, torch.float64, False)
     theirs = attend(sdpa_attention_forward, torch.float32, True)
     ours = attend(forward._attention, torch.float32, True)
+    compiled = attend(torch.compile(forward._attention, backend="aot_eager", fullgraph=True), torch.float32, True)
+    torch.testing.assert_close(compiled, ours)
     assert ours[0].dtype == theirs[0].dtype == torch.bfloat16 and not torch.equal(ours[0], theirs[0])
     for mine, other, right in zip(ours, theirs, truth, strict=True):
         assert mine.shape == right.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
@@ -43,36 +44,66 @@ def _attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """`sdpa`, or `_in_blocks` where that is the same and faster; (B, heads, L, D) each -> (B, L, heads, D)."""
+    """`sdpa`, or `_InBlocks` where that is the same and faster; (B, heads, L, D) each -> (B, L, heads, D)."""
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     faster = blocks_on_cpu and device == "cpu" and dtype == torch.bfloat16
     special = kwargs.get("dropout") or kwargs.get("position_bias") is not None or query.shape[2] != key.shape[2]
     if not faster or special or attention_mask is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    key, value = (repeat_kv(tensor, query.shape[1] // key.shape[1]) for tensor in (key, value))
     causal = kwargs.get("is_causal")
-    query = (query * (scaling or query.shape[-1] ** -0.5)).to(dtype)
-    key, value = (repeat_kv(tensor.to(dtype), query.shape[1] // key.shape[1]) for tensor in (key, value))
-    out = _in_blocks(query, key, value, module.is_causal if causal is None else causal)
-    return out.transpose(1, 2).contiguous(), None
+    out = _InBlocks.apply(
+        *(tensor.to(dtype).flatten(0, 1) for tensor in (query, key, value)),
+        scaling or query.shape[-1] ** -0.5,
+        module.is_causal if causal is None else causal,
+    )
+    return out.unflatten(0, query.shape[:2]).transpose(1, 2).contiguous(), None
 
 
-def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Attention as matrix products, (B, heads, L, D) each; `query` is scaled already.
+class _InBlocks(torch.autograd.Function):
+    """Attention as matrix products, (B · heads, L, D) each, a block of queries at a time.
 
-    torch's flash kernel takes as long in bfloat16 as in float32 on a CPU, whose matrix products are twice as fast:
-    with the softmax between them, they need a third to four fifths of its time, the less the shorter the text.
+    torch's flash kernel hardly uses what CPUs have for bfloat16: matrix products with a softmax between them need a
+    fifth to four fifths of its time, the less the shorter the text; from 1,000 tokens without causality they are
+    even. Weights are written over scores, and their gradients over each other: fresh memory is what costs the most.
     """
-    future = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool).triu(1)
-    blocks, stop = [], 0
-    for part in query.split(_BLOCK, 2):
-        start, stop = stop, stop + part.shape[2]
-        seen = stop if causal else key.shape[2]
-        scores = part @ key[:, :, :seen].mT
-        if causal:
-            scores[..., start:].masked_fill_(future[: stop - start, : stop - start], -torch.inf)
-        blocks.append(scores.softmax(-1) @ value[:, :, :seen])
-    return torch.cat(blocks, 2)
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, causal: bool):
+        out, weights = torch.empty_like(query), []
+        future = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool).triu(1)
+        for part, rows in zip(query.split(_BLOCK, 1), out.split(_BLOCK, 1), strict=True):
+            start, size = len(weights) * _BLOCK, part.shape[1]
+            seen = start + size if causal else key.shape[1]
+            scores = _product(part, key[:, :seen].mT, scaling)
+            if causal:
+                scores[..., start:].masked_fill_(future[:size, :size], -torch.inf)
+            weights.append(torch.softmax(scores, -1, out=scores))
+            rows.copy_(scores @ value[:, :seen])
+        ctx.save_for_backward(query, key, value, *weights)
+        ctx.scaling = scaling
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor):
+        query, key, value, *weights = ctx.saved_tensors
+        grad_query, grad_key, grad_value = (torch.zeros_like(tensor) for tensor in (query, key, value))
+        parts = (tensor.split(_BLOCK, 1) for tensor in (query, grad_out, grad_query))
+        for weight, part, grad, rows in zip(weights, *parts, strict=True):
+            seen = weight.shape[2]
+            grad_value[:, :seen].baddbmm_(weight.mT, grad)
+            scores = grad @ value[:, :seen].mT
+            torch._softmax_backward_data(scores, weight, -1, weight.dtype, grad_input=scores)
+            grad_key[:, :seen].baddbmm_(scores.mT, part, alpha=ctx.scaling)
+            rows.copy_(_product(scores, key[:, :seen], ctx.scaling))
+        return grad_query, grad_key, grad_value, None, None
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, factor: float) -> torch.Tensor:
+    """`factor * left @ right`, rounded once."""
+    return torch.baddbmm(left.new_empty(1), left, right, beta=0, alpha=factor)
 
 
 AttentionInterface.register(_ATTENTION, _attention)
