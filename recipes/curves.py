@@ -13,13 +13,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
-
-from vla0_trl.checkpoints import last_checkpoint
 from vla0_trl.files import write_whole
-from vla0_trl.recipe import RUN_FILE
 from vla0_trl.report.charts import training_curve
 from vla0_trl.results import RESULTS
+from vla0_trl.runs import RUN_FILE, STATE_FILE, last_checkpoint
 
 EVALUATED = ("success_rate", "success_rate_interval", "mean_max_coverage", "num_episodes")
 
@@ -30,10 +27,10 @@ def read_run(folder: Path) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: no recipe has run there, or it has no checkpoint yet.
     """
-    checkpoint = folder if (folder / TRAINER_STATE_NAME).is_file() else last_checkpoint(folder)
+    checkpoint = folder if (folder / STATE_FILE).is_file() else last_checkpoint(folder)
     if checkpoint is None or not (folder / RUN_FILE).is_file():
         raise FileNotFoundError(f"{folder}: no run of recipes/sft_*.py with a checkpoint")
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    state = json.loads((checkpoint / STATE_FILE).read_text())
     entries = list(state["log_history"])
     for file in folder.glob(f"eval/*/{RESULTS}"):
         name, results = file.parent.name, json.loads(file.read_text())

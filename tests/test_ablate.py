@@ -108,8 +108,8 @@ def test_arms_are_trained_evaluated_and_compared(pusht_data, tmp_path, monkeypat
         monkeypatch.setenv(name, value)
     arms = {
         "broken": {"train": {"num_bins": 0}},
-        "base": {"published": 57.8},
-        "one step": {"evaluate": {"n_action_steps": 1}, "published": "no difference"},
+        "base": {"evaluate": {"max_steps": 20}, "published": 57.8},
+        "one step": {"evaluate": {"max_steps": 20, "n_action_steps": 1}, "published": "no difference"},
     }
     out = tmp_path / "out"
     arguments = ["--ablations", ablation_file(tmp_path, arms), "--output_dir", out, "--num_episodes", "1"]

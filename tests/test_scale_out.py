@@ -22,7 +22,7 @@ from helpers import REPOSITORY
 from test_training import losses, predicts
 
 from vla0_trl import VLAPolicy
-from vla0_trl.checkpoints import last_checkpoint
+from vla0_trl.runs import last_checkpoint
 
 CONFIGS = REPOSITORY / "accelerate_configs"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}

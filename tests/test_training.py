@@ -15,10 +15,10 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 from vla0_trl import VLAPolicy
 from vla0_trl.arguments import DataArguments, VLASFTConfig
 from vla0_trl.chat_dataset import load_chat_dataset
-from vla0_trl.checkpoints import last_checkpoint
 from vla0_trl.modeling import load_model, load_processor
 from vla0_trl.not_finite import NotFiniteError
 from vla0_trl.recipe import hold_out, prepare, train
+from vla0_trl.runs import last_checkpoint
 from vla0_trl.training import VLATrainer
 
 AUGMENTED = {"crop_ratio": 0.75, "image_jitter": [0.2, 0.2, 0.2, 0.05]}

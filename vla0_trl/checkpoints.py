@@ -52,9 +52,3 @@ class CheckpointingTrainer(SFTTrainer):
             if is_adapter(directory):
                 save_base_fingerprint(directory)
             self.vla_config.save_pretrained(directory)
-
-
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest whole checkpoint-N of a run."""
-    whole = [path.parent for path in output_dir.glob(f"checkpoint-*/{CONFIG_NAME}")]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# What the training of a run took, in its folder; `run_report` writes it, `report` reads it.
-ENERGY_FILE = "energy.json"
-
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file beside `path` and rename it: a kill or a full disk leaves the old one or none, never half."""

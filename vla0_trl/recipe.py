@@ -15,13 +15,11 @@ from datasets import Dataset
 from peft import PeftConfig
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from vla0_trl.arguments import DataArguments, VLASFTConfig, parse_recipe
 from vla0_trl.callbacks import RolloutCallback
 from vla0_trl.chat_dataset import align_config, episode_indices, load_chat_dataset
-from vla0_trl.checkpoints import last_checkpoint
 from vla0_trl.config import CONFIG_NAME, VLAConfig
 from vla0_trl.files import write_whole
 from vla0_trl.modeling import VISION_MODULES, freeze_vision, load_model, load_processor, set_image_size
@@ -29,9 +27,9 @@ from vla0_trl.nano import NANO, build_nano, nano_from_dict
 from vla0_trl.not_finite import NotFiniteError
 from vla0_trl.rollout import Environment
 from vla0_trl.run_report import describe_run, global_batch_size
+from vla0_trl.runs import RUN_FILE, STATE_FILE, last_checkpoint
 from vla0_trl.training import VLATrainer
 
-RUN_FILE = "run.json"
 BASE_MODEL = "base_model"
 # What a run is: change one of these, and it is another run. How long it goes on, what is logged, and on how many GPUs
 # the same batch is spread may change.
@@ -135,7 +133,7 @@ def train(run: Run, make_env: Callable[[VLAConfig], Environment] | None = None) 
 
 def is_finished(training: VLASFTConfig) -> bool:
     """Whether `output_dir` holds the final policy of a run at least as long as this one."""
-    state = Path(training.output_dir) / TRAINER_STATE_NAME
+    state = Path(training.output_dir) / STATE_FILE
     if not (state.is_file() and (state.parent / CONFIG_NAME).is_file()):
         return False
     done = json.loads(state.read_text())

@@ -15,7 +15,8 @@ from transformers.trainer_pt_utils import get_model_param_count
 from trl import SFTTrainer
 
 from vla0_trl.collator import VLADataCollator
-from vla0_trl.files import ENERGY_FILE, write_whole
+from vla0_trl.files import write_whole
+from vla0_trl.runs import ENERGY_FILE
 
 # The first steps warm up caches, allocator and workers: they are not timed.
 _TIMED_FROM, _TIMED_TO = 5, 20

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from vla0_trl.envs.libero_protocol import COLUMNS
-from vla0_trl.files import ENERGY_FILE
 from vla0_trl.metrics import aggregate_suites, aggregate_tasks, identity, mean_rate
 from vla0_trl.results import RESULTS, VIDEOS, read_episodes, video_name
+from vla0_trl.runs import ENERGY_FILE
 
 OFFLINE = "offline.json"
 
