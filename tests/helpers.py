@@ -125,3 +125,8 @@ class HostSyncs(TorchDispatchMode):
         booleans = masks and any(index is not None and index.dtype == torch.bool for index in args[1])
         self.count += booleans or func.overloadpacket.__name__ in self.names
         return func(*args, **(kwargs or {}))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Name and bytes of every file."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}

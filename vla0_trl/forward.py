@@ -51,10 +51,11 @@ def _attention(
     special = kwargs.get("dropout") or kwargs.get("position_bias") is not None or query.shape[2] != key.shape[2]
     if not faster or special or attention_mask is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     key, value = (repeat_kv(tensor, query.shape[1] // key.shape[1]) for tensor in (key, value))
     causal = kwargs.get("is_causal")
     out = _InBlocks.apply(
-        *(tensor.to(dtype).flatten(0, 1) for tensor in (query, key, value)),
+        *(tensor.flatten(0, 1) for tensor in (query, key, value)),
         scaling or query.shape[-1] ** -0.5,
         module.is_causal if causal is None else causal,
     )
@@ -89,7 +90,7 @@ class _InBlocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor):
         query, key, value, *weights = ctx.saved_tensors
-        grad_query, grad_key, grad_value = (torch.zeros_like(tensor) for tensor in (query, key, value))
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         parts = (tensor.split(_BLOCK, 1) for tensor in (query, grad_out, grad_query))
         for weight, part, grad, rows in zip(weights, *parts, strict=True):
             seen = weight.shape[2]

@@ -7,9 +7,7 @@ from pathlib import Path
 from vla0_trl.config import CONFIG_NAME
 
 RUN_FILE = "run.json"  # every setting that changes what is learnt; `recipe` writes it
-STATE_FILE = (
-    "trainer_state.json"  # transformers' name for steps and logs; the module that has it takes seconds to import
-)
+STATE_FILE = "trainer_state.json"  # steps and logs: transformers' TRAINER_STATE_NAME, without importing its trainer
 ENERGY_FILE = "energy.json"  # what the training took; `run_report` writes it, `report` reads it
 
 
