@@ -41,7 +41,7 @@ SHORTEST_PREFIX = 8
 # The cache comes in these steps, so that a GPU's graphs fit prompts of any length.
 CAPACITY_STEP = 128
 # What `generate` prepares for its own loop; the rest of its inputs is for the model.
-GENERATE_ONLY = ("past_key_values", "use_cache", "logits_to_keep")
+GENERATE_ONLY = ("past_key_values", "cache", "use_cache", "logits_to_keep")  # transformers 5.24 says `cache`
 
 
 @dataclass
