@@ -13,9 +13,9 @@ Needs the extra [convert]: pip install -e ".[convert]".
 
 from __future__ import annotations
 
-from vla0_trl.conversion.cli import ConversionParser, chosen_cameras, chosen_tasks, command_line_errors
-from vla0_trl.sources.lerobot import LeRobotSource
-from vla0_trl.sources.lerobot_hub import fetch, open_dataset
+from vla0_trl.data.arguments import ConversionParser, chosen_cameras, chosen_tasks, command_line_errors
+from vla0_trl.data.sources.lerobot import LeRobotSource
+from vla0_trl.data.sources.lerobot_hub import fetch, open_dataset
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vla0_trl.conversion.cli import ConversionParser, chosen_cameras, chosen_tasks, command_line_errors
-from vla0_trl.sources.libero_hdf5 import ACTION_DIM, CAMERAS, STATE_DIM, LiberoDemos
+from vla0_trl.data.arguments import ConversionParser, chosen_cameras, chosen_tasks, command_line_errors
+from vla0_trl.data.sources.libero_hdf5 import ACTION_DIM, CAMERAS, STATE_DIM, LiberoDemos
 
 
 def main() -> None:

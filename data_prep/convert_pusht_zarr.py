@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vla0_trl.conversion.cli import command_line_errors
-from vla0_trl.conversion.pusht import PushTParser
-from vla0_trl.conversion.staging import ConversionError
-from vla0_trl.envs.pusht import CAMERA, FPS, STATE_MODES, TASK
-from vla0_trl.episodes import Episode, EpisodeError, SourceInfo
+from vla0_trl.data.arguments import command_line_errors
+from vla0_trl.data.episodes import Episode, EpisodeError, SourceInfo
+from vla0_trl.data.pusht import PushTParser
+from vla0_trl.data.staging import ConversionError
+from vla0_trl.envs.pusht.env import CAMERA, FPS, STATE_MODES, TASK
 
 
 class PushTZarr:

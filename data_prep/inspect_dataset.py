@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vla0_trl.chat_dataset import load_chat_dataset
-from vla0_trl.collator import VLADataCollator
 from vla0_trl.config import CONFIG_NAME, VLAConfig
-from vla0_trl.inspection import contact_sheet, html_page
-from vla0_trl.modeling import load_processor
+from vla0_trl.data.chat_dataset import load_chat_dataset
+from vla0_trl.data.viewer import contact_sheet, html_page
+from vla0_trl.models.loading import load_processor
+from vla0_trl.processing.collator import VLADataCollator
 
 
 def main() -> None:

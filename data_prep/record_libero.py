@@ -13,13 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from vla0_trl import __version__
-from vla0_trl.conversion.cli import ConversionParser, command_line_errors, positive
-from vla0_trl.conversion.staging import ConversionError
-from vla0_trl.envs import libero_protocol as protocol
-from vla0_trl.envs.libero import LiberoTasks
-from vla0_trl.envs.libero_expert import SUITES, record_episode
-from vla0_trl.envs.libero_setup import find_assets, instruction, task_names
-from vla0_trl.episodes import Episode, SourceInfo
+from vla0_trl.data.arguments import ConversionParser, command_line_errors, positive
+from vla0_trl.data.episodes import Episode, SourceInfo
+from vla0_trl.data.staging import ConversionError
+from vla0_trl.envs.libero import protocol
+from vla0_trl.envs.libero.env import LiberoTasks
+from vla0_trl.envs.libero.expert import SUITES, record_episode
+from vla0_trl.envs.libero.setup import find_assets, instruction, task_names
 
 
 class LiberoExpertEpisodes:

@@ -23,12 +23,12 @@ from importlib.metadata import version
 import numpy as np
 
 from vla0_trl import __version__
-from vla0_trl.conversion.cli import command_line_errors, positive
-from vla0_trl.conversion.pusht import PushTParser
-from vla0_trl.conversion.staging import ConversionError
-from vla0_trl.envs.pusht import CAMERA, FPS, MAX_EPISODE_STEPS, STATE_MODES, TASK, check_speaks_pusht
-from vla0_trl.envs.pusht_expert import record_episode
-from vla0_trl.episodes import Episode, SourceInfo
+from vla0_trl.data.arguments import command_line_errors, positive
+from vla0_trl.data.episodes import Episode, SourceInfo
+from vla0_trl.data.pusht import PushTParser
+from vla0_trl.data.staging import ConversionError
+from vla0_trl.envs.pusht.env import CAMERA, FPS, MAX_EPISODE_STEPS, STATE_MODES, TASK, check_speaks_pusht
+from vla0_trl.envs.pusht.expert import record_episode
 
 
 class PushTExpertEpisodes:
@@ -49,7 +49,7 @@ class PushTExpertEpisodes:
         noise = f", with {args.action_noise:g} px of noise in {args.noise_fraction:.0%} of the episodes"
         how, source = "only successful episodes are kept", "PushT, scripted expert"
         if args.policy:
-            from vla0_trl.learner import Learner  # imports torch, which the expert does not need
+            from vla0_trl.policy.dagger import Learner  # imports torch, which the expert does not need
 
             self.learner = Learner(args.policy, args.num_proc)
             check_speaks_pusht(self.learner.config, args.policy)

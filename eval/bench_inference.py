@@ -17,9 +17,9 @@ import argparse
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from vla0_trl.inference_bench import MODELS, SEED, VARIANTS, bench, random_policy, ratios
-from vla0_trl.policy import resolve_device
-from vla0_trl.results import provenance, write_json
+from vla0_trl.benchmarks.inference import MODELS, SEED, VARIANTS, bench, random_policy, ratios
+from vla0_trl.evaluation.episode_log import provenance, write_json
+from vla0_trl.policy.policy import resolve_device
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 TITLES = {"median_ms": "ms/chunk", "p95_ms": "p95", "chunks_per_s": "chunks/s", "hz_n_step": "Hz, n-step"}

@@ -15,7 +15,7 @@ of which each runs its share (--num_processes: the number of GPUs, or of process
     python eval/eval_libero.py … --perturb rotate:180 --perturb noise:3 --perturb no_task
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 2 eval/eval_libero.py …
 
-Stopped at any moment, the same command runs only what is missing. The protocol: vla0_trl/envs/libero_protocol.py. An
+Stopped at any moment, the same command runs only what is missing. The protocol: vla0_trl/envs/libero/protocol.py. An
 episode whose simulator crashes is tried once more in a fresh process, and is never counted as a failure.
 """
 
@@ -23,10 +23,21 @@ import warnings
 from pathlib import Path
 
 from vla0_trl.config import VLAConfig
-from vla0_trl.envs import libero_protocol as protocol
-from vla0_trl.envs.libero_perturb import NAMES, parse_perturbation
-from vla0_trl.envs.libero_setup import check_mujoco, find_assets
-from vla0_trl.evaluation import (
+from vla0_trl.envs.libero import protocol
+from vla0_trl.envs.libero.perturb import NAMES, parse_perturbation
+from vla0_trl.envs.libero.setup import check_mujoco, find_assets
+from vla0_trl.evaluation.episode_log import RESULTS
+from vla0_trl.evaluation.libero import (
+    benchmark_envs,
+    environment_factory,
+    evaluation_config,
+    run_missing,
+    run_protocol,
+    suite_results,
+)
+from vla0_trl.evaluation.report.page import REPORT, write_report
+from vla0_trl.evaluation.report.summary import format_table, load_runs, suite_table, summary_table, task_table
+from vla0_trl.evaluation.runner import (
     NOT_ALL,
     EvaluationParser,
     finish,
@@ -35,19 +46,8 @@ from vla0_trl.evaluation import (
     run_identity,
     stopping_well,
 )
-from vla0_trl.libero_evaluation import (
-    benchmark_envs,
-    environment_factory,
-    evaluation_config,
-    run_missing,
-    run_protocol,
-    suite_results,
-)
-from vla0_trl.modeling import checkpoint_folder
-from vla0_trl.policy import VLAPolicy, resolve_device
-from vla0_trl.report.page import REPORT, write_report
-from vla0_trl.report.summary import format_table, load_runs, suite_table, summary_table, task_table
-from vla0_trl.results import RESULTS
+from vla0_trl.models.loading import checkpoint_folder
+from vla0_trl.policy.policy import VLAPolicy, resolve_device
 
 
 def build_parser() -> EvaluationParser:

@@ -10,13 +10,14 @@ that the policy generates from the stored frames, as on a robot, beside that of 
 import argparse
 from pathlib import Path
 
-from vla0_trl.chat_dataset import load_chat_dataset
 from vla0_trl.config import VLAConfig
-from vla0_trl.modeling import checkpoint_folder
-from vla0_trl.offline import action_errors, pick_frames, token_accuracy
-from vla0_trl.policy import VLAPolicy
-from vla0_trl.report.summary import OFFLINE
-from vla0_trl.results import checkpoint_hash, provenance, write_json
+from vla0_trl.data.chat_dataset import load_chat_dataset
+from vla0_trl.evaluation.episode_log import provenance, write_json
+from vla0_trl.evaluation.open_loop import action_errors, pick_frames, token_accuracy
+from vla0_trl.evaluation.report.summary import OFFLINE
+from vla0_trl.models.fingerprint import checkpoint_hash
+from vla0_trl.models.loading import checkpoint_folder
+from vla0_trl.policy.policy import VLAPolicy
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 

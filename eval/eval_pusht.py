@@ -21,8 +21,10 @@ import json
 from pathlib import Path
 
 from vla0_trl.config import VLAConfig
-from vla0_trl.envs.pusht import FPS, MAX_EPISODE_STEPS, SUCCESS_COVERAGE, PushTEnv, check_speaks_pusht, state_mode
-from vla0_trl.evaluation import (
+from vla0_trl.envs.pusht.env import FPS, MAX_EPISODE_STEPS, SUCCESS_COVERAGE, PushTEnv, check_speaks_pusht, state_mode
+from vla0_trl.evaluation.episode_log import RESULTS, EpisodeLog
+from vla0_trl.evaluation.report.summary import format_table, summary_table
+from vla0_trl.evaluation.runner import (
     NOT_ALL,
     EvaluationParser,
     execution_config,
@@ -34,10 +36,8 @@ from vla0_trl.evaluation import (
     run_identity,
     stopping_well,
 )
-from vla0_trl.modeling import checkpoint_folder
-from vla0_trl.policy import VLAPolicy, resolve_device
-from vla0_trl.report.summary import format_table, summary_table
-from vla0_trl.results import RESULTS, EpisodeLog
+from vla0_trl.models.loading import checkpoint_folder
+from vla0_trl.policy.policy import VLAPolicy, resolve_device
 
 PACKAGES = ("torch", "transformers", "gym-pusht", "pymunk", "numpy")
 

@@ -11,8 +11,8 @@ file, with videos inside.
 import argparse
 from pathlib import Path
 
-from vla0_trl.report.page import REPORT, success_figure, write_report
-from vla0_trl.report.summary import (
+from vla0_trl.evaluation.report.page import REPORT, success_figure, write_report
+from vla0_trl.evaluation.report.summary import (
     energy_table,
     format_table,
     load_runs,

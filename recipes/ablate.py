@@ -19,8 +19,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from vla0_trl.ablation import Ablation, run_arm, write_report
-from vla0_trl.report.summary import format_table
+from vla0_trl.benchmarks.ablation import Ablation, run_arm, write_report
+from vla0_trl.evaluation.report.summary import format_table
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from vla0_trl.arguments import parse_recipe
-from vla0_trl.memory import CARD, GIB, PARTS, build, cap_at_card, estimate, measure
-from vla0_trl.results import provenance, write_json
+from vla0_trl.benchmarks.memory import CARD, GIB, PARTS, build, cap_at_card, estimate, measure
+from vla0_trl.evaluation.episode_log import provenance, write_json
+from vla0_trl.training.arguments import parse_recipe
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "vla0_trl")
 ALLOCATOR_GIB = 11  # what a 12 GB card has left beside the CUDA context and a desktop

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from vla0_trl.nano import NANO
-from vla0_trl.results import provenance, write_json
-from vla0_trl.synthetic import synthetic_dataset
-from vla0_trl.training_bench import Bench
+from vla0_trl.benchmarks.synthetic import synthetic_dataset
+from vla0_trl.benchmarks.training import Bench
+from vla0_trl.evaluation.episode_log import provenance, write_json
+from vla0_trl.models.nano import NANO
 
 PACKAGES = ("torch", "torchvision", "transformers", "trl", "vla0_trl")
 

@@ -13,10 +13,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vla0_trl.evaluation.episode_log import RESULTS
+from vla0_trl.evaluation.report.charts import training_curve
 from vla0_trl.files import write_whole
-from vla0_trl.report.charts import training_curve
-from vla0_trl.results import RESULTS
-from vla0_trl.runs import RUN_FILE, STATE_FILE, last_checkpoint
+from vla0_trl.run_folder import RUN_FILE, STATE_FILE, last_checkpoint
 
 EVALUATED = ("success_rate", "success_rate_interval", "mean_max_coverage", "num_episodes")
 

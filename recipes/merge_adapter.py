@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from vla0_trl.config import VLAConfig
-from vla0_trl.modeling import checkpoint_folder, is_adapter, load_model, load_processor
+from vla0_trl.models.fingerprint import is_adapter
+from vla0_trl.models.loading import checkpoint_folder, load_model, load_processor
 
 
 def main() -> None:

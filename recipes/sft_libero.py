@@ -11,12 +11,12 @@ Another recipe, and any field of it on the command line:
     accelerate launch recipes/sft_libero.py --config recipes/libero/debug.yaml --max_steps 30
 
 The same command again continues where it was stopped. Fields: TRL's SFTConfig and ModelConfig, and those of
-`vla0_trl/arguments.py`; `--help` lists them all. The simulator is not needed: eval/eval_libero.py has it.
+`vla0_trl/training/arguments.py`; `--help` lists them all. The simulator is not needed: eval/eval_libero.py has it.
 """
 
 from pathlib import Path
 
-from vla0_trl.recipe import main
+from vla0_trl.training.run import main
 
 if __name__ == "__main__":
     main(Path(__file__).parent / "libero" / "full.yaml", __doc__)

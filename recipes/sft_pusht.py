@@ -11,22 +11,24 @@ Another recipe, and any field of it on the command line:
     accelerate launch recipes/sft_pusht.py --config recipes/pusht/nano.yaml --dataset_name data/pusht --max_steps 200
 
 The same command again continues where it was stopped. Fields: TRL's SFTConfig and ModelConfig, and those of
-`vla0_trl/arguments.py`; `--help` lists them all.
+`vla0_trl/training/arguments.py`; `--help` lists them all.
 """
 
 from pathlib import Path
 
-from vla0_trl.config import VLAConfig
-from vla0_trl.recipe import main
-from vla0_trl.rollout import Environment
+from transformers import TrainerCallback
+
+from vla0_trl.training.run import main
+from vla0_trl.training.trainer import VLATrainer
 
 
-def make_env(config: VLAConfig) -> Environment:
+def rollouts(trainer: VLATrainer) -> TrainerCallback:
     """The simulator is only imported by a run that rolls out during training."""
-    from vla0_trl.envs.pusht import PushTEnv, state_mode
+    from vla0_trl.envs.pusht.env import PushTEnv, state_mode
+    from vla0_trl.evaluation.rollout_callback import RolloutCallback
 
-    return PushTEnv(state_mode(config.state_dim))
+    return RolloutCallback(trainer, lambda config: PushTEnv(state_mode(config.state_dim)))
 
 
 if __name__ == "__main__":
-    main(Path(__file__).parent / "pusht" / "full.yaml", __doc__, make_env)
+    main(Path(__file__).parent / "pusht" / "full.yaml", __doc__, rollouts)

@@ -5,22 +5,23 @@ import os
 import signal
 import tempfile
 
+from support.backbones import QWEN, SMOLVLM, TINY
+from support.episodes import DotSource
+
 # Before anything imports them: no test reaches the Hub, or leaves files in the user's cache.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="vla0_trl-datasets-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import numpy as np
 import pytest
 import torch
-from helpers import shared_path
+from support.general import shared_path
 
 from vla0_trl.actions import NormStats
 from vla0_trl.config import VLAConfig
-from vla0_trl.conversion.convert import convert
-from vla0_trl.episodes import Episode, SourceInfo
-from vla0_trl.modeling import load_processor
-from vla0_trl.nano import NanoConfig, build_nano
+from vla0_trl.data.convert import convert
+from vla0_trl.models.loading import load_processor
+from vla0_trl.models.nano import NanoConfig, build_nano
 
 # Tiny models on all cores mostly wait for their threads, the more the busier the machine is.
 torch.set_num_threads(1)
@@ -28,33 +29,6 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # It misses a kernel that no test needs, and would say so behind pytest's summary.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-TASK = "Move the dot to the centre."
-TINY = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vision_hidden_size": 64, "vision_layers": 1}
-TINY |= {"image_size": 48, "patch_size": 12}
-SMOLVLM, QWEN = "SmolVLM2-500M-Video-Instruct", "Qwen2.5-VL-3B-Instruct"
-
-
-class DotSource:
-    """Episodes of a white dot on a 48 px image that walks to the centre: state = position, action = next position."""
-
-    def __init__(self, num_episodes: int = 6, steps: int = 10):
-        self.num_episodes, self.steps = num_episodes, steps
-        self.info = SourceInfo("dots", "1", "apache-2.0", "dot", 10.0, "Computed.", {"steps": steps})
-
-    def __len__(self) -> int:
-        return self.num_episodes
-
-    def task(self, index: int) -> str:
-        return TASK
-
-    def episode(self, index: int) -> Episode:
-        start = np.random.default_rng(index).uniform(4, 44, 2)
-        path = np.linspace(start, [24, 24], self.steps + 1).astype(np.float32)
-        frames = np.zeros((self.steps, 48, 48, 3), np.uint8)
-        for frame, (x, y) in zip(frames, path.astype(int), strict=False):
-            frame[y - 2 : y + 3, x - 2 : x + 3] = 255
-        return Episode(TASK, path[1:], {"image": frames}, path[:-1], f"dots, episode {index}")
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +76,6 @@ def backbone(request, example_config, tiny_nano):
 @pytest.fixture(scope="session")
 def written(tmp_path_factory):
     """LeRobotDatasets by version and codec, each written once."""
-    from lerobot_fixtures import Library  # needs the extra [convert]
+    from support.lerobot_files import Library  # needs the extra [convert]
 
     return Library(tmp_path_factory.mktemp("lerobot"))

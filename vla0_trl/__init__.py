@@ -1,20 +1,21 @@
 """Robot policies that answer in plain text: a vision-language model fine-tuned to write its next actions as integers.
 
-One episode's way through the package, top to bottom: `episodes` → `chat` → `collator` → `training` → `grammar` →
-`policy` → `rollout` → `results`. The public names below load on first use, so that `import vla0_trl` stays instant.
+An episode goes through the rooms in this order: `data` (episodes become chat rows) → `processing` (rows become tokens,
+labels, masks and pixels) → `training` (with `models`) → `policy` (answers become actions) → `evaluation` (in `envs`).
+The public names below load on first use, so that `import vla0_trl` stays instant.
 """
 
 from importlib import import_module
 
 _EXPORTS = {
-    "ActionGrammarLogitsProcessor": "grammar",
+    "ActionGrammarLogitsProcessor": "policy.grammar",
     "ActionParseError": "actions",
     "ActionTokenizer": "actions",
     "NormStats": "actions",
-    "TemporalEnsembler": "ensembling",
+    "TemporalEnsembler": "policy.execution",
     "VLAConfig": "config",
-    "VLADataCollator": "collator",
-    "VLAPolicy": "policy",
+    "VLADataCollator": "processing.collator",
+    "VLAPolicy": "policy.policy",
 }
 
 __all__ = sorted(_EXPORTS)

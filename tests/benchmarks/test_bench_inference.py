@@ -1,0 +1,38 @@
+"""The bench prints and writes what its docstring says, on the smallest model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.backbones import QWEN
+from support.general import REPOSITORY, shared_path
+
+from vla0_trl.benchmarks.inference import DigitsAndSpaces, random_policy
+
+
+def test_the_table_of_the_nano_model(tmp_path):
+    command = [sys.executable, "eval/bench_inference.py", "--models", "nano", "qwen2.5-vl-3b", "--max_gb", "1"]
+    command += ["--chunks", "2", "--warmup", "1", "--batch_sizes", "1", "3", "--json", str(tmp_path / "bench.json")]
+    command += ["--models_dir", str(shared_path(f"data/models/{QWEN}").parent)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "qwen2.5-vl-3b skipped: 15." in done.stdout or "qwen2.5-vl-3b skipped: 16." in done.stdout
+    result = json.loads((tmp_path / "bench.json").read_text())
+    rows = {(row["variant"], row["batch"]): row for row in result["table"]}
+    assert {("a", 1), ("c", 1), ("d", 1), ("d±", 1), ("a", 3), ("c", 3)} <= rows.keys()
+    assert all(row["other_answers"] == 0 for row in result["table"] if row["variant"] in ("c", "d", "d±"))
+    assert rows["d", 1]["passes_per_chunk"] < rows["c", 1]["passes_per_chunk"] < rows["a", 1]["passes_per_chunk"]
+    assert rows["d", 1]["acceptance"] > rows["d±", 1]["acceptance"] > 0
+    ratios = result["ratios"]
+    assert {"ours_vs_stock_b1", "drafts_vs_stock_b1", "ours_vs_stock_b3", "of_floor_b1"} <= ratios.keys()
+    assert ratios["ours_vs_stock_b1"] == pytest.approx(rows["a", 1]["median_ms"] / rows["c", 1]["median_ms"])
+    assert result["versions"]["torch"] and result["ratios_by_model"] == {"nano": ratios}
+
+
+def test_stock_may_write_any_digits_and_spaces_but_nothing_else():
+    policy = random_policy("nano", None, torch.device("cpu"), torch.float32, max_gb=1.0)
+    names = policy.processor.tokenizer.convert_ids_to_tokens(range(len(policy.processor.tokenizer)))
+    scores = DigitsAndSpaces(policy)(torch.zeros(1, 3), torch.zeros(1, len(names)))
+    assert sorted(names[i] for i in scores[0].isfinite().nonzero().flatten()) == [*"0123456789", "Ġ"]

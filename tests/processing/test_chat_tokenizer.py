@@ -1,0 +1,130 @@
+"""Golden tests: what is rendered, and which ids it becomes, pinned for the three backbones."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.backbones import QWEN, SMOLVLM
+
+from vla0_trl.processing.chat import SYSTEM_PROMPT, prompt_messages, with_images
+from vla0_trl.processing.chat_tokenizer import ChatTokenizer
+
+RENDERED = {
+    "nano": (
+        "<|im_start|>User:<image>Push it.\nState: 12 400<end_of_utterance>Assistant:",
+        " 5 511 0<end_of_utterance>",
+    ),
+    SMOLVLM: (
+        "<|im_start|>User:<image>Push it.\nState: 12 400<end_of_utterance>\nAssistant:",
+        " 5 511 0<end_of_utterance>\n",
+    ),
+    QWEN: (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|>"
+        "<|vision_end|>Push it.\nState: 12 400<|im_end|>\n<|im_start|>assistant\n",
+        "5 511 0<|im_end|>\n",
+    ),
+}
+# The answer "5 511 0", token by token.
+ANSWER_TOKENS = {
+    "nano": ["Ġ", "5", "Ġ", "5", "1", "1", "Ġ", "0", "<end_of_utterance>"],
+    SMOLVLM: ["Ġ", "5", "Ġ", "5", "1", "1", "Ġ", "0", "<end_of_utterance>", "Ċ"],
+    QWEN: ["5", "Ġ", "5", "1", "1", "Ġ", "0", "<|im_end|>", "Ċ"],
+}
+IMAGE_TOKENS = {"nano": 4, SMOLVLM: 64, QWEN: 64}
+
+
+def test_rendered_prompt_and_answer_are_pinned(backbone):
+    name, processor, config = backbone
+    chat = ChatTokenizer(processor, config)
+    prompt = chat.render("Push it.", "12 400")
+    assert (prompt, chat.render("Push it.", "12 400", "5 511 0")[len(prompt) :]) == RENDERED[name]
+
+
+def test_answer_tokens_are_pinned_and_labelled(backbone):
+    name, processor, config = backbone
+    chat = ChatTokenizer(processor, config)
+    ids, labels = chat.encode_answer([5, 511, 0])
+    assert processor.tokenizer.convert_ids_to_tokens(ids) == ANSWER_TOKENS[name]
+    assert ids == labels
+    assert ids[-len(chat._suffix_ids)] == chat.end_of_turn_id
+
+
+def test_ids_equal_the_processors_own(backbone):
+    """The caches and tables give what the processor makes of the rendered text."""
+    name, processor, config = backbone
+    chat = ChatTokenizer(processor, config)
+    blank = Image.new("RGB", (config.image_size, config.image_size))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        state, action = rng.integers(0, 512, 2), rng.integers(0, 512, config.num_values)
+        text = chat.render("Push it.", " ".join(map(str, state)), " ".join(map(str, action)))
+        expected = processor(text=[text], images=[[blank]], add_special_tokens=False)["input_ids"][0]
+        assert chat.encode_prompt("Push it.", state) + chat.encode_answer(action)[0] == list(expected)
+    assert list(expected).count(chat.image_token_id) == IMAGE_TOKENS[name]
+
+
+def test_every_number_is_spelled_right(backbone):
+    _, processor, config = backbone
+    chat = ChatTokenizer(processor, config.replace(num_bins=1000))
+    ids, _ = chat.encode_answer(range(1001))
+    text = processor.tokenizer.decode(ids[: -len(chat._suffix_ids)], clean_up_tokenization_spaces=False)
+    assert text == chat.prefix + " ".join(map(str, range(1001)))
+
+
+def test_a_hidden_value_leaves_one_token_and_its_separators(backbone):
+    name, processor, config = backbone
+    chat = ChatTokenizer(processor, config)
+    ids, labels = chat.encode_answer([5, 511, 0], np.array([False, True, False]))
+    tokens = processor.tokenizer.convert_ids_to_tokens(ids)
+    first = len(chat.prefix) + 1
+    assert tokens[:first] == ANSWER_TOKENS[name][:first]
+    assert tokens[first : first + 3] == ["Ġ", "?", "Ġ"]
+    assert [token for token, label in zip(tokens, labels, strict=True) if label == -100] == ["?"]
+    # Not even the number of digits is left.
+    assert ids == chat.encode_answer([5, 7, 0], np.array([False, True, False]))[0]
+    everything, labels = chat.encode_answer([1, 22, 333], np.ones(3, bool))
+    assert everything.count(chat.mask_id) == 3 == labels.count(-100)
+    assert everything[-len(chat._suffix_ids) :] == labels[-len(chat._suffix_ids) :] == chat._suffix_ids
+
+
+def test_hidden_characters_are_digits_only(backbone):
+    _, processor, config = backbone
+    chat = ChatTokenizer(processor, config)
+    ids, labels = chat.encode_answer([5, 511, 0])
+    hidden, hidden_labels = chat.hide_characters(ids, labels, 1.0, np.random.default_rng(0))
+    text = processor.tokenizer.decode(hidden[: -len(chat._suffix_ids)], clean_up_tokenization_spaces=False)
+    assert text == chat.prefix + "? ??? ?"
+    assert hidden_labels.count(-100) == 5
+    assert chat.hide_characters(ids, labels, 0.0, np.random.default_rng(0)) == (ids, labels)
+
+
+def test_system_prompt_and_images_come_first(example_config):
+    messages = prompt_messages(example_config.replace(use_system_prompt=True), "Push it.", "1 2")
+    assert [message["role"] for message in messages] == ["system", "user"]
+    assert "predict robot actions for the next 3 timesteps. Each action has 2 dim" in messages[0]["content"]
+    assert "6 integers (0 - 511 each)" in messages[0]["content"] and "{" not in messages[0]["content"]
+    assert SYSTEM_PROMPT.startswith("Analyze the input image")
+    parts = with_images(messages, 2)
+    assert [part["type"] for part in parts[1]["content"]] == ["image", "image", "text"]
+    assert [part["type"] for part in parts[0]["content"]] == ["text"]
+
+
+def test_empty_task_and_wrong_state_raise(backbone):
+    _, processor, config = backbone
+    chat = ChatTokenizer(processor, config)
+    with pytest.raises(ValueError, match="task is empty"):
+        chat.encode_prompt("  ", [1, 2])
+    with pytest.raises(ValueError, match="state of 2 integers, got 3"):
+        chat.encode_prompt("Push it.", [1, 2, 3])
+
+
+def test_templates_that_cannot_work_say_so(tiny_nano, example_config):
+    from vla0_trl.models.loading import load_processor
+
+    processor = load_processor(tiny_nano, example_config)
+    template = processor.chat_template
+    processor.chat_template = template.replace("Assistant:", "Answer now:")
+    with pytest.raises(ValueError, match="completion-only"):
+        ChatTokenizer(processor, example_config)
+    processor.chat_template = template.replace("<end_of_utterance>", "")
+    with pytest.raises(ValueError, match="end of turn"):
+        ChatTokenizer(processor, example_config)

@@ -1,0 +1,1 @@
+"""What is measured: throughput of training and decoding, memory, and ablations. Nothing else imports this room."""

@@ -1,0 +1,214 @@
+"""An ablation: one recipe, a list of changes to it, the same budget for each, and what others published beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from trl import ModelConfig
+
+from vla0_trl.evaluation.episode_log import RESULTS
+from vla0_trl.evaluation.metrics import wilson_interval
+from vla0_trl.evaluation.report.charts import beside_published
+from vla0_trl.evaluation.report.summary import Table, format_table, percent_interval
+from vla0_trl.files import write_whole
+from vla0_trl.training.arguments import DataArguments, VLASFTConfig
+
+# What all arms must share: how much they learn from, and where they go.
+_SHARED = {
+    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("config", "output_dir"),
+}
+_COMMANDS = "commands.json"
+
+
+@dataclass
+class Arm:
+    """One variant.
+
+    Args:
+        name (`str`): what tables call it.
+        train (`dict`): fields of the recipe that it changes.
+        evaluate (`dict`): flags of the evaluation that it changes.
+        published (`float` or `str`, *optional*): others' success rate in percent, or what they say in words.
+    """
+
+    name: str
+    train: dict[str, Any] = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    published: float | str | None = None
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder's."""
+        return re.sub(r"[^a-z0-9.]+", "_", self.name.lower()).strip("_")
+
+
+@dataclass
+class Ablation:
+    """An ablation file, read.
+
+    Args:
+        config (`str`): the YAML that arms change.
+        recipe, evaluation (`str`): scripts that train and evaluate.
+        published_source (`str`), published_episodes (`int`): where `published` is from, and of how many episodes.
+        arms (`list[Arm]`): in the table's order.
+    """
+
+    config: str
+    recipe: str
+    evaluation: str
+    published_source: str
+    published_episodes: int
+    arms: list[Arm]
+
+    @classmethod
+    def load(cls, path: Path) -> Ablation:
+        """Read and check a file, so that a typo is found before hours of training.
+
+        Raises:
+            ValueError: an unknown key, arms of the same folder, or one that changes the budget; names it.
+        """
+        data = yaml.safe_load(path.read_text())
+        if not isinstance(data, dict) or not isinstance(data.get("arms"), dict):
+            raise ValueError(f"{path}: an ablation file has `arms:`, name -> changes")
+        for name, arm in data["arms"].items():
+            _check_keys(arm or {}, {f.name for f in fields(Arm)} - {"name"}, f"{path}, arm {name!r}")
+        _check_keys(data, {f.name for f in fields(cls)}, str(path))
+        try:
+            ablation = cls(**data | {"arms": [Arm(name, **(arm or {})) for name, arm in data["arms"].items()]})
+        except TypeError as error:
+            raise ValueError(f"{path}: {error}") from error
+        known = {f.name for arguments in (DataArguments, VLASFTConfig, ModelConfig) for f in fields(arguments)}
+        for arm in ablation.arms:
+            _check_keys(arm.train, known, f"{path}, arm {arm.name!r}, train")
+            for name in arm.train.keys() & _SHARED:
+                raise ValueError(f"{path}, arm {arm.name!r} changes {name}, which all arms share: leave it out")
+        slugs = [arm.slug for arm in ablation.arms]
+        if len(set(slugs)) < len(slugs):
+            raise ValueError(f"{path}: two arms have the same folder: {sorted(slugs)}")
+        return ablation
+
+    def trained_by(self, arm: Arm) -> Arm:
+        """The arm whose training this one uses: the first with the same changes, since executing needs no other."""
+        return next(other for other in self.arms if other.train == arm.train)
+
+    def published(self, arm: Arm) -> dict[str, Any] | None:
+        """Rate and Wilson interval of what was published, as of `metrics.aggregate`; None if there is no number."""
+        if not isinstance(arm.published, int | float):
+            return None
+        successes, n = round(arm.published / 100 * self.published_episodes), self.published_episodes
+        return {"success_rate": arm.published / 100, "success_rate_interval": wilson_interval(successes, n)}
+
+
+def _check_keys(given: dict[str, Any], known: set[str], where: str) -> None:
+    if unknown := given.keys() - known:
+        raise ValueError(f"{where}: unknown keys {sorted(unknown)}")
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    """Options as a command line: `--name value`, as JSON where that is no plain word."""
+    words = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(v if isinstance(v, str) else json.dumps(v) for v in values)]
+    return words
+
+
+def run_logged(command: list[str], log: Path) -> str | None:
+    """Run a command with its output in `log`; None if it went well, else the error that it ended with.
+
+    Raises:
+        KeyboardInterrupt: once the command, which Ctrl-C reaches as well, has saved and ended.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+    if code == 130:
+        raise KeyboardInterrupt
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["no output"]
+    # a recipe's own word comes before what `accelerate launch` says of its exit
+    return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])[:300] if code else None
+
+
+def run_arm(
+    ablation: Ablation, arm: Arm, folder: Path, train: list[str], evaluate: list[str], launch: list[str]
+) -> str | None:
+    """Train and evaluate one arm, or what is missing of it; None if it went well, else what went wrong.
+
+    Args:
+        folder (`Path`): of the ablation; gets `train/`, `eval/` and `logs/`.
+        train, evaluate (`list[str]`): flags that all arms share; an arm's own come after them.
+        launch (`list[str]`): options of `accelerate launch`.
+    """
+    trained, evaluated = folder / "train" / ablation.trained_by(arm).slug, folder / "eval" / arm.slug
+    commands = {
+        "train": [
+            *(sys.executable, "-m", "accelerate.commands.launch", *launch, ablation.recipe),
+            *("--config", ablation.config, *train, *flags(arm.train), "--output_dir", str(trained)),
+        ],
+        "evaluate": [
+            *(sys.executable, ablation.evaluation, "--model_name_or_path", str(trained), *evaluate),
+            *(*flags(arm.evaluate), "--output_dir", str(evaluated)),
+        ],
+    }
+    record = evaluated / _COMMANDS
+    if (evaluated / RESULTS).is_file() and record.is_file() and json.loads(record.read_text()) == commands:
+        return None
+    for stage, command in commands.items():
+        log = folder / "logs" / f"{arm.slug}_{stage}.log"
+        print(f"  {stage}: {log}", flush=True)
+        if error := run_logged(command, log):
+            return f"{stage}: {error}"
+    write_whole(record, json.dumps(commands, indent=1) + "\n")
+    return None
+
+
+def write_report(ablation: Ablation, folder: Path, errors: dict[str, str]) -> Table:
+    """ablation.json, .md and .png, out of the arms that have results; returns the table.
+
+    Args:
+        errors (`dict[str, str]`): name of an arm -> what went wrong in it.
+    """
+    rows, ours, report = [], [], []
+    for arm in ablation.arms:
+        file = folder / "eval" / arm.slug / RESULTS
+        done = json.loads(file.read_text()) if file.is_file() and arm.name not in errors else None
+        cells = ["–", errors.get(arm.name, "not run yet"), "–", "–"]
+        if done is not None:
+            interval, coverage = done["success_rate_interval"], done.get("mean_max_coverage")
+            cells = [f"{100 * done['success_rate']:.1f}", percent_interval(interval)]
+            cells += ["–" if coverage is None else f"{coverage:.3f}", str(done["num_episodes"])]
+        published = ablation.published(arm)
+        theirs = [
+            str(arm.published or "–"),
+            percent_interval(published["success_rate_interval"]) if published else "–",
+        ]
+        rows.append([arm.name, *cells, *theirs])
+        ours.append(done)
+        numbers = ("success_rate", "success_rate_interval", "mean_max_coverage", "num_episodes", "successes")
+        report.append(
+            {"name": arm.name, "train": arm.train, "evaluate": arm.evaluate, "error": errors.get(arm.name)}
+            | {name: done.get(name) for name in numbers if done}
+            | {"published": arm.published, "published_interval": published and published["success_rate_interval"]}
+        )
+    table = (["arm", "success %", "95 %", "max coverage", "episodes", "published %", "95 %"], rows)
+    source = f"Published: {ablation.published_source}, {ablation.published_episodes} episodes."
+    write_whole(folder / "ablation.md", f"{format_table(table, markdown=True)}\n\n{source}\n")
+    data = {"config": ablation.config, "published_source": ablation.published_source, "arms": report}
+    write_whole(folder / "ablation.json", json.dumps(data, indent=2) + "\n")
+    if any(ours):
+        figure = beside_published([arm.name for arm in ablation.arms], ours, [*map(ablation.published, ablation.arms)])
+        figure.savefig(folder / "ablation.png", dpi=150)
+    return table

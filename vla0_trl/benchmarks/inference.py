@@ -1,0 +1,264 @@
+"""What eval/bench_inference.py measures: our decoding beside other people's, on random models, and the floor."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
+
+from vla0_trl.actions import NormStats
+from vla0_trl.config import VLAConfig
+from vla0_trl.envs.pusht.env import TASK
+from vla0_trl.envs.pusht.expert import record_episode
+from vla0_trl.models.loading import load_processor
+from vla0_trl.models.nano import NANO, build_nano
+from vla0_trl.policy.grammar import ActionGrammarLogitsProcessor
+from vla0_trl.policy.policy import VLAPolicy
+from vla0_trl.policy.speculative.decoder import ChunkDecoder
+from vla0_trl.policy.speculative.draft_state import Row, Speller
+
+VARIANTS = {"a": "stock, digits and spaces", "b": "stock, xgrammar", "c": "ours", "d": "ours, drafts", "d±": "jitter"}
+RATIOS = {"ours_vs_stock": ("a", "c"), "drafts_vs_stock": ("a", "d"), "ours_vs_xgrammar": ("b", "c")}
+SEED = 1  # with it, nano's answers differ and are as long as a trained one's; with 0, all are the same number
+# Hub id, image side, steps of a chunk, width of an action (PushT's for nano, LIBERO's for the others)
+MODELS = {
+    NANO: (None, 96, 10, 2),
+    "smolvlm2-500m": ("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", 512, 8, 7),
+    "qwen2.5-vl-3b": ("Qwen/Qwen2.5-VL-3B-Instruct", 224, 8, 7),
+}
+
+
+def random_policy(
+    name: str,
+    models_dir: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_gb: float,
+    load_in_4bit: bool = False,
+) -> VLAPolicy:
+    """One of MODELS in its true architecture, with random weights; `MemoryError` if they take more than `max_gb`.
+
+    Args:
+        models_dir: folders with configs and processors, by the models' names; without it, they are from the Hub.
+    """
+    hub_id, side, steps, width = MODELS[name]
+    low, high = [0.0] * width, [512.0] * width
+    stats = NormStats(low, high, low, high, low, high, 1)
+    config = VLAConfig(
+        action_dim=width, state_dim=width, chunk_size=steps, image_size=side, use_state=True, relative_actions=True,
+        normalization=[-200.0, 200.0], action_stats=stats, state_stats=stats, crop_ratio=0.875,
+    )  # fmt: skip
+    if hub_id is None:
+        model, processor = build_nano(seed=SEED)
+    else:
+        source = hub_id if models_dir is None else str(models_dir / hub_id.split("/")[1])
+        architecture, processor = AutoConfig.from_pretrained(source), load_processor(source, config)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in AutoModelForImageTextToText.from_config(architecture).parameters())
+        size = parameters * dtype.itemsize / 1e9
+        if size > max_gb:
+            raise MemoryError(f"{size:.1f} GB of weights, --max_gb is {max_gb:g}")
+        torch.manual_seed(SEED)
+        with device:
+            model = AutoModelForImageTextToText.from_config(architecture, dtype=dtype)
+    model = model.to(device, dtype).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(2.0 if parameter.ndim > 1 else 1.0)  # or all answers are nearly the same
+    policy = VLAPolicy(model, processor, config)
+    if load_in_4bit:  # weights are packed when they are loaded
+        with tempfile.TemporaryDirectory() as folder:
+            for part in (model, processor, config):
+                part.save_pretrained(folder)
+            policy = VLAPolicy.from_pretrained(folder, device, dtype, load_in_4bit=True)
+    return policy
+
+
+def bench(policy: VLAPolicy, size: int, chunks: int, warmup: int, jitter: int) -> list[dict]:
+    """Time all VARIANTS on one model and batch size: a row of the table each.
+
+    Args:
+        chunks, warmup: timed calls of each variant, and calls before that.
+        jitter: bins by which the drafts of (d±) are off at most, beside what a recorded episode says.
+    """
+    rng, make_xgrammar = np.random.default_rng(0), _xgrammar_processor(policy)
+    options = {"prefix": policy.decoder.prefix, "period": policy.config.action_dim}
+    decoders = {key: ChunkDecoder(policy.grammar, **options) for key in ("c", "d", "d±")}
+    timings, counts, wrong, answers = {}, {}, dict.fromkeys(decoders, 0), []
+    steps = _recorded_steps(policy.config, (warmup + chunks) * size)
+    for turn in range(warmup + chunks):
+        observations, offs = zip(*steps[turn * size : (turn + 1) * size], strict=True)
+        grammar = LogitsProcessorList([ActionGrammarLogitsProcessor(grammar=policy.grammar)])
+        stock, _ = _timed(policy, observations, policy.grammar.max_new_tokens, logits_processor=grammar)
+        expected = [row[: row.index(policy.chat.end_of_turn_id) + 1] for row in stock.tolist()]
+        calls = {"a": {"logits_processor": LogitsProcessorList([DigitsAndSpaces(policy)])}}
+        if make_xgrammar is not None:
+            calls["b"] = {"logits_processor": LogitsProcessorList([make_xgrammar()])}
+        for key, decoder in decoders.items():
+            calls[key] = {"custom_generate": decoder}
+            if key != "c":
+                most = jitter if key == "d±" else 0
+                calls[key]["drafts"] = [_draft(policy, *pair, most, rng) for pair in zip(expected, offs, strict=True)]
+        keys = [*calls][turn % len(calls) :] + [*calls][: turn % len(calls)]
+        for key in keys:
+            before = decoders[key].stats.passes if key in decoders else 0
+            output, seconds = _timed(policy, observations, stock.shape[1], **calls[key])  # (a) has no end of its own
+            if turn >= warmup:
+                passes = decoders[key].stats.passes - before if key in decoders else stock.shape[1]
+                timings.setdefault(key, []).append(seconds)
+                counts.setdefault(key, []).append(passes)
+            if key in decoders:
+                pairs = zip(output.tolist(), expected, strict=True)
+                wrong[key] += sum(tokens[: len(other)] != other for tokens, other in pairs)
+        answers.append(max(_open_tokens(policy, answer) for answer in expected))
+    floor = float(np.median(answers)) * _floor_seconds(policy)
+    table = []
+    for key in (key for key in VARIANTS if key in timings):
+        median, p95 = np.quantile(timings[key], [0.5, 0.95])
+        stats = decoders[key].stats if key in decoders else None
+        table.append(
+            {
+                "variant": key, "median_ms": median * 1e3, "p95_ms": p95 * 1e3, "chunks_per_s": size / median,
+                "hz_n_step": policy.config.chunk_size / median, "hz_requery": 1 / median,
+                "passes_per_chunk": float(np.mean(counts[key])), "of_floor": median / floor,
+                "acceptance": stats.acceptance if stats and stats.drafted else None, "other_answers": wrong.get(key),
+                "grammar_share": None,
+            }
+        )  # fmt: skip
+        if key == "c":  # host time of a token, of a pass
+            table[-1]["grammar_share"] = _grammar_seconds(policy) / (median / table[-1]["passes_per_chunk"])
+    return table
+
+
+def _timed(policy: VLAPolicy, observations, max_new_tokens: int, **options) -> tuple[torch.Tensor, float]:
+    """Answers (B, A), and seconds from observations to tokens."""
+    began = _clock(policy.model.device)
+    inputs = policy._inputs(observations)
+    policy.generation_config.max_new_tokens = max_new_tokens
+    output = policy.model.generate(**inputs, generation_config=policy.generation_config, **options)
+    return output[:, inputs["input_ids"].shape[1] :], _clock(policy.model.device) - began
+
+
+def _draft(policy: VLAPolicy, answer: list[int], off: np.ndarray, jitter: int, rng: np.random.Generator) -> list[int]:
+    """The model's own answer, off by so many bins."""
+    integers = np.array(policy.processor.tokenizer.decode(answer, skip_special_tokens=True).split(), np.int64)
+    integers = integers + off + rng.integers(-jitter, jitter + 1, off.shape)
+    return policy.chat.encode_answer(integers.clip(0, policy.grammar.num_bins))[0]
+
+
+def ratios(rows: list[dict]) -> dict[str, float]:
+    """Of median times; a key is there if both of its variants are."""
+    times = {(row["variant"], row["batch"]): row["median_ms"] for row in rows}
+    found = {
+        f"{name}_b{size}": times[slow, size] / times[fast, size]
+        for name, (slow, fast) in RATIOS.items()
+        for size in sorted({size for _, size in times})
+        if (slow, size) in times
+    }
+    return found | {f"of_floor_b{row['batch']}": row["of_floor"] for row in rows if row["variant"] == "c"}
+
+
+class DigitsAndSpaces(LogitsProcessor):
+    """What VLA-0 and its re-implementations allow; it knows no end, so `generate` has to be told how many tokens."""
+
+    def __init__(self, policy: VLAPolicy):
+        names = [*"0123456789", " "]
+        self.ids = [policy.processor.tokenizer(name, add_special_tokens=False)["input_ids"][-1] for name in names]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        allowed = torch.full_like(scores, -torch.inf)
+        allowed[:, self.ids] = scores[:, self.ids]
+        return allowed
+
+
+def _xgrammar_processor(policy: VLAPolicy) -> Callable[[], LogitsProcessor] | None:
+    """Makes a processor for one `generate()`; None without xgrammar."""
+    try:
+        import xgrammar
+        from xgrammar.contrib.hf import LogitsProcessor as Masked
+    except ImportError:
+        return None
+    vocabulary = policy.model.config.get_text_config().vocab_size
+    info = xgrammar.TokenizerInfo.from_huggingface(
+        policy.processor.tokenizer, vocab_size=vocabulary, stop_token_ids=policy.chat.end_of_turn_id
+    )
+    number = "(0|[1-9][0-9]?[0-9]?)"
+    regex = policy.chat.prefix + number + f"( {number}){{{policy.grammar.num_values - 1}}}"
+    return functools.partial(Masked, xgrammar.GrammarCompiler(info).compile_regex(regex))
+
+
+def _recorded_steps(config: VLAConfig, count: int) -> list[tuple[dict, np.ndarray]]:
+    """`count` steps of the scripted PushT expert: observation, and by how many bins drafts are off there, (values,).
+
+    A draft is the chunk that was recorded for the step before, shifted by one step; actions wider than PushT's repeat.
+    """
+    recording = record_episode(100000)
+    actions = np.resize(recording.actions.T, (config.action_dim, len(recording.actions))).T
+    states = np.resize(recording.states[:, :2].T, actions.T.shape).T.astype(np.float32)
+    actions = np.concatenate([actions, np.repeat(actions[-1:], config.chunk_size, 0)])
+    tokenizer = config.action_tokenizer()
+    steps = []
+    for step in range(1, count + 1):
+        now, before = step % len(states), (step - 1) % len(states)
+        chunk = tokenizer.to_integers(actions[now : now + config.chunk_size], states[now])
+        last = tokenizer.to_integers(actions[before : before + config.chunk_size], states[before])
+        last = tokenizer.from_integers(last, states[before])
+        draft = tokenizer.to_integers(np.concatenate([last[1:], last[-1:]]), states[now])
+        observation = {"images": {"image": recording.frames[now]}, "state": states[now], "task": TASK}
+        steps.append((observation, draft - chunk))
+    return steps
+
+
+def _open_tokens(policy: VLAPolicy, answer: list[int]) -> int:
+    """Tokens of an answer that the grammar does not force: passes that one-by-one decoding can't do without."""
+    speller = Speller(policy.grammar)
+    row, count = Row(speller), 0
+    while not row.done:
+        row.write(speller.column[answer[len(row.tokens)]])
+        count += 1
+    return count
+
+
+def _grammar_seconds(policy: VLAPolicy, answers: int = 12) -> float:
+    """Host time a token for choosing, forcing and laying out the next pass, without any model."""
+    speller, tokens = Speller(policy.grammar), 0
+    logits = np.random.default_rng(0).standard_normal((64, len(speller.token_ids))).astype(np.float32)
+    began = time.perf_counter()
+    for _ in range(answers):
+        row = Row(speller)
+        while not row.done:
+            row.follow(row.grow(100, [], row.tries()), logits)
+        tokens += len(row.tokens)
+    return (time.perf_counter() - began) / tokens
+
+
+def _floor_seconds(policy: VLAPolicy) -> float:
+    """The least time of a pass: reading the language model's weights once, at the bandwidth measured here."""
+    model = policy.model
+    weights = sum(p.nbytes for p in model.get_decoder().parameters())
+    weights -= model.get_input_embeddings().weight.nbytes  # of which a pass reads a row
+    return weights / _bandwidth(model.device, model.dtype)
+
+
+def _bandwidth(device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes a second that a matrix-vector product reads."""
+    matrices = [torch.zeros(4096, 4096, device=device, dtype=dtype) for _ in range(8)]
+    vector, best = torch.zeros(1, 4096, device=device, dtype=dtype), float("inf")
+    for _ in range(8):
+        began = _clock(device)
+        for matrix in matrices:
+            torch.nn.functional.linear(vector, matrix)
+        best = min(best, _clock(device) - began)
+    return sum(matrix.nbytes for matrix in matrices) / best
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, after all that the device had to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

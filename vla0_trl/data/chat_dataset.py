@@ -1,0 +1,176 @@
+"""The chat dataset: its columns, its text, loading it, and fitting its config to what a recipe asks for.
+
+`conversion` writes such datasets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, Image, List, Value, load_dataset
+
+from vla0_trl.actions import NormStats, Quantizer, join_integers
+from vla0_trl.config import VLAConfig
+from vla0_trl.processing.chat import completion_messages, prompt_messages
+
+_MESSAGES = List({"role": Value("string"), "content": Value("string")})
+# One row a frame. `prompt` and `completion` are TRL's own form of the text columns, for training with plain TRL;
+# the raw columns are in environment units, so that bins and the like can change without reading episodes again.
+FEATURES = Features(
+    {
+        "images": List(Image()),
+        "task": Value("string"),
+        "state": Value("string"),
+        "action": Value("string"),
+        "prompt": _MESSAGES,
+        "completion": _MESSAGES,
+        "episode_index": Value("int64"),
+        "frame_index": Value("int64"),
+        "raw_state": List(Value("float32")),
+        "raw_action": List(Value("float32")),
+    }
+)
+_TEXT = ("state", "action", "prompt", "completion")
+SCHEMA = FEATURES.arrow_schema  # its metadata tells load_dataset that images are images
+RAW_SCHEMA = Features({name: feature for name, feature in FEATURES.items() if name not in _TEXT}).arrow_schema
+_STATS_BATCH = 10_000  # rows of the raw columns in memory at once: 2 MB at 10 × 5 values
+
+
+def with_statistics(config: VLAConfig, batches: Callable[[], Iterable[pa.Table]]) -> VLAConfig:
+    """The config with the statistics of what its text will hold, in constant memory.
+
+    Args:
+        batches (`Callable`): each call gives all rows, some at a time; only their raw columns are needed.
+
+    Raises:
+        ValueError: a dimension that is to be written never changes.
+    """
+    states = None
+    if config.state_dim:
+        states = NormStats.from_batches(lambda: (_vectors(rows, "raw_state") for rows in batches()))
+    config = config.replace(action_stats=_action_stats(config, batches), state_stats=states)
+    for name, codec in (("action", config.action_tokenizer), ("state", config.state_quantizer)):
+        try:
+            codec()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return config
+
+
+def chat_rows(raw: pa.Table, config: VLAConfig) -> pa.Table:
+    """Rows as `RAW_SCHEMA` has them, with their text; the config has statistics."""
+    states = _vectors(raw, "raw_state")
+    windows = _vectors(raw, "raw_action").reshape(len(raw), config.chunk_size, config.action_dim)
+    tokenizer, quantizer = config.action_tokenizer(), _state_quantizer(config)
+    action = [tokenizer.encode(window, state) for window, state in zip(windows, states, strict=True)]
+    state = [""] * len(raw) if quantizer is None else [join_integers(row) for row in quantizer.encode(states)]
+    columns = dict(zip(raw.column_names, raw.columns, strict=True)) | {
+        "state": state,
+        "action": action,
+        "prompt": [prompt_messages(config, *row) for row in zip(raw["task"].to_pylist(), state, strict=True)],
+        "completion": [completion_messages(text) for text in action],
+    }
+    return pa.table(columns, SCHEMA)
+
+
+def load_chat_dataset(
+    name_or_path: str | Path, split: str = "train", revision: str | None = None
+) -> tuple[Dataset, VLAConfig]:
+    """A chat dataset and its config, from a local folder or the Hub.
+
+    Raises:
+        FileNotFoundError: no `vla_config.json` there.
+        ValueError: columns of the contract are missing.
+    """
+    config = VLAConfig.from_pretrained(name_or_path, repo_type="dataset", revision=revision)
+    dataset = load_dataset(str(name_or_path), split=split, revision=revision)
+    missing = FEATURES.keys() - set(dataset.column_names)
+    if missing:
+        raise ValueError(
+            f"{name_or_path}: columns {sorted(missing)} are missing, it has {sorted(dataset.column_names)}: convert "
+            "the episodes again with data_prep/"
+        )
+    return dataset, config
+
+
+def episode_indices(dataset: Dataset) -> np.ndarray:
+    """int64 (rows,): which episode each row is of."""
+    return np.asarray(dataset.with_format("numpy")["episode_index"][:])
+
+
+def tasks_of(*datasets: Dataset | None) -> list[str]:
+    """The tasks of some datasets, without reading their images."""
+    return sorted({task for d in datasets if d is not None for task in d.select_columns("task").unique("task")})
+
+
+def align_config(dataset: Dataset, dataset_config: VLAConfig, **overrides: Any) -> VLAConfig:
+    """The config of a training run: the dataset's with a recipe's changes, with statistics that fit them.
+
+    What is written as text may change freely, because the raw columns are still there: num_bins, normalization,
+    use_state, relative_actions, use_system_prompt, a smaller chunk_size, a subset or another order of the cameras, and
+    all that concerns only the images' way into the model or the execution. The statistics are taken again, in constant
+    memory, when `relative_actions` or `chunk_size` changes.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): all rows that the statistics should cover, with the raw columns.
+        overrides: [`VLAConfig`] fields.
+
+    Raises:
+        ValueError: the stored data can't give what is asked for; names the field, both values and the fix.
+    """
+    for field in ("action_dim", "state_dim", "fps"):
+        stored, asked = getattr(dataset_config, field), overrides.get(field, getattr(dataset_config, field))
+        if asked != stored:
+            raise ValueError(
+                f"{field}={asked}, but the dataset was recorded with {field}={stored}: leave {field} out, or use "
+                "another dataset"
+            )
+    chunk_size = overrides.get("chunk_size", dataset_config.chunk_size)
+    if chunk_size > dataset_config.chunk_size:
+        raise ValueError(
+            f"chunk_size={chunk_size}, but the dataset stores chunks of {dataset_config.chunk_size}: convert it again "
+            f"with --chunk_size {chunk_size}, or train with chunk_size={dataset_config.chunk_size}"
+        )
+    unknown = [camera for camera in overrides.get("cameras", []) if camera not in dataset_config.cameras]
+    if unknown:
+        raise ValueError(
+            f"cameras={overrides['cameras']}, but the dataset has {dataset_config.cameras}: leave out {unknown}, or "
+            "convert it again with --cameras"
+        )
+    config = dataset_config.replace(**overrides)
+    if (config.relative_actions, config.chunk_size) != (dataset_config.relative_actions, dataset_config.chunk_size):
+        raw = dataset.select_columns(["raw_action", "raw_state"]).with_format("arrow")
+        config = config.replace(action_stats=_action_stats(config, lambda: raw.iter(batch_size=_STATS_BATCH)))
+    return config
+
+
+def _action_stats(config: VLAConfig, batches: Callable[[], Iterable[pa.Table]]) -> NormStats:
+    def written(rows: pa.Table) -> np.ndarray:
+        """What the action text will hold, (rows · chunk_size, action_dim)."""
+        windows = _vectors(rows, "raw_action").reshape(len(rows), -1, config.action_dim)[:, : config.chunk_size]
+        if config.relative_actions:
+            windows = windows - _vectors(rows, "raw_state")[:, None, : config.action_dim].astype(np.float64)
+        return windows.reshape(-1, config.action_dim)
+
+    return NormStats.from_batches(lambda: map(written, batches()))
+
+
+def _vectors(rows: pa.Table, column: str) -> np.ndarray:
+    """float32 (rows, D)."""
+    return rows[column].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
+
+
+def _state_quantizer(config: VLAConfig) -> Quantizer | None:
+    """The codec of the `state` column, which shows the state also when the prompt does not."""
+    if config.use_state:
+        return config.state_quantizer()
+    if not config.state_dim:
+        return None
+    try:
+        return Quantizer(config.state_stats, config.num_bins, config.normalization)
+    except ValueError:  # a dimension that never moves has no scale, and no prompt needs it
+        return None

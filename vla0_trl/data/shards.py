@@ -1,0 +1,125 @@
+"""Phase 2 of a conversion: staged episodes -> statistics, text, the parquet shards and the card of the dataset."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from vla0_trl.config import VLAConfig
+from vla0_trl.data.card import sampled_frames, write_card
+from vla0_trl.data.chat_dataset import SCHEMA, chat_rows, with_statistics
+from vla0_trl.data.episodes import EpisodeError
+from vla0_trl.data.staging import ConversionError, Staging
+
+CONVERSION_NAME = "conversion.json"
+ROW_GROUP_ROWS = 100  # what a reader must decompress to get at one row
+SHARD_BYTES = 400_000_000  # of staged episodes; with the text columns a shard stays below the Hub's usual 500 MB
+
+
+@dataclass
+class Sorted:
+    """Frames and episodes of a dataset; `skipped` says why."""
+
+    frames: int = 0
+    kept: list[int] = field(default_factory=list)
+    rejected: list[int] = field(default_factory=list)
+    skipped: dict[int, str] = field(default_factory=dict)
+
+
+def sorted_out(staging: Staging, indices: list[int]) -> Sorted:
+    """Which of the staged episodes go into the dataset.
+
+    Raises:
+        EpisodeError: an episode's frames have another size than the first's, and bad ones are not skipped.
+        ConversionError: none does.
+    """
+    result = Sorted()
+    sizes = ""
+    for index in indices:
+        info = staging.info(index)
+        error = info.error
+        if info.frames:
+            sizes = sizes or info.sizes
+            if info.sizes != sizes:
+                error = (
+                    f"{info.name}: frames are {info.sizes} pixels, those of the first episode {sizes}: all frames of "
+                    "a camera must have one size; leave the episode out with --episodes or --skip_bad_episodes"
+                )
+                if not staging.skip_bad:
+                    raise EpisodeError(error)
+        if error:
+            result.skipped[index] = error
+        elif info.frames:
+            result.kept.append(index)
+            result.frames += info.frames
+        else:
+            result.rejected.append(index)
+    if not result.kept:
+        reasons = "".join(f"\n  {reason}" for reason in result.skipped.values())
+        raise ConversionError(
+            f"all {len(indices)} episodes of {staging.source.info.source} were rejected: nothing to write{reasons}"
+        )
+    return result
+
+
+def write_dataset(final: Path, staging: Staging, result: Sorted, key: dict[str, Any], command: str) -> None:
+    """Phase 2: the whole folder, `final` as yet."""
+
+    def vectors() -> Iterator[pa.Table]:
+        return (rows for index in result.kept for rows in staging.rows(index, ["raw_state", "raw_action"]))
+
+    try:
+        config = with_statistics(staging.config, vectors)
+    except ValueError as error:
+        raise ConversionError(f"{error} (episodes read so far are kept in {staging.folder})") from error
+    shutil.rmtree(final, ignore_errors=True)
+    (final / "data").mkdir(parents=True)
+    shards = _shards(staging, result.kept)
+    for number, shard in enumerate(shards):
+        name = f"train-{number:05d}-of-{len(shards):05d}.parquet"
+        episodes = tqdm(shard, desc=f"writing {name}", unit="episode")
+        _write_shard(final / "data" / name, (rows for index in episodes for rows in staging.rows(index)), config)
+    config.save_pretrained(final)
+    first = result.kept[0]
+    sample = sampled_frames(staging.rows(first, ["images"]), staging.info(first).frames)
+    left_out = sorted([*result.rejected, *result.skipped])
+    write_card(final, sample, config, staging.source.info, len(result.kept), result.frames, left_out, command)
+    record = key | {"rejected": result.rejected, "skipped": result.skipped}
+    (final / CONVERSION_NAME).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _shards(staging: Staging, kept: list[int]) -> list[list[int]]:
+    """Consecutive episodes, as many as `SHARD_BYTES` allow."""
+    shards: list[list[int]] = []
+    size = 0
+    for index in kept:
+        episode_size = staging.path(index).stat().st_size
+        if not shards or size + episode_size > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(index)
+        size += episode_size
+    return shards
+
+
+def _write_shard(path: Path, pieces: Iterator[pa.Table], config: VLAConfig) -> None:
+    rest = SCHEMA.empty_table()
+    # Without a list, the smallest and largest image of every row group would go into the footer, too.
+    with_stats = ["episode_index", "frame_index"]
+    with pq.ParquetWriter(path, SCHEMA, compression="zstd", write_statistics=with_stats) as writer:
+        for raw in pieces:
+            rest = pa.concat_tables([rest, chat_rows(raw, config)])
+            whole = len(rest) // ROW_GROUP_ROWS * ROW_GROUP_ROWS
+            if whole:
+                writer.write_table(rest.slice(0, whole), row_group_size=ROW_GROUP_ROWS)
+            rest = rest.slice(whole)
+        if len(rest):
+            writer.write_table(rest)

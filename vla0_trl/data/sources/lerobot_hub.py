@@ -1,0 +1,63 @@
+"""LeRobotDatasets by folder or Hub id: only the files that a conversion needs are fetched."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from vla0_trl.data.sources.lerobot import LeRobotSource
+from vla0_trl.data.sources.lerobot_meta import LeRobotMeta, read_meta
+from vla0_trl.data.staging import ConversionError
+
+
+def open_dataset(name: str, revision: str | None = None) -> LeRobotMeta:
+    """What `meta/` tells of a folder or of "USER/NAME" on the Hub, at a branch, tag or commit.
+
+    Raises:
+        ConversionError: neither folder nor dataset, or its `meta/` is none that can be read.
+    """
+    if Path(name).is_dir():
+        if revision is not None:
+            raise ConversionError(f"--revision {revision}: {name} is a folder, revisions are the Hub's")
+        return read_meta(Path(name))
+    root = _download(name, revision, ["meta/*", "README.md"])
+    # All that follows is of this commit, whatever is pushed meanwhile. The cache names folders by commit.
+    commit = root.name if re.fullmatch("[0-9a-f]{40}", root.name) else revision
+    return replace(read_meta(root), hub_id=name, revision=commit)
+
+
+def fetch(source: LeRobotSource, indices: list[int], cameras: list[str]) -> None:
+    """Bring what these episodes and cameras need; a folder has it all."""
+    meta = source.meta
+    if meta.hub_id is None:
+        return
+    keys = [source.cameras[camera] for camera in cameras]
+    videos = [key for key in keys if meta.features[key]["dtype"] == "video"]
+    if len(indices) == len(source):  # a pattern for each of many files would take minutes to match
+        patterns = [_wildcard(meta.info["data_path"])]
+        patterns += [_wildcard(meta.info["video_path"].replace("{video_key}", key)) for key in videos]
+    else:
+        episodes = [meta.episodes[index] for index in indices]
+        patterns = [episode.data for episode in episodes]
+        patterns += [episode.videos[key].path for episode in episodes for key in videos]
+    _download(meta.hub_id, meta.revision, list(dict.fromkeys(patterns)))
+
+
+def _wildcard(template: str) -> str:
+    """A path of info.json as a pattern for all of its files: "data/*/episode_*.parquet"."""
+    return re.sub(r"\{[^}]*\}", "*", template)
+
+
+def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(hub_id, repo_type="dataset", revision=revision, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ConversionError(
+            f"no folder {hub_id!r} here, and the Hub's dataset of that name{at} can't be read "
+            f"({type(error).__name__}: {error})"
+        ) from error

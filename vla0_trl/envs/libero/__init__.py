@@ -1,0 +1,1 @@
+"""LIBERO: its simulator (`env.py`), every constant of the benchmark (`protocol.py`), set-up, and a scripted expert."""

@@ -1,0 +1,271 @@
+"""The LIBERO simulator (Liu et al. 2023), as evaluation and recording both use it, by the rules of `libero_protocol`.
+
+An episode depends on its task and initial state alone, not on the episodes before it in the same process. What a
+policy sees is bit-identical to a plain loop around LIBERO's own environment (a test compares them), but drawn only
+when somebody looks: on a CPU, drawing takes nine tenths of the time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from vla0_trl.envs.libero.protocol import (
+    ACTION_DIM,
+    CAMERAS,
+    CONTROL_FREQUENCY,
+    DEFAULT_CAMERAS,
+    IMAGE_SIZE,
+    MAX_STEPS,
+    ROTATION,
+    SEED,
+    SETTLING_ACTION,
+    SETTLING_STEPS,
+    LiberoEpisode,
+)
+from vla0_trl.envs.libero.setup import (
+    LiberoError,
+    initial_states,
+    instruction,
+    package_folder,
+    prepare_simulator,
+    task_names,
+)
+
+
+class Perturbation:
+    """What a test of robustness changes, deterministically (see `libero_perturb`); this one changes nothing."""
+
+    def task(self, suite: str, task_id: int, task: str) -> str:
+        """What the policy is told instead."""
+        return task
+
+    def change_model(self, model: Any) -> None:
+        """Change robosuite's `MjModel`, once."""
+
+    def change_state(self, env: LiberoEnv, rng: np.random.Generator) -> None:
+        """Change the scene of an episode, before objects settle."""
+
+    def image(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """uint8[H, W, 3], upright -> what the policy sees."""
+        return image
+
+
+class LiberoEnv:
+    """One task. Only one of these may be open in a process: under OSMesa, two draw into each other's pictures.
+
+    Args:
+        suite (`str`), task_id (`int`): which task.
+        cameras (`Sequence[str]`): which to give, by the names in `libero_protocol.CAMERAS`.
+        max_steps (`int`, *optional*): limit of an episode, without the settling; by default the suite's.
+        assets_dir (`str`, *optional*): see [`libero_setup.find_assets`].
+        perturbation ([`Perturbation`], *optional*): what to change.
+
+    Raises:
+        ValueError: no such suite, task or camera.
+        LiberoError: LIBERO can't run here.
+    """
+
+    def __init__(
+        self,
+        suite: str,
+        task_id: int,
+        cameras: Sequence[str] = DEFAULT_CAMERAS,
+        max_steps: int | None = None,
+        assets_dir: str | Path | None = None,
+        perturbation: Perturbation | None = None,
+    ):
+        names = task_names(suite)
+        if not 0 <= task_id < len(names):
+            raise ValueError(f"{suite} has tasks 0 to {len(names) - 1}, not {task_id}")
+        unknown = set(cameras) - CAMERAS.keys()
+        if unknown:
+            raise ValueError(f"LIBERO has no cameras {sorted(unknown)}: they are called {sorted(CAMERAS)}")
+        prepare_simulator(assets_dir)
+        from libero.libero.envs import OffScreenRenderEnv
+
+        self.suite, self.task_id, self.cameras = suite, task_id, tuple(cameras)
+        self.max_steps = max_steps or MAX_STEPS[suite]
+        self.perturbation = perturbation or Perturbation()
+        self.task = self.perturbation.task(suite, task_id, instruction(names[task_id]))
+        self._states = initial_states(suite, names[task_id])
+        # ControlEnv.reset, of the wrapper, swallows every exception, Ctrl-C too: only what is inside is used
+        try:
+            self.simulator = OffScreenRenderEnv(
+                bddl_file_name=str(package_folder() / "bddl_files" / suite / f"{names[task_id]}.bddl"),
+                control_freq=CONTROL_FREQUENCY,
+                use_camera_obs=False,
+                # The same model again instead of a new one from XML: seconds less an episode. What robosuite then
+                # forgets to reset, `reset` does.
+                hard_reset=False,
+                horizon=self.max_steps + SETTLING_STEPS + 1,
+            ).env
+        except FileNotFoundError as error:
+            raise LiberoError(
+                f"{suite} task {task_id} needs {error.filename}, which is missing: these are not all of LIBERO's "
+                "assets, which come from the Hub if no folder is given"
+            ) from error
+        self.perturbation.change_model(self.simulator.sim.model)
+        self._take_snapshots()
+        self._done = True
+
+    def _take_snapshots(self) -> None:
+        """Remember the simulator's data at the moment at which robosuite's cameras would draw.
+
+        That is not the end of a step but a few milliseconds before it: an observable is sampled when its own clock
+        says so. So an observable of ours, in their place, copies the data; pictures are drawn from the copy.
+        """
+        from robosuite.utils.observables import Observable, sensor
+
+        sim = self.simulator.sim
+        drawn_from = SimpleNamespace()
+        sim._render_context_offscreen.data = drawn_from
+
+        @sensor(modality="snapshot")
+        def snapshot(cache: dict[str, Any]) -> np.ndarray:
+            drawn_from._data = copy.copy(sim.data._data)
+            self._drawn: dict[str, np.ndarray] = {}
+            return np.zeros(1)
+
+        self.simulator.add_observable(Observable("snapshot", snapshot, sampling_rate=CONTROL_FREQUENCY))
+
+    def reset(self, seed: int) -> None:
+        """Begin at the task's initial state of this index, after the objects have settled."""
+        from robosuite.utils.errors import RandomizationError
+
+        if not 0 <= seed < len(self._states):
+            raise ValueError(f"{self.suite} task {self.task_id} has initial states 0 to {len(self._states) - 1}")
+        self.seed = seed
+        np.random.seed(SEED + seed)  # where fixtures stand; robosuite draws from the global generator
+        while True:
+            try:
+                self.simulator.reset()
+                break
+            except RandomizationError:  # objects did not fit: the next draw, as LIBERO does
+                continue
+        for robot in self.simulator.robots:
+            robot.gripper.current_action = np.zeros(robot.gripper.dof)
+        self._set_state(self._states[seed])
+        for _ in range(SETTLING_STEPS):
+            self._observed, *_ = self.simulator.step(SETTLING_ACTION)
+        self.steps = 0
+        self.success = self._done = False
+
+    def _set_state(self, state: np.ndarray) -> None:
+        """As ControlEnv.regenerate_obs_from_state does it, with the perturbation in between."""
+        sim = self.simulator.sim
+        sim.set_state_from_flattened(state)
+        self.perturbation.change_state(self, np.random.default_rng([SEED, self.seed]))
+        sim.forward()
+        self.simulator._post_process()
+        self.simulator._update_observables(force=True)
+
+    def observe(self) -> dict[str, Any]:
+        """What the policy sees: `{"images": {camera: uint8[256, 256, 3]}, "state": float32[8], "task": str}`.
+
+        The state is the end effector's position, its rotation as axis-angle, and the fingers' positions, as in
+        openvla-oft's and LeRobot's datasets.
+        """
+        from robosuite.utils.transform_utils import quat2axisangle
+
+        seen = self._observed
+        rotation = quat2axisangle(seen["robot0_eef_quat"].copy())  # clips in place
+        state = np.concatenate([seen["robot0_eef_pos"], rotation, seen["robot0_gripper_qpos"]]).astype(np.float32)
+        return {
+            "images": {name: self._draw(CAMERAS[name]) for name in self.cameras},
+            "state": state,
+            "task": self.task,
+        }
+
+    def step(self, action: np.ndarray) -> bool:
+        """Execute float[7]; True when the episode is over, by success or by the limit.
+
+        Raises:
+            ValueError: the action is not seven finite numbers.
+            RuntimeError: the episode is over, or none was started.
+        """
+        if self._done:
+            raise RuntimeError("the episode is over: call reset(seed) before step")
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
+            raise ValueError(f"the action of step {self.steps} is {action}; it must be {ACTION_DIM} finite numbers")
+        self._observed, _, done, _ = self.simulator.step(action)
+        self.steps += 1
+        self.success = bool(done)
+        self._done = self.success or self.steps >= self.max_steps
+        return self._done
+
+    def frame(self, size: int = IMAGE_SIZE) -> np.ndarray:
+        """uint8[size, size, 3] for a video: the camera that looks at the scene, as the policy would see it."""
+        if size != IMAGE_SIZE:
+            raise ValueError(f"LIBERO draws {IMAGE_SIZE} px, not {size}")
+        return self._draw(CAMERAS["image"])
+
+    def _draw(self, camera: str) -> np.ndarray:
+        if camera not in self._drawn:
+            sim = self.simulator.sim
+            picture = sim.render(camera_name=camera, width=IMAGE_SIZE, height=IMAGE_SIZE)
+            # of this picture alone: noise must not depend on how many others were drawn, for a video perhaps
+            rng = np.random.default_rng([SEED, self.seed, self.steps, list(CAMERAS.values()).index(camera)])
+            self._drawn[camera] = self.perturbation.image(np.ascontiguousarray(picture[ROTATION]), rng)
+        return self._drawn[camera]
+
+    def result(self) -> dict[str, Any]:
+        """The episode so far."""
+        return {
+            "suite": self.suite,
+            "task_id": self.task_id,
+            "init_state": self.seed,
+            "success": self.success,
+            "steps": self.steps,
+        }
+
+    def close(self) -> None:
+        """Release the simulator."""
+        self.simulator.close()
+
+
+class LiberoTasks:
+    """Any task of any suite, one after another: what a worker process of an evaluation holds.
+
+    Args:
+        settings: of every [`LiberoEnv`].
+    """
+
+    def __init__(self, **settings: Any):
+        self._settings = settings
+        self._env: LiberoEnv | None = None
+
+    def open(self, suite: str, task_id: int) -> LiberoEnv:
+        """The environment of this task: the one that is there, or else a new one in its place."""
+        if self._env is not None and (self._env.suite, self._env.task_id) != (suite, task_id):
+            self.close()
+        if self._env is None:
+            self._env = LiberoEnv(suite, task_id, **self._settings)
+        return self._env
+
+    def reset(self, seed: LiberoEpisode) -> None:
+        """Start this episode."""
+        self.open(seed.suite, seed.task_id).reset(seed.seed)
+
+    def observe(self) -> dict[str, Any]:
+        return self._env.observe()
+
+    def step(self, action: np.ndarray) -> bool:
+        return self._env.step(action)
+
+    def frame(self, size: int = IMAGE_SIZE) -> np.ndarray:
+        return self._env.frame(size)
+
+    def result(self) -> dict[str, Any]:
+        return self._env.result()
+
+    def close(self) -> None:
+        if self._env is not None:
+            self._env.close()
+        self._env = None

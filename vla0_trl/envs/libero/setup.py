@@ -1,0 +1,196 @@
+"""LIBERO made to run unattended: renderer, assets, its first-import question, tasks and initial states.
+
+hf-libero is used as installed; what it can't be told otherwise is set from outside, here and nowhere else:
+
+- `MUJOCO_GL` and `PYOPENGL_PLATFORM` before mujoco is imported: EGL with an NVIDIA driver, OSMesa without.
+- `LIBERO_CONFIG_PATH` at its first import: a config file there keeps it from asking a question on stdin. We read tasks
+  and initial states from the package's own folders, so nothing in that file matters, and `~/.libero` stays untouched.
+- `libero.libero._assets_path_cache`, the variable in which it remembers the assets folder once it has been found: its
+  own ways to find one are a folder beside its code, and a download that fails with huggingface_hub 1 and later.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.util
+import logging
+import os
+import pickle
+import runpy
+import tempfile
+import warnings
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from vla0_trl.envs.libero.protocol import MAX_STEPS, NUM_TASKS, TESTED_MUJOCO
+
+DEVICES = Path("/dev")
+ASSETS_VARIABLE = "LIBERO_ASSETS"
+ASSETS_REPOSITORY = "lerobot/libero-assets"  # hf-libero: HF_ASSETS_REPO_ID
+_ASSET_FOLDERS = (
+    "articulated_objects",
+    "scenes",
+    "stable_hope_objects",
+    "stable_scanned_objects",
+    "textures",
+    "turbosquid_objects",
+)
+
+
+class LiberoError(OSError):
+    """LIBERO can't run here; the message says what to install or where to point."""
+
+
+def package_folder() -> Path:
+    """hf-libero's `libero/libero`, found without importing it."""
+    spec = importlib.util.find_spec("libero")
+    if spec is None:
+        raise LiberoError('LIBERO is not installed: pip install -e ".[libero]"')
+    return Path(spec.submodule_search_locations[0]) / "libero"
+
+
+def find_assets(assets_dir: str | Path | None = None) -> Path:
+    """The folder of meshes and textures: `assets_dir`, else `$LIBERO_ASSETS`, else the Hub's (cached) download.
+
+    Raises:
+        LiberoError: it is not one, or there is none.
+    """
+    given = assets_dir or os.environ.get(ASSETS_VARIABLE)
+    if given:
+        folder = Path(given).resolve()
+        missing = [name for name in _ASSET_FOLDERS if not (folder / name).is_dir()]
+        if missing:
+            raise LiberoError(
+                f"{folder} is not LIBERO's assets folder, it has no {missing[0]}/: give the one that holds "
+                f"{', '.join(_ASSET_FOLDERS)} with --assets_dir or ${ASSETS_VARIABLE}"
+            )
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(ASSETS_REPOSITORY, repo_type="dataset"))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise LiberoError(
+            f"no LIBERO assets: neither --assets_dir nor ${ASSETS_VARIABLE} is given, and {ASSETS_REPOSITORY} could "
+            f"not be downloaded ({type(error).__name__})"
+        ) from error
+
+
+def choose_renderer() -> str:
+    """`$MUJOCO_GL`, else egl where there is an NVIDIA driver, else osmesa.
+
+    Raises:
+        LiberoError: nothing renders here.
+    """
+    if os.environ.get("MUJOCO_GL"):
+        return os.environ["MUJOCO_GL"]
+    if (DEVICES / "nvidiactl").exists() and ctypes.util.find_library("EGL"):
+        return "egl"
+    if ctypes.util.find_library("OSMesa"):
+        return "osmesa"
+    raise LiberoError("nothing to render with: apt-get install libosmesa6 (CPU), or libegl1 with an NVIDIA driver")
+
+
+def egl_device() -> str:
+    """The GPU to draw on: of several processes of a launcher, each its own; robosuite takes the first for all."""
+    gpus = [path.name.removeprefix("nvidia") for path in sorted(DEVICES.glob("nvidia[0-9]*"))]
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    return gpus[int(os.environ.get("LOCAL_RANK", 0)) % len(gpus)]
+
+
+def prepare_simulator(assets_dir: str | Path | None = None) -> None:
+    """Make this process ready to build LIBERO environments; may be called again, before any of them exists or after.
+
+    Raises:
+        LiberoError: see [`find_assets`], [`choose_renderer`] and [`package_folder`].
+    """
+    assets = find_assets(assets_dir)
+    package_folder()
+    os.environ["MUJOCO_GL"] = choose_renderer()
+    if os.environ["MUJOCO_GL"] in ("egl", "osmesa"):
+        os.environ["PYOPENGL_PLATFORM"] = os.environ["MUJOCO_GL"]
+    if os.environ["MUJOCO_GL"] == "egl":
+        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", egl_device())
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa draws small pictures faster without threads of its own
+    # robosuite tells every process that it found no file with private settings; that is how it is meant to be
+    logging.getLogger("robosuite_logs").addFilter(lambda record: "macro" not in record.getMessage())
+    before = os.environ.get("LIBERO_CONFIG_PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.yaml").write_text("{}\n")
+        os.environ["LIBERO_CONFIG_PATH"] = folder
+        try:
+            import libero.libero
+        finally:
+            if before is None:
+                del os.environ["LIBERO_CONFIG_PATH"]
+            else:
+                os.environ["LIBERO_CONFIG_PATH"] = before
+    libero.libero._assets_path_cache = str(assets)
+
+
+def check_mujoco() -> None:
+    """Warn if MuJoCo is not the version that was tested: scores move with it."""
+    found = version("mujoco")
+    if found != TESTED_MUJOCO:
+        warnings.warn(
+            f"MuJoCo {found}, but {TESTED_MUJOCO} is what was tested: colours and contacts differ between versions, "
+            "and scores with them",
+            stacklevel=2,
+        )
+
+
+def task_names(suite: str) -> list[str]:
+    """LIBERO's names of a suite's tasks, which are file names, in the order of their ids."""
+    if suite not in MAX_STEPS:
+        raise ValueError(f"no suite {suite!r}: LIBERO has {', '.join(MAX_STEPS)}")
+    # `libero.libero.benchmark` itself would import torch into every worker
+    names = runpy.run_path(str(package_folder() / "benchmark" / "libero_suite_task_map.py"))["libero_task_map"][suite]
+    if len(names) != NUM_TASKS[suite]:
+        raise LiberoError(f"{suite} has {len(names)} tasks instead of {NUM_TASKS[suite]}: another hf-libero?")
+    return names
+
+
+def instruction(name: str) -> str:
+    """What a policy is told: the name in words, without the scene; as LIBERO's benchmark and all datasets have it.
+
+    The BDDL files word it differently ("Pick the akita black bowl …"); policies are trained and tested on this.
+    """
+    words = name.split("_")
+    if name[0].isupper():  # KITCHEN_SCENE3_turn_on_…, LIVING_ROOM_SCENE2_put_…
+        words = words[1 + next(i for i, word in enumerate(words) if word.startswith("SCENE")) :]
+    return " ".join(words)
+
+
+def initial_states(suite: str, name: str) -> np.ndarray:
+    """A task's initial simulator states, float64[50, n]: time, positions, velocities.
+
+    They are in torch's zip format around one pickled array, which torch's own safe loading refuses. This reads them
+    from the installed package alone, and unpickles nothing but an array.
+    """
+    path = package_folder() / "init_files" / suite / f"{name}.pruned_init"
+    with zipfile.ZipFile(path) as archive, archive.open("archive/data.pkl") as file:
+        states = _ArrayUnpickler(file, encoding="latin1").load()
+    if not isinstance(states, np.ndarray) or states.ndim != 2:
+        raise LiberoError(f"{path} does not hold an array of states")
+    return states
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles NumPy arrays of numbers, and refuses everything else."""
+
+    def find_class(self, module: str, name: str) -> object:
+        allowed = {
+            ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+            ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+            ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
+        }
+        if (module, name) not in allowed:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a file of initial states")
+        return allowed[module, name]

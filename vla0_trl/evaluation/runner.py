@@ -1,0 +1,180 @@
+"""What all eval/eval_*.py of simulators share: flags, how chunks are executed, running what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vla0_trl.config import VLAConfig
+from vla0_trl.evaluation.episode_log import (
+    RESULTS,
+    VIDEOS,
+    EpisodeLog,
+    WriteError,
+    merge_shards,
+    provenance,
+    read_episodes,
+    video_name,
+    write_json,
+    write_video,
+)
+from vla0_trl.evaluation.metrics import aggregate
+from vla0_trl.evaluation.rollout import Environment, EpisodeCrash, EpisodeResult, Player, Seed, rollout
+from vla0_trl.models.fingerprint import checkpoint_hash
+from vla0_trl.policy.execution import check_decay
+from vla0_trl.policy.policy import VLAPolicy
+
+NOT_ALL = "not all episodes are there: other processes go on, or run this again\n"
+
+
+class EvaluationParser(argparse.ArgumentParser):
+    """A parser with the flags of every simulator.
+
+    Args:
+        script_doc (`str`): the script's docstring, shown by --help.
+        defaults: of `num_envs`, `num_videos` and `max_steps`.
+    """
+
+    def __init__(self, script_doc: str, **defaults: Any):
+        super().__init__(description=script_doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        add = self.add_argument
+        add("--model_name_or_path", required=True, help="checkpoint, full or adapter: a folder or a Hub id")
+        add("--output_dir", required=True, help="gets episodes.jsonl, results.json and videos/; one folder a run")
+        add("--num_envs", type=int, help="episodes side by side: speed, not results (default: %(default)s)")
+        add("--n_action_steps", type=int, help="steps of a chunk to execute before the next (default: its own)")
+        add("--ensemble_size", type=int, help="ask at every step, average so many chunks; not with n_action_steps")
+        add("--ensemble_decay", type=float, help="m of ACT's weights exp(-m*i), i=0 the oldest (default: uniform)")
+        add("--max_steps", type=int, help="time limit of an episode (default: the protocol's)")
+        add(
+            "--num_videos",
+            type=int,
+            help="film the first so many episodes, in LIBERO of each task (default: %(default)s)",
+        )
+        add("--device", help="cuda, cuda:1, cpu, … (default: a GPU if there is one)")
+        add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU")
+        add(
+            "--load_in_4bit", action="store_true", help="weights as NF4, with bitsandbytes: less memory, other answers"
+        )
+        add("--overwrite", action="store_true", help="delete the evaluation in --output_dir and start anew")
+        self.set_defaults(**defaults)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
+        """With `rank` and `num_processes`, as `accelerate launch` sets them, and a GPU of its own for each process."""
+        parsed = super().parse_args(*args, **kwargs)
+        parsed.rank, parsed.num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if parsed.device is None and torch.cuda.is_available():
+            parsed.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        return parsed
+
+    def check_positive(self, args: argparse.Namespace, *names: str) -> None:
+        """`ValueError` for the first of these flags that is below 1."""
+        for name in names:
+            if vars(args)[name] is not None and vars(args)[name] < 1:
+                raise ValueError(f"--{name} {vars(args)[name]} must be at least 1")
+
+
+def execution_config(config: VLAConfig, args: argparse.Namespace) -> VLAConfig:
+    """The checkpoint's config with the execution that the flags ask for; `ValueError` if there is none such."""
+    asked = {name: vars(args)[name] for name in ("n_action_steps", "ensemble_size")}
+    changes = {name: value for name, value in asked.items() if value is not None}
+    if (args.ensemble_size or 1) > 1:
+        changes.setdefault("n_action_steps", None)  # the checkpoint's own is not what was asked for
+    config = config.replace(**changes)
+    check_decay(config.ensemble_size, args.ensemble_decay)
+    return config
+
+
+def execution_protocol(config: VLAConfig, args: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """The part of a run's protocol that is the same for all simulators."""
+    return {
+        "n_action_steps": config.n_action_steps,
+        "ensemble_size": config.ensemble_size,
+        "ensemble_decay": args.ensemble_decay,
+        "dtype": dtype.removeprefix("torch."),
+        **({"load_in_4bit": True} if args.load_in_4bit else {}),
+    }
+
+
+def run_identity(args: argparse.Namespace, checkpoint: Path, protocol: dict[str, Any]) -> dict[str, Any]:
+    """What [`EpisodeLog`] knows a run by."""
+    return {
+        "checkpoint": args.model_name_or_path,
+        "checkpoint_hash": checkpoint_hash(checkpoint),
+        "protocol": protocol,
+    }
+
+
+def open_log(folder: Path, run: dict[str, Any], args: argparse.Namespace) -> EpisodeLog:
+    """This process's log of a run; see [`EpisodeLog`] for what it raises."""
+    return EpisodeLog(folder, run, args.overwrite, args.rank if args.num_processes > 1 else None)
+
+
+def missing_share(log: EpisodeLog, seeds: Sequence[Seed], args: argparse.Namespace) -> list[Seed]:
+    """The episodes that this process has to run; results.json, which exists when nothing is missing, goes."""
+    missing = log.missing(seeds[args.rank :: args.num_processes])
+    if missing:
+        (log.folder / RESULTS).unlink(missing_ok=True)
+    return missing
+
+
+def run_episodes(
+    policy: VLAPolicy,
+    log: EpisodeLog,
+    envs: Sequence[Environment | Player],
+    seeds: Sequence[Seed],
+    filmed: Collection[Seed],
+    fps: float,
+    ensemble_decay: float | None,
+    group: Callable[[Seed], Hashable] = lambda seed: None,
+) -> list[EpisodeResult]:
+    """Run these episodes and write each as it ends; returns those whose simulator crashed twice: they have no line."""
+    crashed = []
+    for episode in rollout(policy, envs, seeds, filmed, ensemble_decay, group=group):
+        if not episode.result:
+            crashed.append(episode)
+            continue
+        if episode.frames:  # before the line: an episode that has one is never run again
+            seed = episode.seed[-1] if isinstance(episode.seed, tuple) else episode.seed
+            write_video(log.folder / VIDEOS / video_name({"seed": seed} | episode.result), episode.frames, fps)
+        log.append(episode)
+    return crashed
+
+
+def finish(
+    log: EpisodeLog,
+    seeds: Sequence[Seed],
+    device: str,
+    packages: tuple[str, ...],
+    more: Callable[[list[dict[str, Any]]], dict[str, Any]] = lambda rows: {},
+) -> bool:
+    """Write results.json if all of these episodes are there, whichever process ran them; whether they are.
+
+    Args:
+        more (`Callable`, *optional*): what to write beside `aggregate`'s numbers, from the rows of all episodes.
+    """
+    rows = log.episodes = read_episodes(log.folder)
+    if log.missing(seeds):
+        return False
+    merge_shards(log.folder)
+    write_json(log.folder / RESULTS, log.run | aggregate(rows) | more(rows) | provenance(device, packages))
+    return True
+
+
+@contextmanager
+def stopping_well(parser: argparse.ArgumentParser, log: EpisodeLog) -> Iterator[None]:
+    """What can stop an evaluation, as one line that says what is kept and how to go on."""
+    kept = f"episodes are in {log.folder}"
+    try:
+        yield
+    except KeyboardInterrupt:
+        parser.exit(130, f"\nstopped: {len(log.episodes)} {kept}; run it again to go on\n")
+    except WriteError as error:
+        parser.exit(1, f"error: {error}; {len(log.episodes)} {kept}\n")
+    except EpisodeCrash as error:
+        parser.exit(1, f"error: {error}; {len(log.episodes)} {kept}\n")

@@ -1,0 +1,127 @@
+"""Environments in processes of their own, all working at the same time, and replaceable when one breaks down."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from vla0_trl.evaluation.rollout import Environment, EpisodeCrash, Player, Seed, Turn
+
+WORKER_TIMEOUT = 900  # seconds for a turn; the slowest, a first one, takes about ten
+
+
+class Worker(Player):
+    """Plays episodes in a process of its own, with one environment for its whole life.
+
+    One environment a process, because simulators that draw on the CPU (OSMesa) draw into each other's pictures. A new
+    interpreter, because forking copies whatever threads and locks torch or a GL context hold at that moment; not one
+    of `multiprocessing`, which would import the main script and with it torch: half a gigabyte and seconds each.
+
+    Args:
+        make_env (`Callable`): builds the environment there; must pickle, as a class or a `functools.partial` does.
+    """
+
+    concurrent = True
+
+    def __init__(self, make_env: Callable[[], Environment]):
+        self.make_env = make_env
+        self._launch()
+
+    @property
+    def pid(self) -> int:
+        """The process of now; another one after a crash."""
+        return self._process.pid
+
+    def start(self, seed: Seed, record: bool) -> None:
+        self._send(("start", seed, record))
+
+    def execute(self, actions: np.ndarray) -> None:
+        self._send(("execute", actions))
+
+    def wait(self) -> Turn:
+        try:
+            if not self._pipe.poll(WORKER_TIMEOUT):
+                raise EpisodeCrash(f"no answer from the simulator in {WORKER_TIMEOUT} s")
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            code = self._process.wait()
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+            raise EpisodeCrash(f"the simulator's process died ({how})") from None
+        if isinstance(answer, str):
+            raise EpisodeCrash(answer)
+        return answer
+
+    def restart(self) -> None:
+        self.close()
+        self._launch()
+
+    def close(self) -> None:
+        """End the process; what it was doing is lost."""
+        self._pipe.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _launch(self) -> None:
+        self._pipe, theirs = Pipe()
+        # one thread each: as many workers as cores is what makes them fast
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "vla0_trl.evaluation.workers", str(theirs.fileno())],
+            env=os.environ | threads | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is its owner's to handle
+        )
+        theirs.close()  # or the end of the process would not end the pipe
+        self._send(self.make_env)
+
+    def _send(self, request: Any) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # it died between two turns; `wait` says how
+            self._pipe.send(request)
+
+
+@contextmanager
+def worker_pool(make_env: Callable[[], Environment], count: int) -> Iterator[Sequence[Worker]]:
+    """`count` workers that end with the block, however it ends."""
+    workers: list[Worker] = []
+    try:
+        for _ in range(count):
+            workers.append(Worker(make_env))
+        yield workers
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def _serve(pipe: Connection) -> None:
+    """A worker's life: play until the other end of the pipe is closed, by its owner or by its owner's death."""
+    player: Player | None = None
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        make_env = pipe.recv()
+        while True:
+            name, *arguments = pipe.recv()
+            try:
+                player = player or Player(make_env())
+                if name == "start":
+                    player.start(*arguments)
+                else:
+                    player.execute(*arguments)
+                answer: Turn | str = player.wait()
+            except Exception as error:  # whatever it is, its owner learns of it: as a crash, never as a result
+                answer = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+            pipe.send(answer)
+    os._exit(0)  # nothing to save, and simulators may crash while Python takes them apart
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])))

@@ -1,0 +1,213 @@
+"""VLAPolicy: observations in, action chunks out. Evaluation, serving and training-time rollouts all use it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import BitsAndBytesConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel, ProcessorMixin
+
+from vla0_trl.actions import parse_integers, relative_reference
+from vla0_trl.config import VLAConfig
+from vla0_trl.models.loading import checkpoint_folder, load_model, load_processor
+from vla0_trl.policy.execution import TemporalEnsembler
+from vla0_trl.policy.grammar import ActionGrammar, ActionGrammarLogitsProcessor
+from vla0_trl.policy.speculative.decoder import ChunkDecoder, DecodingOptions
+from vla0_trl.processing.chat_tokenizer import ChatTokenizer
+from vla0_trl.processing.images import crop, model_inputs, stack_cameras
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Observation = dict[str, Any]
+
+
+class VLAPolicy:
+    """A checkpoint that acts.
+
+    An observation is `{"images": {camera: uint8[H, W, 3]}, "state": float32[state_dim] | None, "task": str}`. It may
+    carry an `"episode"`, any key; without one, its place in the batch is the key. The last chunk predicted under a key
+    is a draft of the next one, which makes that come sooner if it is alike, and never changes it.
+
+    Args:
+        model: a backbone, full or with adapter; its own generation_config is replaced: evaluation is greedy.
+        processor: made by [`modeling.load_processor`].
+        config ([`VLAConfig`]): with statistics.
+        decoding ([`DecodingOptions`], *optional*): what to leave out of fast decoding, to compare.
+
+    Attributes:
+        decoder ([`ChunkDecoder`] or `None`): set to None to decode with stock `generate()` and a logits processor.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        processor: ProcessorMixin,
+        config: VLAConfig,
+        decoding: DecodingOptions | None = None,
+    ):
+        self.model, self.processor = model, processor
+        self.chat = ChatTokenizer(processor, config)
+        self.grammar = ActionGrammar(self.chat, config.num_values, config.num_bins)
+        self.config = config
+        prompt = self.chat.encode_prompt("task", [0] * config.state_dim)
+        prefix = prompt[: prompt.index(self.chat.image_token_id)]
+        self.decoder: ChunkDecoder | None = ChunkDecoder(self.grammar, decoding, prefix, config.action_dim)
+        self.actions = config.action_tokenizer()
+        self.states = config.state_quantizer()
+        # What a checkpoint says of sampling, penalties or lengths must not leak into evaluation, and generate() fills
+        # unset fields from the model's own generation_config.
+        self.generation_config = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=self.grammar.max_new_tokens,
+            eos_token_id=self.chat.end_of_turn_id,
+            pad_token_id=self.chat.pad_id,
+        )
+        backbone = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+        backbone.generation_config = self.generation_config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        load_in_4bit: bool = False,
+    ) -> VLAPolicy:
+        """Load a checkpoint, full or adapter, from a folder or the Hub; it needs nothing else.
+
+        Args:
+            device, dtype: see [`resolve_device`].
+            load_in_4bit: keep the linear layers' weights as NF4 (QLoRA, Dettmers et al. 2023), with bitsandbytes:
+                a quarter of bfloat16's memory and, where reading weights is what takes the time, faster. Another
+                model, strictly: evaluate it as such.
+        """
+        folder = checkpoint_folder(name_or_path, revision)
+        device, dtype = resolve_device(device, dtype)
+        config = VLAConfig.from_pretrained(folder)
+        quantization = None
+        if load_in_4bit:
+            quantization = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+        model = load_model(folder, dtype=dtype, quantization_config=quantization).to(device)
+        return cls(model.eval().requires_grad_(False), load_processor(folder, config), config)
+
+    @property
+    def config(self) -> VLAConfig:
+        """How the checkpoint speaks, and how its chunks are executed; another execution may be set at any time."""
+        return self._config
+
+    @config.setter
+    def config(self, config: VLAConfig) -> None:
+        if (config.num_values, config.num_bins) != (self.grammar.num_values, self.grammar.num_bins):
+            raise ValueError(
+                f"this policy writes {self.grammar.num_values} integers in 0…{self.grammar.num_bins}, the config "
+                f"wants {config.num_values} in 0…{config.num_bins}: chunk and bins are a checkpoint's own"
+            )
+        self._config = config
+        self.reset()
+
+    @torch.no_grad()
+    def predict_action_chunk(self, observations: list[Observation]) -> np.ndarray:
+        """B observations -> float32 (B, chunk_size, action_dim) in environment units.
+
+        Raises:
+            ValueError: an observation lacks a camera or state, or does not fit the config.
+        """
+        inputs = self._inputs(observations)
+        keys = [observation.get("episode", place) for place, observation in enumerate(observations)]
+        if self.decoder is None:
+            processor = ActionGrammarLogitsProcessor(grammar=self.grammar)
+            options = {"logits_processor": LogitsProcessorList([processor])}
+        else:
+            drafts = [self._draft(key, o) for key, o in zip(keys, observations, strict=True)]
+            options = {"custom_generate": self.decoder, "drafts": drafts}
+        output = self.model.generate(**inputs, generation_config=self.generation_config, **options)
+        answers = output[:, inputs["input_ids"].shape[1] :].cpu()
+        chunks = np.stack([self._decode(a, o) for a, o in zip(answers, observations, strict=True)])
+        self._last_chunks = dict(zip(keys, chunks, strict=True))
+        return chunks
+
+    def select_action(self, observation: Observation) -> np.ndarray:
+        """One observation -> the next action, float32 (action_dim,), ready to execute.
+
+        Replays `n_action_steps` of a chunk before it asks the model again; with `ensemble_size` > 1 it asks at every
+        step and averages. Call `reset()` between episodes.
+        """
+        if self.config.ensemble_size > 1:
+            action = self._ensembler.update(self.predict_action_chunk([observation])[0])
+        else:
+            if not self._queue:
+                self._queue.extend(self.predict_action_chunk([observation])[0][: self.config.n_action_steps])
+            action = self._queue.popleft()
+        return self.config.executable(action)
+
+    def reset(self) -> None:
+        """Forget the current chunk: a new episode begins."""
+        self._queue: deque[np.ndarray] = deque()
+        self._ensembler = TemporalEnsembler(self.config.chunk_size, self.config.ensemble_size)
+        self._last_chunks: dict[Hashable, np.ndarray] = {}
+
+    def _draft(self, key: Hashable, observation: Observation) -> list[int] | None:
+        """A guess of the answer: the last chunk from where its execution ended, then its last action on and on.
+
+        At the beginning a robot that counts from its own state is expected to stay; about others nothing is known.
+        """
+        last = self._last_chunks.get(key)
+        if last is not None:
+            rest = last[self.config.n_action_steps :]
+            guess = np.concatenate([rest, np.repeat(last[-1:], self.config.chunk_size - len(rest), axis=0)])
+        elif self.config.relative_actions:
+            guess = np.tile(
+                relative_reference(observation["state"], self.config.action_dim), (self.config.chunk_size, 1)
+            )
+        else:
+            return None
+        return self.chat.encode_answer(self.actions.to_integers(guess, observation["state"]))[0]
+
+    def _inputs(self, observations: list[Observation]) -> dict[str, torch.Tensor]:
+        """The batch for `generate`: prompts padded on the left, images on the model's device."""
+        prompts, images = [], []
+        for observation in observations:
+            missing = set(self.config.cameras) - observation["images"].keys()
+            if missing:
+                raise ValueError(
+                    f"the observation lacks cameras {sorted(missing)}: it has {list(observation['images'])}"
+                )
+            images.append([crop(observation["images"][name], self.config.crop_ratio) for name in self.config.cameras])
+            state = ()
+            if self.states is not None:
+                if observation["state"] is None:
+                    raise ValueError("this policy reads the state, but the observation has none")
+                state = self.states.encode(observation["state"])
+            prompts.append(self.chat.encode_prompt(observation["task"], state))
+        length = max(map(len, prompts))
+        padded = [[self.chat.pad_id] * (length - len(ids)) + ids for ids in prompts]
+        kept = [[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts]
+        device = self.model.device
+        batch = {"input_ids": torch.tensor(padded, device=device), "attention_mask": torch.tensor(kept, device=device)}
+        cameras = [camera.to(device) for camera in stack_cameras(images, self.config.cameras)]
+        pixels = model_inputs(self.processor.image_processor, cameras, self.config)
+        return batch | self.chat.token_types(batch["input_ids"]) | pixels
+
+    def _decode(self, answer: torch.Tensor, observation: Observation) -> np.ndarray:
+        text = self.processor.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        integers = parse_integers(text, self.config.num_values, self.config.num_bins)
+        return self.actions.from_integers(integers, observation["state"])
+
+
+def resolve_device(
+    device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> tuple[torch.device, torch.dtype]:
+    """Where to run, by default on a GPU if there is one, and in what: bfloat16 there, float32 on a CPU."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    return device, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)

@@ -1,0 +1,4 @@
+"""Greedy decoding of action text in fewer forward passes, with the same tokens as stock `generate()`.
+
+Read `decoder.py` first (the loop), then `draft_state.py` (what is guessed) and `tree_forward.py` (one forward pass).
+"""

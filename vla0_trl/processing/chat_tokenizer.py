@@ -1,0 +1,195 @@
+"""Chat rows <-> token ids, built from the processor's own chat template.
+
+Numbers are looked up in a table, prompts are cached by task: in the steady state a row costs no template, tokenizer or
+image-processor call. The same object serves the collator and the policy, so training and inference can't differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import ProcessorMixin
+
+from vla0_trl.actions import join_integers
+from vla0_trl.config import VLAConfig
+from vla0_trl.processing.chat import completion_messages, prompt_messages, with_images
+
+IGNORED = -100  # torch's cross-entropy leaves such labels out
+MASK_CANDIDATES = ("?", "_", "*", "#")
+
+
+class ChatTokenizer:
+    """Token ids of prompts and answers.
+
+    Args:
+        processor (`ProcessorMixin`): with a chat template; made for the config by [`modeling.load_processor`].
+        config ([`VLAConfig`]): cameras, bins and prompt options.
+
+    Attributes:
+        end_of_turn_id (`int`): first token of what the template puts after an answer; generation stops there.
+        prefix (`str`): what the template puts before an answer: "" or " " (as in SmolVLM's "Assistant: 524").
+        mask_id (`int`): an existing token that stands for a hidden value.
+        pad_id (`int`): padding.
+        extra_keys (`set[str]`): what the processor returns per token beside ids and mask (Qwen's `mm_token_type_ids`).
+    """
+
+    def __init__(self, processor: ProcessorMixin, config: VLAConfig):
+        self.processor, self.config = processor, config
+        self.tokenizer = processor.tokenizer
+        self.num_images = 1 if config.tile_images else len(config.cameras)
+        self.prefix, self._suffix = self._answer_frame()
+        suffix_ids = self._ids(self._suffix)
+        self.end_of_turn_id = suffix_ids[0]
+        self.image_token_id: int = processor.image_token_id
+        self.pad_id = self.tokenizer.pad_token_id
+        if self.pad_id is None:
+            raise ValueError(f"the tokenizer of {config.base_model or 'this model'} has no pad token: set one")
+        self.mask_id = self._single_token(MASK_CANDIDATES)
+
+        self._space = self._ids(" ")
+        self._suffix_ids = suffix_ids
+        numbers = list(map(str, range(config.num_bins + 1)))
+        self._numbers = self._after_a_number(numbers)
+        self._first = self._numbers if self.prefix else [self._ids(number) for number in numbers]
+        self._head = lru_cache(maxsize=4096)(self._head_and_tail)
+        self.extra_keys: set[str] = set()
+        self.encode_prompt("task", np.zeros(config.state_dim, np.int64))  # finds extra_keys
+        self._check_table()
+
+    # -- prompts
+
+    def render(self, task: str, state: str = "", action: str | None = None) -> str:
+        """The chat as the model's template writes it, images as placeholders; without `action`, up to the answer."""
+        messages = prompt_messages(self.config, task, state)
+        if action is not None:
+            messages += completion_messages(action)
+        return self.processor.apply_chat_template(
+            with_images(messages, self.num_images), add_generation_prompt=action is None
+        )
+
+    def encode_prompt(self, task: str, state: Sequence[int] | np.ndarray = ()) -> list[int]:
+        """Ids up to where the answer begins, image placeholders expanded; `state` (state_dim,) integers if used."""
+        head, tail = self._head(task)
+        if not self.config.use_state:
+            return [*head, *tail]
+        if len(state) != self.config.state_dim:
+            raise ValueError(f"expected a state of {self.config.state_dim} integers, got {len(state)}")
+        return [*head, *(token for number in state for token in self._numbers[number]), *tail]
+
+    def _head_and_tail(self, task: str) -> tuple[list[int], list[int]]:
+        """Ids before and after the state text; all in the first if there is none."""
+        text, tail = self.render(task, state="\0"), ""
+        if self.config.use_state:
+            # The space before the state belongs to its first number, as in an answer.
+            text, tail = text.rsplit(" \0", 1)
+        side = self.config.image_size
+        width = side * len(self.config.cameras) if self.config.tile_images else side
+        blank = Image.new("RGB", (width, side))
+        encoded = self.processor(text=[text], images=[[blank] * self.num_images], add_special_tokens=False)
+        self.extra_keys = {"mm_token_type_ids", "token_type_ids"} & encoded.keys()
+        return list(encoded["input_ids"][0]), self._ids(tail) if tail else []
+
+    def token_types(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What some models want to know of each token beside its id: 1 for images, else 0 (Qwen2.5-VL's positions)."""
+        return {key: (input_ids == self.image_token_id).to(torch.int64) for key in sorted(self.extra_keys)}
+
+    # -- answers
+
+    def encode_answer(
+        self, integers: Sequence[int] | np.ndarray, hidden: np.ndarray | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Ids and labels of an answer, from the prefix through the end of the turn.
+
+        Args:
+            integers: (n,) in 0…num_bins.
+            hidden (`np.ndarray`, *optional*): bool (n,): values to replace by one mask token each, which is not
+                trained on. Not even their number of digits is left; separators stay.
+        """
+        ids: list[int] = []
+        labels: list[int] = []
+        for position, number in enumerate(integers):
+            if hidden is not None and hidden[position]:
+                space = self._space if position or self.prefix else []
+                ids += [*space, self.mask_id]
+                labels += [*space, IGNORED]
+            else:
+                piece = (self._numbers if position else self._first)[number]
+                ids += piece
+                labels += piece
+        return ids + self._suffix_ids, labels + self._suffix_ids
+
+    def hide_characters(
+        self, ids: list[int], labels: list[int], fraction: float, rng: np.random.Generator
+    ) -> tuple[list[int], list[int]]:
+        """VLA-0's own masking, to compare with: single digits of an answer are hidden, each with `fraction`.
+
+        Unlike hidden values, hidden digits still show how many there are, and their neighbours.
+        """
+        hide = np.isin(ids, self._digit_ids) & (rng.random(len(ids)) < fraction)
+        return (
+            [self.mask_id if hidden else token for token, hidden in zip(ids, hide, strict=True)],
+            [IGNORED if hidden else label for label, hidden in zip(labels, hide, strict=True)],
+        )
+
+    # -- construction
+
+    def _answer_frame(self) -> tuple[str, str]:
+        """What the template writes before and after an answer."""
+        answer = "\0"
+        prompt, full = self.render("task"), self.render("task", action=answer)
+        if not full.startswith(prompt):
+            raise ValueError(
+                "the chat template writes a different prompt once the answer is there, so completion-only training "
+                f"has no well-defined completion: {prompt!r} is not the beginning of {full!r}"
+            )
+        prefix, suffix = full[len(prompt) :].split(answer)
+        if prefix not in ("", " ") or not suffix:
+            raise ValueError(
+                f"the chat template puts {prefix!r} before and {suffix!r} after an answer; supported are nothing or a "
+                "space before it, and an end of turn after it"
+            )
+        return prefix, suffix
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _after_a_number(self, numbers: list[str]) -> list[list[int]]:
+        """Ids of " 524" as they come after another number (some tokenizers treat the start of a text differently)."""
+        anchor = self._ids("0")
+        pieces = self.tokenizer([f"0 {number}" for number in numbers], add_special_tokens=False)["input_ids"]
+        alone = self.tokenizer([f" {number}" for number in numbers], add_special_tokens=False)["input_ids"]
+        return [
+            piece[len(anchor) :] if piece[: len(anchor)] == anchor else fallback
+            for piece, fallback in zip(pieces, alone, strict=True)
+        ]
+
+    def _single_token(self, candidates: Sequence[str]) -> int:
+        for text in candidates:
+            ids = self._ids(text)
+            if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id:
+                return ids[0]
+        raise ValueError(f"none of {candidates} is a single token of this tokenizer: no token can stand for a mask")
+
+    @cached_property
+    def _digit_ids(self) -> list[int]:
+        ids = [self._ids(str(digit)) for digit in range(10)]
+        if any(len(i) != 1 for i in ids) or any(
+            len(self._numbers[value]) != len(self._space) + len(str(value)) for value in self._samples()
+        ):
+            raise ValueError("character masking needs a tokenizer with one token a digit: use whole-value masking")
+        return [i[0] for i in ids]
+
+    def _samples(self) -> range:
+        return range(0, self.config.num_bins + 1, max(1, self.config.num_bins // 16))
+
+    def _check_table(self) -> None:
+        """The table must spell what `join_integers` writes, or training would teach a text that never decodes."""
+        values = self._samples()
+        ids, _ = self.encode_answer(values)
+        text = self.tokenizer.decode(ids[: len(ids) - len(self._suffix_ids)], clean_up_tokenization_spaces=False)
+        if text.strip() != join_integers(values):
+            raise ValueError(f"this tokenizer writes {text!r} where {join_integers(values)!r} is meant")

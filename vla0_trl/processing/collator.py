@@ -1,0 +1,171 @@
+"""Chat rows -> a training batch: completion-only labels, whole-value masking, seeded crops."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import ProcessorMixin
+
+from vla0_trl.actions import parse_integers
+from vla0_trl.config import VLAConfig
+from vla0_trl.processing.chat_tokenizer import IGNORED, ChatTokenizer
+from vla0_trl.processing.images import crop, draw_jitter, model_inputs, stack_cameras
+
+Row = dict[str, Any]
+MASK_UNITS = ("value", "character")
+
+
+class VLADataCollator:
+    """Rows of a chat dataset -> what the model's `forward` takes.
+
+    Masking keeps the model from completing numbers out of numbers instead of looking (VLA-0-Smol: 57.8 → 78.1 % on
+    PushT). With probability `mask_skip` a sample is left alone; otherwise a fraction of its values, drawn from
+    U(0, `mask_max`), is hidden: the whole value becomes one token in the input, whose label is ignored. Separators and
+    the end of the turn are never hidden.
+
+    What is drawn depends on seed, epoch, episode and frame alone: not on workers, batch order or where a run resumed.
+
+    Args:
+        processor (`ProcessorMixin`): of the model, made by [`modeling.load_processor`].
+        config ([`VLAConfig`]): with statistics; how rows become text.
+        mask_max (`float`, *optional*, defaults to `0.4`): upper end of the fraction of hidden values.
+        mask_skip (`float`, *optional*, defaults to `0.1`): share of samples without masking.
+        train (`bool`, *optional*, defaults to `True`): `False` for evaluation: no masking, central crop.
+        mask_unit (`str`, *optional*, defaults to `"value"`): `"character"` hides digits instead, as VLA-0 does.
+        seed (`int`, *optional*, defaults to `0`): of crops and masks.
+        defer_images (`bool`, *optional*, defaults to `False`): leave images uint8 under `"images"`, for
+            [`images.model_inputs`] on the training device: 10 to 30 times fewer bytes to copy.
+        stored_cameras (`list[str]`, *optional*): the cameras of the rows, if the config takes only some of them.
+        pad_to_multiple_of (`int`, *optional*): round up the length of every batch.
+        static_tasks (`list[str]`, *optional*): all tasks there are. Every batch is then as long as the longest text
+            that a row with one of them can have: a single length, as `torch.compile` wants it.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        config: VLAConfig,
+        mask_max: float = 0.4,
+        mask_skip: float = 0.1,
+        train: bool = True,
+        mask_unit: str = "value",
+        seed: int = 0,
+        defer_images: bool = False,
+        stored_cameras: Sequence[str] | None = None,
+        pad_to_multiple_of: int | None = None,
+        static_tasks: Sequence[str] = (),
+    ):
+        for name, value in (("mask_max", mask_max), ("mask_skip", mask_skip)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}={value} must be in [0, 1]")
+        if mask_unit not in MASK_UNITS:
+            raise ValueError(f"mask_unit={mask_unit!r} must be one of {MASK_UNITS}")
+        self.processor, self.config = processor, config
+        self.mask_max, self.mask_skip, self.mask_unit = mask_max, mask_skip, mask_unit
+        self.train, self.seed, self.defer_images = train, seed, defer_images
+        self.stored_cameras = list(stored_cameras or config.cameras)
+        self.chat = ChatTokenizer(processor, config)
+        self.actions = config.action_tokenizer()
+        self.states = config.state_quantizer()
+        self._multiple = pad_to_multiple_of or 1
+        self._min_length = max(map(self._longest_text, static_tasks), default=0)
+        # Shared memory: the trainer turns the epoch while worker processes live on.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other crops and masks from now on, in worker processes, too."""
+        self._epoch.fill_(epoch)
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """B rows -> `input_ids`, `attention_mask`, `labels` (B, L), padded on the right, and the images."""
+        encoded, images, jitter = [], [], []
+        for row in rows:
+            rng = self._rng(row) if self.train else None
+            encoded.append(self._encode(row, rng))
+            images.append([crop(image, self.config.crop_ratio, rng) for image in self._images(row)])
+            if rng is not None and self.config.image_jitter:
+                jitter.append([draw_jitter(self.config.image_jitter, rng) for _ in self.config.cameras])
+        batch = self._pad(encoded)
+        pixels = {"cameras": stack_cameras(images, self.config.cameras)}
+        if jitter:
+            pixels["jitter"] = torch.from_numpy(np.array(jitter))
+        if self.defer_images:
+            return batch | {"images": pixels}
+        return batch | model_inputs(self.processor.image_processor, config=self.config, **pixels)
+
+    def integers(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+        """State and action of a row as integers, from its raw columns, or from its text where there are none."""
+        config, state = self.config, np.zeros(0, np.int64)
+        if "raw_action" not in row:
+            if config.use_state:
+                state = parse_integers(row["state"], config.state_dim, config.num_bins)
+            return state, parse_integers(row["action"], config.num_values, config.num_bins)
+        raw_state = np.asarray(row["raw_state"], np.float64)
+        # Rows may hold longer chunks than this config asks for: time-major, so a prefix is the shorter chunk.
+        actions = np.asarray(row["raw_action"], np.float64)[: config.num_values]
+        if self.states is not None:
+            state = self.states.encode(raw_state)
+        return state, self.actions.to_integers(actions.reshape(-1, config.action_dim), raw_state)
+
+    def _rng(self, row: Row) -> np.random.Generator:
+        key = (self.seed, self._epoch.item(), row.get("episode_index", 0), row.get("frame_index", 0))
+        return np.random.default_rng(key)
+
+    def _encode(self, row: Row, rng: np.random.Generator | None) -> tuple[list[int], list[int]]:
+        """Ids and labels of one row, not yet padded."""
+        state, action = self.integers(row)
+        fraction = 0.0
+        if rng is not None and rng.random() >= self.mask_skip:
+            fraction = rng.uniform(0, self.mask_max)
+        hidden = None
+        if fraction and self.mask_unit == "value":
+            hidden = np.zeros(len(action), bool)
+            hidden[rng.permutation(len(action))[: round(fraction * len(action))]] = True
+        prompt = self.chat.encode_prompt(row["task"], state)
+        answer, labels = self.chat.encode_answer(action, hidden)
+        if fraction and self.mask_unit == "character":
+            answer, labels = self.chat.hide_characters(answer, labels, fraction, rng)
+        return prompt + answer, [IGNORED] * len(prompt) + labels
+
+    def _images(self, row: Row) -> list[np.ndarray]:
+        if len(row["images"]) != len(self.stored_cameras):
+            raise ValueError(
+                f"episode {row.get('episode_index')}, frame {row.get('frame_index')}: {len(row['images'])} images, "
+                f"but the dataset has the cameras {self.stored_cameras}"
+            )
+        stored = dict(zip(self.stored_cameras, row["images"], strict=True))
+        return [_as_array(stored[name]) for name in self.config.cameras]
+
+    def _longest_text(self, task: str) -> int:
+        """Tokens of a row with this task, if all of its numbers are as long as they can be."""
+        widest = max(range(self.config.num_bins + 1), key=lambda number: len(self.chat.encode_answer([0, number])[0]))
+        state, action = ([widest] * count for count in (self.config.state_dim, self.config.num_values))
+        return len(self.chat.encode_prompt(task, state)) + len(self.chat.encode_answer(action)[0])
+
+    def _pad(self, encoded: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+        length = max(self._min_length, *(len(ids) for ids, _ in encoded))
+        length = math.ceil(length / self._multiple) * self._multiple
+        shape = (len(encoded), length)
+        input_ids = np.full(shape, self.chat.pad_id)
+        labels = np.full(shape, IGNORED)
+        attention_mask = np.zeros(shape, np.int64)
+        for row, (ids, label) in enumerate(encoded):
+            input_ids[row, : len(ids)] = ids
+            labels[row, : len(ids)] = label
+            attention_mask[row, : len(ids)] = 1
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        tensors = {key: torch.from_numpy(value) for key, value in batch.items()}
+        return tensors | self.chat.token_types(tensors["input_ids"])
+
+
+def _as_array(image: Image.Image | np.ndarray | dict) -> np.ndarray:
+    """A decoded image, or one still encoded as `datasets` stores it -> uint8 (H, W, 3)."""
+    if isinstance(image, dict):
+        image = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+    return np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)

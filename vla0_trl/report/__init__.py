@@ -1,1 +1,0 @@
-"""Evaluations -> tables (`summary`), pictures (`charts`) and one self-contained HTML page (`page`)."""

@@ -1,0 +1,4 @@
+"""Supervised fine-tuning with TRL: from a parsed recipe to a saved policy.
+
+In: arguments (`arguments.py`) and a chat dataset. Out: a checkpoint folder. Read `run.py` first, then `trainer.py`.
+"""

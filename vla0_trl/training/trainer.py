@@ -1,0 +1,106 @@
+"""The trainer: TRL's, with our collator, and images that stay uint8 until they are on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftConfig
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, ProcessorMixin, TrainerControl
+
+from vla0_trl.config import VLAConfig
+from vla0_trl.data.chat_dataset import tasks_of
+from vla0_trl.models.attention import prepare_for_training
+from vla0_trl.processing.collator import VLADataCollator
+from vla0_trl.processing.images import model_inputs
+from vla0_trl.training.arguments import VLASFTConfig
+from vla0_trl.training.callbacks import PolicyCallback, finish_on_interrupt
+from vla0_trl.training.checkpoints import CheckpointingTrainer
+from vla0_trl.training.not_finite import RowTrace, TracedCollator
+from vla0_trl.training.observation_gap import ProbeCallback
+from vla0_trl.training.progress import EnergyCallback, SpeedCallback
+
+
+class VLATrainer(CheckpointingTrainer):
+    """`SFTTrainer` on chat datasets.
+
+    Args:
+        vla_config ([`VLAConfig`]): how rows become text and images; saved with every checkpoint.
+        stored_cameras (`list[str]`): the dataset's cameras, of which the config may take a part.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: VLASFTConfig,
+        vla_config: VLAConfig,
+        processing_class: ProcessorMixin,
+        train_dataset: Dataset,
+        stored_cameras: list[str],
+        eval_dataset: Dataset | None = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        self.vla_config, self.interrupted, self._trace = vla_config, False, RowTrace()
+        prepare_for_training(model)
+        # Compiled steps want batches of one length, and tensor cores a multiple of 8.
+        tasks = tasks_of(train_dataset, eval_dataset) if args.torch_compile else ()
+        multiple = args.pad_to_multiple_of or (8 if args.torch_compile else None)
+        shared = {"seed": args.seed, "defer_images": True, "stored_cameras": stored_cameras}
+        shared |= {"static_tasks": tasks, "pad_to_multiple_of": multiple}
+        masking = {"mask_max": args.mask_max, "mask_skip": args.mask_skip, "mask_unit": args.mask_unit}
+        self.eval_collator = VLADataCollator(processing_class, vla_config, train=False, **shared)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=TracedCollator(processing_class, vla_config, **masking, **shared),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+        )
+        optional = [(EnergyCallback, args.log_energy), (ProbeCallback, args.probe_steps)]
+        for callback, wanted in [(PolicyCallback, True), (SpeedCallback, True), *optional]:
+            if wanted:
+                self.add_callback(callback(self))
+
+    def train(self, *args, **kwargs):
+        """As `Trainer.train`; the first Ctrl-C ends it after the current step, with a checkpoint."""
+        with finish_on_interrupt(self):
+            return super().train(*args, **kwargs)
+
+    def log_beside_training(self, control: TrainerControl, metrics: dict[str, float]) -> None:
+        """Log from `on_step_end`, without mixing with what training itself logs at this step, or taking its place."""
+        log_training, training = control.should_log, self.model.training
+        self.model.eval()  # by which TRL tells evaluation's metrics from training's
+        try:
+            self.log(metrics)
+        finally:
+            self.model.train(training)
+            control.should_log = log_training  # which every log switches off
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        train_collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = train_collator
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        self._trace.take(inputs)
+        return self.prepare_batch(inputs)
+
+    def prepare_batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What a collator gave, on the device, with images as the model takes them."""
+        inputs = super()._prepare_inputs(inputs)
+        if "images" in inputs:
+            pixels = inputs.pop("images")
+            inputs |= model_inputs(self.processing_class.image_processor, config=self.vla_config, **pixels)
+        return inputs
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if self.model.training:
+            # Here, where TRL's metrics have just waited for the device: behind the backward pass it would wait again.
+            self._trace.check(loss, self.state, self.args)
+        return loss
