@@ -1,21 +1,35 @@
-# make demo    the whole recipe in minutes: record, train, evaluate; open runs/demo/report.html
-# make test    all tests
-# make lint    ruff
+# make demo                       the whole recipe in minutes: record, train, evaluate; open runs/demo/report.html
+# make test                       all tests but the slow ones, in minutes
+# make test-all                   every test: what starts or kills several processes, or simulates for long, too
+# make test-newest, test-oldest   what depends on libraries, with their newest versions and with setup.cfg's oldest
+# make lock                       requirements.lock anew, from the newest versions that setup.cfg allows
+# make lint                       ruff
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
+UV := $(shell command -v uv)
+# Threads that wait for each other sleep instead of spinning: beside other programs spinning takes their cores away.
+export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint
+.PHONY: demo test test-all test-newest test-oldest lock lint
 .DELETE_ON_ERROR:
 
-.venv/installed: setup.cfg pyproject.toml
+# $(call install,ENVIRONMENT): pip's quiet install into a virtual environment; uv's, which is faster, where it is there.
+install = $(if $(UV),$(UV) pip install --quiet --python $(1)/bin/python,$(1)/bin/python -m pip install --quiet)
+
+# What `make demo` needs: no simulator of LIBERO, DeepSpeed or bitsandbytes.
+.venv/base: setup.cfg pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
 	@echo "installing into .venv: a few gigabytes, a few minutes"
-	$(BIN)/pip install --quiet --editable ".[dev]"
-	touch $@
+	@$(call install,.venv) --constraint requirements.lock --editable .
+	@touch $@
+
+.venv/dev: .venv/base
+	@echo "installing simulators and what tests need into .venv"
+	@$(call install,.venv) --constraint requirements.lock --editable ".[dev]"
+	@touch $@
 
 # What `make demo` runs, and what its report shows.
 define DEMO_COMMANDS
@@ -29,7 +43,7 @@ python eval/summarize.py $(DEMO)/untrained $(DEMO)/trained --title "PushT, from 
 endef
 export DEMO_COMMANDS
 
-demo: .venv/installed
+demo: .venv/base
 	@mkdir -p $(DEMO)
 	@echo "$$DEMO_COMMANDS" > $(DEMO)/commands.txt
 	@. $(BIN)/activate && while read -r command; do \
@@ -38,9 +52,34 @@ demo: .venv/installed
 	done < $(DEMO)/commands.txt
 	@printf '\nreport: %s/report.html\n' "$(CURDIR)/$(DEMO)"
 
-test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadscope $(PYTEST_ARGS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadscope
 
-lint: .venv/installed
+test: .venv/dev
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-all: .venv/dev
+	$(PYTEST) $(PYTEST_ARGS)
+
+# Environments of their own, made anew each time. Tests that touch a library's inside, or its formats.
+VERSIONED := tests/processing tests/models tests/policy tests/training tests/envs tests/data/test_chat_dataset.py \
+	tests/evaluation/test_rollout.py tests/evaluation/test_open_loop.py
+
+test-newest test-oldest: test-%: .venv/dev
+	rm -rf .venv-$*
+	$(PYTHON) -m venv .venv-$*
+	@$(BIN)/python .ci/requirements.py $* > .venv-$*/requirements.txt
+	@$(call install,.venv-$*) --requirement .venv-$*/requirements.txt
+	@$(call install,.venv-$*) --no-deps --editable .
+	.venv-$*/bin/python -m pip freeze --exclude-editable
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --numprocesses auto --dist loadscope -m "not slow" $(VERSIONED) $(PYTEST_ARGS)
+
+# Old and new lines side by side: < what was, > what is.
+lock: .venv/dev
+	@cp requirements.lock .venv/requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade --no-annotate \
+		--custom-compile-command "make lock" --output-file requirements.lock setup.cfg
+	@diff --suppress-common-lines .venv/requirements.lock requirements.lock && echo "requirements.lock: no change" || true
+
+lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
