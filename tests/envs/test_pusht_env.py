@@ -118,6 +118,22 @@ def test_looking_does_not_change_the_episode():
     assert np.array_equal(blind.full_state, watched.full_state)
 
 
+def test_an_episode_goes_on_from_any_state():
+    env, copy = PushTEnv("full"), PushTEnv("full")
+    env.reset(3)
+    for action in wander(3, 17):
+        env.step(action)
+    copy.reset_to(env.full_state)
+    np.testing.assert_allclose(copy.full_state, env.full_state, atol=1e-9)
+    np.testing.assert_array_equal(copy.observe()["images"][CAMERA], env.observe()["images"][CAMERA])
+    assert (copy.coverage, copy.max_coverage, copy.steps) == (env.coverage, env.coverage, 0)
+
+    free = [100, 200, 300, 250, 1.0]
+    copy.reset_to(free)
+    assert not copy.step(free[:2])
+    np.testing.assert_allclose(copy.full_state, free, atol=1e-9)  # it began at rest, and stays
+
+
 def test_frame_shows_the_last_action():
     env = PushTEnv()
     env.reset(0)
