@@ -59,7 +59,7 @@ def run_missing(policy: VLAPolicy, log: EpisodeLog, missing: list[int], state: s
     """Run and write these episodes."""
     envs = [PushTEnv(state, args.max_steps) for _ in range(min(args.num_envs, len(missing)))]
     filmed = range(args.seed, args.seed + args.num_videos)
-    run_episodes(policy, log, envs, missing, filmed, FPS, args.ensemble_decay)
+    run_episodes(policy, log, envs, missing, filmed, FPS)
     for env in envs:
         env.close()
 

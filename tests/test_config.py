@@ -20,7 +20,7 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     [
         ({"n_action_steps": 9}, "n_action_steps=9 is more than the chunk_size=8"),
         ({"ensemble_size": 4, "n_action_steps": 5}, "would do nothing"),
-        ({"ensemble_size": 9}, "ensemble_size=9 is more than the 8"),
+        ({"ensemble_size": 9}, "ensemble_size=9 must be between 1 and chunk_size=8"),
         ({"use_state": True}, "state_dim=0"),
         ({"relative_actions": True, "state_dim": 1}, "relative_actions=False"),
         ({"crop_ratio": 0.0}, "crop_ratio"),
@@ -48,10 +48,23 @@ def test_execution_follows_chunk_and_ensemble():
         config.replace(n_action_steps=5).replace(ensemble_size=2)
 
 
+def test_an_ensembles_weights_are_saved_and_go_with_the_ensemble(tmp_path):
+    config = VLAConfig(ensemble_size=4, ensemble_decay=0.1)
+    config.save_pretrained(tmp_path)
+    assert VLAConfig.from_pretrained(tmp_path) == config
+    assert config.replace(ensemble_size=2).ensemble_decay == 0.1
+    assert config.replace(ensemble_size=1).ensemble_decay is None
+    weighed = config.replace(ensemble_weights="vla0_v1")
+    assert (weighed.ensemble_decay, weighed.ensemble_weights) == (None, "vla0_v1")
+    assert weighed.replace(ensemble_decay=0.2).ensemble_weights is None
+    with pytest.raises(ValueError, match="weighs overlapping predictions"):
+        config.replace(ensemble_size=1, ensemble_decay=0.1)
+
+
 def test_gripper_is_executed_as_its_sign():
     actions = np.array([[0.5, 0.2], [0.5, -0.1]])
-    assert VLAConfig(gripper="sign").executable(actions).tolist() == [[0.5, 1.0], [0.5, -1.0]]
-    assert VLAConfig().executable(actions) is actions
+    assert VLAConfig(gripper="sign").postprocess_actions(actions).tolist() == [[0.5, 1.0], [0.5, -1.0]]
+    assert VLAConfig().postprocess_actions(actions) is actions
 
 
 def test_a_folder_without_config_and_unknown_fields_raise(tmp_path):

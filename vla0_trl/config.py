@@ -13,6 +13,7 @@ from vla0_trl.actions import ActionTokenizer, NormStats, Quantizer
 from vla0_trl.files import write_whole
 
 CONFIG_NAME = "vla_config.json"
+ENSEMBLE_WEIGHTS = ("uniform", "vla0_v1", "vla0_v2")  # by name; see `policy.execution.TemporalEnsembler`
 
 
 @dataclass
@@ -26,6 +27,8 @@ class VLAConfig:
         n_action_steps (`int`, *optional*, defaults to `chunk_size`): steps executed before the next prediction.
         ensemble_size (`int`, *optional*, defaults to `1`): > 1 re-queries at every step and averages up to that many
             overlapping predictions (ACT's temporal ensembling); excludes `n_action_steps` > 1.
+        ensemble_decay (`float`, *optional*), ensemble_weights (`str`, *optional*): how the ensemble weighs them, one
+            of the two; a plain mean without. See [`TemporalEnsembler`].
         image_size (`int`): side of the square that the model sees, in pixels.
         crop_ratio (`float`): side of the crop over side of the image: random in training, central in evaluation.
         image_jitter (`list[float]`, *optional*): strength of random brightness, contrast, saturation and hue in
@@ -49,6 +52,8 @@ class VLAConfig:
     chunk_size: int = 8
     n_action_steps: int | None = None
     ensemble_size: int = 1
+    ensemble_decay: float | None = None
+    ensemble_weights: str | None = None
     image_size: int = 512
     crop_ratio: float = 1.0
     image_jitter: list[float] | None = None
@@ -95,10 +100,7 @@ class VLAConfig:
             self.n_action_steps <= self.chunk_size,
             f"n_action_steps={self.n_action_steps} is more than the chunk_size={self.chunk_size} that is predicted",
         )
-        need(
-            self.ensemble_size <= self.chunk_size,
-            f"ensemble_size={self.ensemble_size} is more than the {self.chunk_size} predictions that can overlap",
-        )
+        check_ensemble(self.chunk_size, self.ensemble_size, self.ensemble_decay, self.ensemble_weights)
         need(0 < self.crop_ratio <= 1, f"crop_ratio={self.crop_ratio} must be in (0, 1]")
         need(
             self.image_jitter is None or (len(self.image_jitter) == 4 and min(self.image_jitter) >= 0),
@@ -149,7 +151,7 @@ class VLAConfig:
             raise ValueError("use_state=True, but this config has no state_stats: it was not made by a conversion")
         return Quantizer(self.state_stats, self.num_bins, self.normalization)
 
-    def executable(self, actions: np.ndarray) -> np.ndarray:
+    def postprocess_actions(self, actions: np.ndarray) -> np.ndarray:
         """Predicted actions (…, action_dim) as the robot takes them: the gripper's sign instead of its average."""
         if self.gripper == "sign":
             actions = actions.copy()
@@ -159,11 +161,15 @@ class VLAConfig:
     def replace(self, **changes: Any) -> VLAConfig:
         """A copy with fields changed, checked again.
 
-        `n_action_steps` keeps its value unless it was only a consequence of the old chunk_size or ensemble_size.
+        `n_action_steps` keeps its value unless it was only a consequence of the old chunk_size or ensemble_size. An
+        ensemble that is switched off takes its weights along, and new weights replace the old ones.
         """
         follows = self.ensemble_size > 1 or self.n_action_steps == self.chunk_size
         if follows and {"chunk_size", "ensemble_size"} & changes.keys():
             changes.setdefault("n_action_steps", None)
+        weighing = {"ensemble_decay": None, "ensemble_weights": None}
+        if changes.get("ensemble_size") == 1 or {name for name in weighing if changes.get(name) is not None}:
+            changes = weighing | changes
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -198,6 +204,28 @@ class VLAConfig:
         if unknown:
             raise ValueError(f"{path}: unknown fields {sorted(unknown)}; written by a newer vla0_trl?")
         return cls(**data)
+
+
+def check_ensemble(chunk_size: int, ensemble_size: int, decay: float | None, weights: str | None) -> None:
+    """`ValueError` for an ensemble that can't happen, and for weights that are none or have nothing to weigh."""
+    if not 1 <= ensemble_size <= chunk_size:
+        raise ValueError(
+            f"ensemble_size={ensemble_size} must be between 1 and chunk_size={chunk_size}: no more predictions than "
+            "that overlap"
+        )
+    if decay is not None and not np.isfinite(decay):
+        raise ValueError(f"ensemble_decay={decay} must be a finite number")
+    if weights is not None and weights not in ENSEMBLE_WEIGHTS:
+        raise ValueError(f"ensemble_weights={weights!r} must be one of {', '.join(ENSEMBLE_WEIGHTS)}, or left out")
+    given = {"ensemble_decay": decay, "ensemble_weights": weights}
+    given = [f"{name}={value}" for name, value in given.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are two ways to weigh predictions: leave one out")
+    if given and ensemble_size == 1:
+        raise ValueError(
+            f"{given[0]} weighs overlapping predictions, but ensemble_size=1 keeps only the newest: set "
+            f"ensemble_size > 1, or leave {given[0].split('=')[0]} out"
+        )
 
 
 def _download(repo_id: str, repo_type: str | None, revision: str | None) -> Path:

@@ -93,7 +93,7 @@ def test_recorded_demonstrations_succeed_open_loop_in_the_evaluators_environment
             texts = [rows[int(frame)]["action"] for frame in frames]
             spoken = np.stack([tokenizer.decode(str(text))[0] for text in texts])
             np.testing.assert_allclose(spoken, first_actions[frames], atol=1 / config.num_bins + 1e-6)
-            any(env.step(action) for action in config.executable(spoken))  # up to the one that ends it
+            any(env.step(action) for action in config.postprocess_actions(spoken))  # up to the one that ends it
             assert env.success and env.steps > 0.9 * len(frames)
     finally:
         env.close()

@@ -17,6 +17,7 @@ from support.general import REPOSITORY, check_user_error, load_script
 from vla0_trl.actions import NormStats
 from vla0_trl.config import VLAConfig
 from vla0_trl.envs.pusht.env import PushTEnv
+from vla0_trl.evaluation.runner import execution_config, execution_protocol
 from vla0_trl.models.nano import NanoConfig, build_nano
 
 TIMES = {"seconds", "model_seconds", "seconds_per_episode", "ms_per_chunk", "environment_seconds"}
@@ -191,6 +192,41 @@ def test_ensembling_asks_at_every_step(evaluate, tmp_path):
     assert [protocol[key] for key in ("n_action_steps", "ensemble_size", "ensemble_decay")] == [1, 2, 0.1]
 
 
+ENSEMBLE = {"ensemble_size": 4, "ensemble_decay": 0.1}
+
+
+@pytest.mark.parametrize("script", ["eval/eval_pusht.py", "eval/eval_libero.py"])
+@pytest.mark.parametrize(
+    ("saved", "flags", "expected"),
+    [
+        (ENSEMBLE, "--n_action_steps 8", (8, 1, None, None)),
+        (ENSEMBLE, "--n_action_steps 1", (1, 1, None, None)),
+        (ENSEMBLE, "", (1, 4, 0.1, None)),
+        (ENSEMBLE, "--ensemble_size 2", (1, 2, 0.1, None)),
+        (ENSEMBLE, "--ensemble_size 1", (8, 1, None, None)),
+        (ENSEMBLE, "--ensemble_weights vla0_v1", (1, 4, None, "vla0_v1")),
+        (ENSEMBLE, "--ensemble_decay 0", (1, 4, 0.0, None)),
+        ({"n_action_steps": 5}, "--ensemble_size 8", (1, 8, None, None)),
+        ({"n_action_steps": 5}, "--ensemble_size 8 --ensemble_weights vla0_v2", (1, 8, None, "vla0_v2")),
+        ({"n_action_steps": 5}, "--ensemble_size 1", (5, 1, None, None)),
+        (ENSEMBLE, "--n_action_steps 8 --ensemble_size 4", "leave n_action_steps out, or set ensemble_size=1"),
+        (ENSEMBLE, "--n_action_steps 8 --ensemble_decay 0.1", "ensemble_size=1 keeps only the newest"),
+    ],
+)
+def test_flags_replace_the_checkpoints_way_to_execute_chunks(script, saved, flags, expected):
+    parser = load_script(script).build_parser()
+    args = parser.parse_args(["--model_name_or_path", "m", "--output_dir", "o", *flags.split()])
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            execution_config(VLAConfig(**saved), args)
+        return
+    config = execution_config(VLAConfig(**saved), args)
+    names = ("n_action_steps", "ensemble_size", "ensemble_decay", "ensemble_weights")
+    assert tuple(getattr(config, name) for name in names) == expected
+    protocol = execution_protocol(config, args, "torch.float32")
+    assert [protocol.get(name) for name in names] == list(expected)
+
+
 def test_a_checkpoint_with_the_full_state_gets_it(evaluate, tmp_path):
     full = _save_checkpoint(tmp_path / "full", seed=0, state_dim=5)
     folder = evaluate("--model_name_or_path", full, "--num_episodes", "1")
@@ -229,7 +265,7 @@ def test_a_full_disk_is_one_clear_error_and_keeps_what_was_there(evaluate, capsy
     ("flags", "message"),
     [
         (["--n_action_steps", "3"], "n_action_steps=3 is more than the chunk_size=2"),
-        (["--ensemble_size", "3"], "ensemble_size=3 is more than the 2 predictions"),
+        (["--ensemble_size", "3"], "ensemble_size=3 must be between 1 and chunk_size=2"),
         (["--ensemble_size", "2", "--n_action_steps", "2"], "leave n_action_steps out"),
         (["--ensemble_decay", "0.1"], "ensemble_size=1 keeps only the newest"),
         (["--model_name_or_path", "/nowhere"], "no folder '/nowhere'"),

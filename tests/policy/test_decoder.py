@@ -85,7 +85,7 @@ def generate(policy, batch, **options) -> torch.Tensor:
 
 def answer(policy, tokens) -> list[int]:
     tokens = tokens.tolist()
-    return tokens[: tokens.index(policy.chat.end_of_turn_id) + 1]
+    return tokens[: tokens.index(policy.chat_tokenizer.end_of_turn_id) + 1]
 
 
 @pytest.mark.parametrize("size", [1, 5])
@@ -125,8 +125,8 @@ def draft_like(policy, tokens: list[int], kind: str) -> list[int] | None:
     elif kind == "far":
         numbers = 511 - numbers
     elif kind == "garbage":
-        return [policy.chat.pad_id, *tokens[3:], *tokens]
-    return policy.chat.encode_answer(numbers)[0]
+        return [policy.chat_tokenizer.pad_id, *tokens[3:], *tokens]
+    return policy.chat_tokenizer.encode_answer(numbers)[0]
 
 
 @pytest.mark.parametrize(
@@ -251,14 +251,14 @@ def test_forced_tokens_are_those_without_alternative(policy):
             _, state = speller.after(0, state, number[digit])
         assert speller.forced(0, state) == (number[forced] if forced else None), written
     _, full = speller.after(7, policy.grammar.open, number["0"])
-    assert speller.token_ids[speller.forced(7, full)] == policy.chat.end_of_turn_id
+    assert speller.token_ids[speller.forced(7, full)] == policy.chat_tokenizer.end_of_turn_id
     assert Speller(policy.grammar, forced_tokens=False).forced(0, full) is None
 
 
 def test_a_draft_is_left_and_rejoined(policy):
-    end = policy.chat.end_of_turn_id
-    ids = policy.chat.encode_answer([511, 341, 7, 0, 1, 2, 3, 4])[0]
-    answer = policy.chat.encode_answer([511, 358, 7, 0, 1, 2, 3, 4])[0]
+    end = policy.chat_tokenizer.end_of_turn_id
+    ids = policy.chat_tokenizer.encode_answer([511, 341, 7, 0, 1, 2, 3, 4])[0]
+    answer = policy.chat_tokenizer.encode_answer([511, 358, 7, 0, 1, 2, 3, 4])[0]
     speller = Speller(policy.grammar)
     row, on_draft = Row(speller, ids), {}
     while not row.done:
@@ -267,14 +267,14 @@ def test_a_draft_is_left_and_rejoined(policy):
         assert ids[ids.index(end) + 1 - len(guess) : ids.index(end) + 1] == guess
         row.write(speller.column[answer[len(row.tokens)]])
     assert row.tokens == answer[: answer.index(end) + 1]
-    number = policy.chat.encode_answer([511, 3])[0].index(end)  # tokens up to the 3 of 358
+    number = policy.chat_tokenizer.encode_answer([511, 3])[0].index(end)  # tokens up to the 3 of 358
     assert on_draft.pop(number + 1) is False
     assert all(on_draft.values()) and len(on_draft) > 8
 
 
 def test_a_step_is_guessed_to_be_like_the_one_before(policy):
-    speller, end = Speller(policy.grammar), policy.chat.end_of_turn_id
-    answer = policy.chat.encode_answer([255, 31, 255, 31, 255, 39, 7, 39])[0]
+    speller, end = Speller(policy.grammar), policy.chat_tokenizer.end_of_turn_id
+    answer = policy.chat_tokenizer.encode_answer([255, 31, 255, 31, 255, 39, 7, 39])[0]
     answer = answer[: answer.index(end) + 1]
     row, right = Row(speller, period=2), []
     while not row.done:

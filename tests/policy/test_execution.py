@@ -1,9 +1,10 @@
-"""Temporal ensembling, by numbers worked out by hand."""
+"""Executing chunks: n steps of each, or the ensemble's average, by numbers worked out by hand."""
 
 import numpy as np
 import pytest
 
-from vla0_trl.policy.execution import TemporalEnsembler
+from vla0_trl import VLAConfig
+from vla0_trl.policy.execution import ChunkExecutor, TemporalEnsembler
 
 # Chunk k was predicted at step k; row j of it is for step k + j. The values say who predicted what: 10·k + j.
 CHUNKS = [np.array([[10.0 * k + j, -(10.0 * k + j)] for j in range(3)], np.float32) for k in range(4)]
@@ -34,6 +35,45 @@ def test_decay_gives_the_oldest_the_largest_weight():
     np.testing.assert_allclose([action[1] for action in actions], np.negative(expected), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("settings", "weights"),
+    [
+        ({"weights": "uniform"}, [1, 1, 1]),
+        ({"weights": "vla0_v1"}, [0.5, 0.5, 1]),
+        ({"weights": "vla0_v2"}, [0.25, 0.5, 1]),
+        ({"decay": float(np.log(0.5))}, [0.25, 0.5, 1]),  # what the docstring says of version 2
+        ({"decay": float(np.log(0.9))}, [0.81, 0.9, 1]),
+    ],
+)
+def test_vla0s_released_weights_trust_the_newest_prediction(settings, weights):
+    third = _run(TemporalEnsembler(3, 3, **settings))[2]  # of predictions 2, 11 and 20, the oldest first
+    assert third[0] == pytest.approx(np.average([2, 11, 20], weights=weights))
+
+
+@pytest.mark.parametrize("decay", [-1e4, 1e4, -1e300, 1e300])
+def test_an_extreme_decay_picks_one_prediction_and_stays_finite(decay):
+    newest, oldest = [20, -20], [2, -2]
+    assert _run(TemporalEnsembler(3, 3, decay=decay))[2] == (newest if decay < 0 else oldest)
+
+
+@pytest.mark.parametrize(
+    ("execution", "expected"),
+    [
+        ({"n_action_steps": 2}, [[[0, 0], [1, -1]], [[10, -10], [11, -11]]]),
+        ({"ensemble_size": 2}, [[[0, 0]], [[5.5, -5.5]]]),
+        ({"ensemble_size": 2, "ensemble_decay": float(np.log(4))}, [[[0, 0]], [[2.8, -2.8]]]),
+        ({"ensemble_size": 2, "ensemble_weights": "vla0_v1"}, [[[0, 0]], [[7, -7]]]),
+        ({"ensemble_size": 2, "gripper": "sign"}, [[[0, -1]], [[5.5, -1]]]),
+    ],
+)
+def test_a_config_says_what_is_executed_of_each_chunk(execution, expected):
+    executor = ChunkExecutor(VLAConfig(action_dim=2, chunk_size=3, **execution))
+    for _ in range(2):  # the second episode does not remember the first
+        executor.reset()
+        for chunk, actions in zip(CHUNKS, expected, strict=False):
+            np.testing.assert_allclose(executor.actions(chunk), actions, rtol=1e-6)
+
+
 def test_reset_forgets():
     ensembler = TemporalEnsembler(3, 3)
     ensembler.update(CHUNKS[0])
@@ -55,6 +95,24 @@ def test_reset_forgets():
 def test_impossible_settings_raise(ensemble_size, decay, message):
     with pytest.raises(ValueError, match=message):
         TemporalEnsembler(3, ensemble_size, decay)
+    with pytest.raises(ValueError, match=message.replace("=0 must be between 1 and chunk_size=3", "=0 must be at le")):
+        VLAConfig(chunk_size=3, ensemble_size=ensemble_size, ensemble_decay=decay)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ensemble_size": 2, "ensemble_weights": "act"}, "ensemble_weights='act' must be one of uniform, vla0_v1"),
+        ({"ensemble_weights": "uniform"}, "ensemble_weights=uniform weighs overlapping predictions, but"),
+        (
+            {"ensemble_size": 2, "ensemble_weights": "vla0_v1", "ensemble_decay": 0.1},
+            "ensemble_decay=0.1 and ensemble_weights=vla0_v1 are two ways",
+        ),
+    ],
+)
+def test_named_weights_that_would_do_nothing_raise(settings, message):
+    with pytest.raises(ValueError, match=message):
+        VLAConfig(**settings)
 
 
 def test_a_chunk_of_another_length_raises():

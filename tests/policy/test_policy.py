@@ -1,6 +1,7 @@
 """The policy on random weights: every answer is a chunk, whatever the checkpoint says of sampling."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from support.general import shared_path
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from vla0_trl import VLAConfig, VLAPolicy
+from vla0_trl.evaluation.rollout import rollout
 from vla0_trl.models.loading import load_processor
 from vla0_trl.models.nano import NanoConfig, build_nano
 
@@ -156,8 +158,8 @@ def test_the_last_chunk_of_an_episode_is_a_draft_of_its_next(policy, relative):
         policy.model, policy.processor, policy.config.replace(relative_actions=relative, n_action_steps=1)
     )
     first, second = observations(2)
-    drafts, encode = [], policy.actions.to_integers
-    policy.actions.to_integers = lambda chunk, state: drafts.append((chunk, state)) or encode(chunk, state)
+    drafts, encode = [], policy.action_tokenizer.to_integers
+    policy.action_tokenizer.to_integers = lambda chunk, state: drafts.append((chunk, state)) or encode(chunk, state)
     (chunk,) = policy.predict_action_chunk([{**first, "episode": 7}])
     assert len(drafts) == relative
     if relative:  # nothing is known yet: it may stay where it is
@@ -173,9 +175,67 @@ def test_the_last_chunk_of_an_episode_is_a_draft_of_its_next(policy, relative):
     assert len(drafts) == relative
 
 
-def test_another_chunk_than_the_grammars_raises(policy):
-    with pytest.raises(ValueError, match=r"writes 6 integers in 0…511, the config wants 8 in 0…511"):
-        policy.config = policy.config.replace(chunk_size=4)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("chunk_size", 4), ("num_bins", 1000), ("cameras", ["front"]), ("use_state", False), ("image_size", 96)],
+)
+def test_what_a_policy_was_built_for_can_not_be_set(policy, name, value):
+    before = policy.config
+    with pytest.raises(ValueError, match=rf"^{name}=.*, but this policy was made for {name}="):
+        policy.config = policy.config.replace(**{name: value})
+    assert policy.config is before
+
+
+def test_a_new_config_brings_its_own_codecs(policy, example_config):
+    """Statistics, normalization and relative actions: what the integers mean follows the config at once."""
+    doubled = replace(example_config.action_stats, max=[1022.0, 1022.0])
+    for changes in ({"action_stats": doubled}, {"normalization": [-1.0, 1.0]}, {"relative_actions": True}):
+        policy.config = example_config
+        policy.predict_action_chunk(observations(2))
+        policy.config = example_config.replace(**changes)
+        built = VLAPolicy(policy.model, policy.processor, example_config.replace(**changes))
+        chunks, expected = (each.predict_action_chunk(observations(2)) for each in (policy, built))
+        assert np.array_equal(chunks, expected)
+
+
+def test_drafts_outlive_batches_without_their_session_and_are_bounded(policy, monkeypatch):
+    first, second, third = (o | {"episode": name} for name, o in zip("abc", observations(3), strict=True))
+    chunk = policy.predict_action_chunk([first, second])[0]
+    policy.predict_action_chunk([third])  # a batch without `a`
+    assert np.array_equal(policy._last_chunks["a"], chunk)
+    monkeypatch.setattr("vla0_trl.policy.policy.MAX_DRAFTS", 2)
+    policy.predict_action_chunk([first])
+    assert list(policy._last_chunks) == ["c", "a"]  # `b` was silent for longest
+
+
+@pytest.mark.parametrize(
+    "execution", [{"n_action_steps": 2}, {"ensemble_size": 3, "ensemble_decay": 0.5}, {"ensemble_size": 2}]
+)
+def test_a_robot_executes_what_is_evaluated(policy, execution):
+    class Camera:
+        """An environment that shows one observation after another, whatever is done."""
+
+        def reset(self, seed):
+            self.actions, self.shown = [], iter(observations(8, seed=5))
+            self.now = next(self.shown)
+
+        def observe(self):
+            return self.now
+
+        def step(self, action):
+            self.actions.append(action)
+            self.now = next(self.shown, None)
+            return self.now is None
+
+        def result(self):
+            return {"success": True}
+
+    policy.config = policy.config.replace(gripper="sign", **{"n_action_steps": None, **execution})
+    env = Camera()
+    list(rollout(policy, [env], [0], progress=False))
+    policy.reset()
+    robot = [policy.select_action(observation) for observation in observations(8, seed=5)]
+    np.testing.assert_array_equal(robot, env.actions)
 
 
 def test_ensembling_asks_at_every_step_and_averages(policy):

@@ -95,7 +95,7 @@ def bench(policy: VLAPolicy, size: int, chunks: int, warmup: int, jitter: int) -
         observations, offs = zip(*steps[turn * size : (turn + 1) * size], strict=True)
         grammar = LogitsProcessorList([ActionGrammarLogitsProcessor(grammar=policy.grammar)])
         stock, _ = _timed(policy, observations, policy.grammar.max_new_tokens, logits_processor=grammar)
-        expected = [row[: row.index(policy.chat.end_of_turn_id) + 1] for row in stock.tolist()]
+        expected = [row[: row.index(policy.chat_tokenizer.end_of_turn_id) + 1] for row in stock.tolist()]
         calls = {"a": {"logits_processor": LogitsProcessorList([DigitsAndSpaces(policy)])}}
         if make_xgrammar is not None:
             calls["b"] = {"logits_processor": LogitsProcessorList([make_xgrammar()])}
@@ -148,7 +148,7 @@ def _draft(policy: VLAPolicy, answer: list[int], off: np.ndarray, jitter: int, r
     """The model's own answer, off by so many bins."""
     integers = np.array(policy.processor.tokenizer.decode(answer, skip_special_tokens=True).split(), np.int64)
     integers = integers + off + rng.integers(-jitter, jitter + 1, off.shape)
-    return policy.chat.encode_answer(integers.clip(0, policy.grammar.num_bins))[0]
+    return policy.chat_tokenizer.encode_answer(integers.clip(0, policy.grammar.num_bins))[0]
 
 
 def ratios(rows: list[dict]) -> dict[str, float]:
@@ -185,10 +185,10 @@ def _xgrammar_processor(policy: VLAPolicy) -> Callable[[], LogitsProcessor] | No
         return None
     vocabulary = policy.model.config.get_text_config().vocab_size
     info = xgrammar.TokenizerInfo.from_huggingface(
-        policy.processor.tokenizer, vocab_size=vocabulary, stop_token_ids=policy.chat.end_of_turn_id
+        policy.processor.tokenizer, vocab_size=vocabulary, stop_token_ids=policy.chat_tokenizer.end_of_turn_id
     )
     number = "(0|[1-9][0-9]?[0-9]?)"
-    regex = policy.chat.prefix + number + f"( {number}){{{policy.grammar.num_values - 1}}}"
+    regex = policy.chat_tokenizer.prefix + number + f"( {number}){{{policy.grammar.num_values - 1}}}"
     return functools.partial(Masked, xgrammar.GrammarCompiler(info).compile_regex(regex))
 
 

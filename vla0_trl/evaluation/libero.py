@@ -15,9 +15,10 @@ from vla0_trl.envs.libero import protocol
 from vla0_trl.envs.libero.env import LiberoTasks, Perturbation
 from vla0_trl.envs.libero.protocol import LiberoEpisode
 from vla0_trl.envs.libero.setup import choose_renderer
+from vla0_trl.evaluation.env_runner import EnvRunner
 from vla0_trl.evaluation.episode_log import EpisodeLog
 from vla0_trl.evaluation.metrics import aggregate_suites, aggregate_tasks, mean_rate
-from vla0_trl.evaluation.rollout import EpisodeResult, Player, rollout
+from vla0_trl.evaluation.rollout import EpisodeResult, rollout
 from vla0_trl.evaluation.runner import execution_config, execution_protocol, run_episodes
 from vla0_trl.evaluation.workers import worker_pool
 from vla0_trl.policy.policy import VLAPolicy
@@ -78,7 +79,7 @@ def run_missing(
     filmed = {episode for episode in missing if episode.seed < args.num_videos}
     with worker_pool(make_env, min(args.num_envs, len(missing))) as workers:
         fps = protocol.CONTROL_FREQUENCY
-        return run_episodes(policy, log, workers, missing, filmed, fps, args.ensemble_decay, task_of)
+        return run_episodes(policy, log, workers, missing, filmed, fps, task_of)
 
 
 def suite_results(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def benchmark_envs(
         )
 
 
-def _steps_per_second(policy: StandStill, workers: Sequence[Player], episodes: list[LiberoEpisode]) -> float:
+def _steps_per_second(policy: StandStill, workers: Sequence[EnvRunner], episodes: list[LiberoEpisode]) -> float:
     began = time.perf_counter()
     results = list(rollout(policy, workers, episodes, progress=False))
     return sum(episode.result["steps"] for episode in results) / (time.perf_counter() - began)

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from vla0_trl.config import VLAConfig
+from vla0_trl.config import ENSEMBLE_WEIGHTS, VLAConfig
+from vla0_trl.evaluation.env_runner import Environment, EnvRunner, EpisodeCrash, Seed
 from vla0_trl.evaluation.episode_log import (
     RESULTS,
     VIDEOS,
@@ -25,9 +26,8 @@ from vla0_trl.evaluation.episode_log import (
     write_video,
 )
 from vla0_trl.evaluation.metrics import aggregate
-from vla0_trl.evaluation.rollout import Environment, EpisodeCrash, EpisodeResult, Player, Seed, rollout
+from vla0_trl.evaluation.rollout import EpisodeResult, rollout
 from vla0_trl.models.fingerprint import checkpoint_hash
-from vla0_trl.policy.execution import check_decay
 from vla0_trl.policy.policy import VLAPolicy
 
 NOT_ALL = "not all episodes are there: other processes go on, or run this again\n"
@@ -49,7 +49,12 @@ class EvaluationParser(argparse.ArgumentParser):
         add("--num_envs", type=int, help="episodes side by side: speed, not results (default: %(default)s)")
         add("--n_action_steps", type=int, help="steps of a chunk to execute before the next (default: its own)")
         add("--ensemble_size", type=int, help="ask at every step, average so many chunks; not with n_action_steps")
-        add("--ensemble_decay", type=float, help="m of ACT's weights exp(-m*i), i=0 the oldest (default: uniform)")
+        add("--ensemble_decay", type=float, help="m of ACT's weights exp(-m*i), i=0 the oldest (default: its own)")
+        add(
+            "--ensemble_weights",
+            choices=ENSEMBLE_WEIGHTS,
+            help="instead: a plain mean; or VLA-0's released weights: 0.5 for all but the newest (v1), 0.5^age (v2)",
+        )
         add("--max_steps", type=int, help="time limit of an episode (default: the protocol's)")
         add(
             "--num_videos",
@@ -80,14 +85,17 @@ class EvaluationParser(argparse.ArgumentParser):
 
 
 def execution_config(config: VLAConfig, args: argparse.Namespace) -> VLAConfig:
-    """The checkpoint's config with the execution that the flags ask for; `ValueError` if there is none such."""
-    asked = {name: vars(args)[name] for name in ("n_action_steps", "ensemble_size")}
-    changes = {name: value for name, value in asked.items() if value is not None}
-    if (args.ensemble_size or 1) > 1:
-        changes.setdefault("n_action_steps", None)  # the checkpoint's own is not what was asked for
-    config = config.replace(**changes)
-    check_decay(config.ensemble_size, args.ensemble_decay)
-    return config
+    """The checkpoint's config with the execution that the flags ask for; `ValueError` if there is none such.
+
+    Steps of a chunk and ensembling exclude each other: asking for one replaces the checkpoint's other.
+    """
+    names = ("n_action_steps", "ensemble_size", "ensemble_decay", "ensemble_weights")
+    changes = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
+    if "n_action_steps" in changes:
+        changes.setdefault("ensemble_size", 1)
+    elif changes.get("ensemble_size", 1) > 1:
+        changes["n_action_steps"] = None
+    return config.replace(**changes)
 
 
 def execution_protocol(config: VLAConfig, args: argparse.Namespace, dtype: str) -> dict[str, Any]:
@@ -95,7 +103,8 @@ def execution_protocol(config: VLAConfig, args: argparse.Namespace, dtype: str) 
     return {
         "n_action_steps": config.n_action_steps,
         "ensemble_size": config.ensemble_size,
-        "ensemble_decay": args.ensemble_decay,
+        "ensemble_decay": config.ensemble_decay,
+        **({"ensemble_weights": config.ensemble_weights} if config.ensemble_weights else {}),
         "dtype": dtype.removeprefix("torch."),
         **({"load_in_4bit": True} if args.load_in_4bit else {}),
     }
@@ -126,16 +135,15 @@ def missing_share(log: EpisodeLog, seeds: Sequence[Seed], args: argparse.Namespa
 def run_episodes(
     policy: VLAPolicy,
     log: EpisodeLog,
-    envs: Sequence[Environment | Player],
+    envs: Sequence[Environment | EnvRunner],
     seeds: Sequence[Seed],
     filmed: Collection[Seed],
     fps: float,
-    ensemble_decay: float | None,
     group: Callable[[Seed], Hashable] = lambda seed: None,
 ) -> list[EpisodeResult]:
     """Run these episodes and write each as it ends; returns those whose simulator crashed twice: they have no line."""
     crashed = []
-    for episode in rollout(policy, envs, seeds, filmed, ensemble_decay, group=group):
+    for episode in rollout(policy, envs, seeds, filmed, group=group):
         if not episode.result:
             crashed.append(episode)
             continue

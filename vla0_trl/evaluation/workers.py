@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from vla0_trl.evaluation.rollout import Environment, EpisodeCrash, Player, Seed, Turn
+from vla0_trl.evaluation.env_runner import Environment, EnvRunner, EpisodeCrash, Seed, StepResult
 
-WORKER_TIMEOUT = 900  # seconds for a turn; the slowest, a first one, takes about ten
+WORKER_TIMEOUT = 900  # seconds for an answer; the slowest, to a first request, takes about ten
 
 
-class Worker(Player):
-    """Plays episodes in a process of its own, with one environment for its whole life.
+class Worker(EnvRunner):
+    """Runs episodes in a process of its own, with one environment for its whole life.
 
     One environment a process, because simulators that draw on the CPU (OSMesa) draw into each other's pictures. A new
     interpreter, because forking copies whatever threads and locks torch or a GL context hold at that moment; not one
@@ -48,7 +48,7 @@ class Worker(Player):
     def execute(self, actions: np.ndarray) -> None:
         self._send(("execute", actions))
 
-    def wait(self) -> Turn:
+    def wait(self) -> StepResult:
         try:
             if not self._pipe.poll(WORKER_TIMEOUT):
                 raise EpisodeCrash(f"no answer from the simulator in {WORKER_TIMEOUT} s")
@@ -86,7 +86,7 @@ class Worker(Player):
         self._send(self.make_env)
 
     def _send(self, request: Any) -> None:
-        with suppress(BrokenPipeError, ConnectionResetError):  # it died between two turns; `wait` says how
+        with suppress(BrokenPipeError, ConnectionResetError):  # it died between two requests; `wait` says how
             self._pipe.send(request)
 
 
@@ -104,19 +104,19 @@ def worker_pool(make_env: Callable[[], Environment], count: int) -> Iterator[Seq
 
 
 def _serve(pipe: Connection) -> None:
-    """A worker's life: play until the other end of the pipe is closed, by its owner or by its owner's death."""
-    player: Player | None = None
+    """A worker's life: run episodes until its owner closes the pipe, or dies."""
+    runner: EnvRunner | None = None
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         make_env = pipe.recv()
         while True:
             name, *arguments = pipe.recv()
             try:
-                player = player or Player(make_env())
+                runner = runner or EnvRunner(make_env())
                 if name == "start":
-                    player.start(*arguments)
+                    runner.start(*arguments)
                 else:
-                    player.execute(*arguments)
-                answer: Turn | str = player.wait()
+                    runner.execute(*arguments)
+                answer: StepResult | str = runner.wait()
             except Exception as error:  # whatever it is, its owner learns of it: as a crash, never as a result
                 answer = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
             pipe.send(answer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, LogitsProcessorLi
 from vla0_trl.actions import parse_integers, relative_reference
 from vla0_trl.config import VLAConfig
 from vla0_trl.models.loading import checkpoint_folder, load_model, load_processor
-from vla0_trl.policy.execution import TemporalEnsembler
+from vla0_trl.policy.execution import ChunkExecutor
 from vla0_trl.policy.grammar import ActionGrammar, ActionGrammarLogitsProcessor
 from vla0_trl.policy.speculative.decoder import ChunkDecoder, DecodingOptions
 from vla0_trl.processing.chat_tokenizer import ChatTokenizer
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 Observation = dict[str, Any]
+MAX_DRAFTS = 4096  # sessions whose last chunk is remembered: 56 values each in LIBERO
+# What the prompt, the pictures and the answers are made of. A policy is built for one such set.
+_FIXED = (
+    *("cameras", "tile_images", "image_size", "use_system_prompt", "use_state", "state_dim"),
+    *("action_dim", "chunk_size", "num_bins"),
+)
 
 
 class VLAPolicy:
@@ -51,22 +57,21 @@ class VLAPolicy:
         decoding: DecodingOptions | None = None,
     ):
         self.model, self.processor = model, processor
-        self.chat = ChatTokenizer(processor, config)
-        self.grammar = ActionGrammar(self.chat, config.num_values, config.num_bins)
-        self.config = config
-        prompt = self.chat.encode_prompt("task", [0] * config.state_dim)
-        prefix = prompt[: prompt.index(self.chat.image_token_id)]
+        self.chat_tokenizer = ChatTokenizer(processor, config)
+        self.grammar = ActionGrammar(self.chat_tokenizer, config.num_values, config.num_bins)
+        self._config = config
+        self.config = config  # sets what follows from it
+        prompt = self.chat_tokenizer.encode_prompt("task", [0] * config.state_dim)
+        prefix = prompt[: prompt.index(self.chat_tokenizer.image_token_id)]
         self.decoder: ChunkDecoder | None = ChunkDecoder(self.grammar, decoding, prefix, config.action_dim)
-        self.actions = config.action_tokenizer()
-        self.states = config.state_quantizer()
         # What a checkpoint says of sampling, penalties or lengths must not leak into evaluation, and generate() fills
         # unset fields from the model's own generation_config.
         self.generation_config = GenerationConfig(
             do_sample=False,
             num_beams=1,
             max_new_tokens=self.grammar.max_new_tokens,
-            eos_token_id=self.chat.end_of_turn_id,
-            pad_token_id=self.chat.pad_id,
+            eos_token_id=self.chat_tokenizer.end_of_turn_id,
+            pad_token_id=self.chat_tokenizer.pad_id,
         )
         backbone = model if isinstance(model, PreTrainedModel) else model.get_base_model()
         backbone.generation_config = self.generation_config
@@ -101,17 +106,26 @@ class VLAPolicy:
 
     @property
     def config(self) -> VLAConfig:
-        """How the checkpoint speaks, and how its chunks are executed; another execution may be set at any time."""
+        """How the checkpoint speaks, and how its chunks are executed.
+
+        Another execution (`n_action_steps`, `ensemble_size`, …) or scale (statistics, `normalization`) may be set at
+        any time, which begins a new episode. What the model was trained to read and write can't be changed.
+        """
         return self._config
 
     @config.setter
     def config(self, config: VLAConfig) -> None:
-        if (config.num_values, config.num_bins) != (self.grammar.num_values, self.grammar.num_bins):
-            raise ValueError(
-                f"this policy writes {self.grammar.num_values} integers in 0…{self.grammar.num_bins}, the config "
-                f"wants {config.num_values} in 0…{config.num_bins}: chunk and bins are a checkpoint's own"
-            )
+        for name in _FIXED:
+            ours, asked = getattr(self._config, name), getattr(config, name)
+            if ours != asked:
+                raise ValueError(
+                    f"{name}={asked}, but this policy was made for {name}={ours}: chunk, bins, prompt and cameras are "
+                    "a checkpoint's own; only its execution and the scale of its actions can be set"
+                )
         self._config = config
+        self.action_tokenizer = config.action_tokenizer()
+        self.state_quantizer = config.state_quantizer()
+        self._executor = ChunkExecutor(config)
         self.reset()
 
     @torch.no_grad()
@@ -132,7 +146,11 @@ class VLAPolicy:
         output = self.model.generate(**inputs, generation_config=self.generation_config, **options)
         answers = output[:, inputs["input_ids"].shape[1] :].cpu()
         chunks = np.stack([self._decode(a, o) for a, o in zip(answers, observations, strict=True)])
-        self._last_chunks = dict(zip(keys, chunks, strict=True))
+        for key, chunk in zip(keys, chunks, strict=True):
+            self._last_chunks[key] = chunk
+            self._last_chunks.move_to_end(key)
+        while len(self._last_chunks) > MAX_DRAFTS:
+            self._last_chunks.popitem(last=False)  # the session that has been silent for longest
         return chunks
 
     def select_action(self, observation: Observation) -> np.ndarray:
@@ -141,19 +159,15 @@ class VLAPolicy:
         Replays `n_action_steps` of a chunk before it asks the model again; with `ensemble_size` > 1 it asks at every
         step and averages. Call `reset()` between episodes.
         """
-        if self.config.ensemble_size > 1:
-            action = self._ensembler.update(self.predict_action_chunk([observation])[0])
-        else:
-            if not self._queue:
-                self._queue.extend(self.predict_action_chunk([observation])[0][: self.config.n_action_steps])
-            action = self._queue.popleft()
-        return self.config.executable(action)
+        if not self._queue:
+            self._queue.extend(self._executor.actions(self.predict_action_chunk([observation])[0]))
+        return self._queue.popleft()
 
     def reset(self) -> None:
-        """Forget the current chunk: a new episode begins."""
+        """Forget the current chunk and all drafts: a new episode begins."""
         self._queue: deque[np.ndarray] = deque()
-        self._ensembler = TemporalEnsembler(self.config.chunk_size, self.config.ensemble_size)
-        self._last_chunks: dict[Hashable, np.ndarray] = {}
+        self._executor.reset()
+        self._last_chunks: OrderedDict[Hashable, np.ndarray] = OrderedDict()
 
     def _draft(self, key: Hashable, observation: Observation) -> list[int] | None:
         """A guess of the answer: the last chunk from where its execution ended, then its last action on and on.
@@ -170,7 +184,7 @@ class VLAPolicy:
             )
         else:
             return None
-        return self.chat.encode_answer(self.actions.to_integers(guess, observation["state"]))[0]
+        return self.chat_tokenizer.encode_answer(self.action_tokenizer.to_integers(guess, observation["state"]))[0]
 
     def _inputs(self, observations: list[Observation]) -> dict[str, torch.Tensor]:
         """The batch for `generate`: prompts padded on the left, images on the model's device."""
@@ -183,24 +197,27 @@ class VLAPolicy:
                 )
             images.append([crop(observation["images"][name], self.config.crop_ratio) for name in self.config.cameras])
             state = ()
-            if self.states is not None:
+            if self.state_quantizer is not None:
                 if observation["state"] is None:
                     raise ValueError("this policy reads the state, but the observation has none")
-                state = self.states.encode(observation["state"])
-            prompts.append(self.chat.encode_prompt(observation["task"], state))
+                state = self.state_quantizer.encode(observation["state"])
+            prompts.append(self.chat_tokenizer.encode_prompt(observation["task"], state))
         length = max(map(len, prompts))
-        padded = [[self.chat.pad_id] * (length - len(ids)) + ids for ids in prompts]
-        kept = [[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts]
+        padded = [[self.chat_tokenizer.pad_id] * (length - len(ids)) + ids for ids in prompts]
+        attended = [[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts]
         device = self.model.device
-        batch = {"input_ids": torch.tensor(padded, device=device), "attention_mask": torch.tensor(kept, device=device)}
+        batch = {
+            "input_ids": torch.tensor(padded, device=device),
+            "attention_mask": torch.tensor(attended, device=device),
+        }
         cameras = [camera.to(device) for camera in stack_cameras(images, self.config.cameras)]
         pixels = model_inputs(self.processor.image_processor, cameras, self.config)
-        return batch | self.chat.token_types(batch["input_ids"]) | pixels
+        return batch | self.chat_tokenizer.token_types(batch["input_ids"]) | pixels
 
     def _decode(self, answer: torch.Tensor, observation: Observation) -> np.ndarray:
         text = self.processor.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         integers = parse_integers(text, self.config.num_values, self.config.num_bins)
-        return self.actions.from_integers(integers, observation["state"])
+        return self.action_tokenizer.from_integers(integers, observation["state"])
 
 
 def resolve_device(

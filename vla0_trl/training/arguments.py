@@ -33,6 +33,17 @@ class DataArguments:
     ensemble_size: int | None = field(
         default=None, metadata={"help": "Re-query at every step and average this many overlapping predictions."}
     )
+    ensemble_decay: float | None = field(
+        default=None,
+        metadata={"help": "m of ACT's weights exp(-m*i), i=0 the oldest; default: a plain mean."},
+    )
+    ensemble_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead: uniform, or VLA-0's released weights: 0.5 for all but the newest (vla0_v1), 0.5^age "
+            "(vla0_v2)."
+        },
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the square that the model sees, in pixels."}
     )
