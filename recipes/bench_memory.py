@@ -3,6 +3,8 @@
     python recipes/bench_memory.py recipes/libero/*12gb.yaml recipes/pusht/*12gb.yaml
     python recipes/bench_memory.py recipes/libero/lora_12gb.yaml --json memory.json --per_device_train_batch_size 16
 
+The table that READMEs show is vla0_trl/benchmarks/memory_table.json: give that as --json to measure it anew.
+
 Rows are synthetic, of the true shape of `libero` or `pusht`, whichever folder the recipe is in. On a larger card, the
 process gets 12 GiB minus the CUDA context: what runs, fits. Without a GPU it prints an estimate, made of what models
 of one and two layers allocate on the CPU. Further options go to every recipe. Only configs and processors are read,
@@ -18,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from vla0_trl.benchmarks.memory import CARD, GIB, PARTS, build, cap_at_card, estimate, measure
+from vla0_trl.benchmarks.memory import CARD, build, cap_at_card, estimate, measure
+from vla0_trl.benchmarks.memory_table import GIB, PARTS
 from vla0_trl.evaluation.episode_log import provenance, write_json
 from vla0_trl.training.arguments import parse_recipe
 

@@ -19,6 +19,7 @@ FLOORS = [
     {"data", "policy"},
     {"training", "evaluation"},
     {"benchmarks"},
+    {"check"},  # tries a part of every room, each in a process of its own
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

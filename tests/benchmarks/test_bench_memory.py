@@ -10,7 +10,7 @@ from support.backbones import TINY
 from support.general import REPOSITORY, load_script, shared_path
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from vla0_trl.benchmarks import memory
+from vla0_trl.benchmarks import memory, memory_table
 from vla0_trl.benchmarks.synthetic import synthetic_dataset
 from vla0_trl.models.loading import load_processor
 from vla0_trl.models.nano import NanoConfig, build_nano
@@ -82,6 +82,18 @@ def test_recipes_for_12_gb_say_what_they_need(path):
     assert batch == (64 if path.parent.name == "libero" else 16)
     assert values["optim"] == "adamw_bnb_8bit" and values["bf16"]
     assert (values["dtype"] == "bfloat16") == values.get("use_peft", False), "only frozen weights may be rounded"
+
+
+def test_pages_and_recipes_show_the_one_table_of_memory():
+    table = memory_table.load_table()
+    assert table.keys() >= {f"{path.parent.name}/{path.name}" for path in CONFIGS}
+    assert memory_table.markdown(table) in (REPOSITORY / "recipes/measurements.md").read_text()
+    overview = (REPOSITORY / "recipes/README.md").read_text().splitlines()
+    for name, figures in table.items():
+        peak = f"{figures['peak_gib']:.1f} GiB"
+        assert f"Memory: about {peak} at its peak" in (REPOSITORY / "recipes" / name).read_text()
+        [row] = [line for line in overview if line.startswith("| ") and f"`{name}`" in line]
+        assert f" {peak} (e) |" in row
 
 
 @pytest.mark.parametrize(

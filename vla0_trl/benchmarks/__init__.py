@@ -1,1 +1,4 @@
-"""What is measured: throughput of training and decoding, memory, and ablations. Nothing else imports this room."""
+"""What is measured: throughput of training and decoding, memory, and ablations.
+
+Only `check` imports this room, for the table of memory.
+"""

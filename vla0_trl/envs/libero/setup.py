@@ -52,8 +52,11 @@ def package_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "libero"
 
 
-def find_assets(assets_dir: str | Path | None = None) -> Path:
+def find_assets(assets_dir: str | Path | None = None, download: bool = True) -> Path:
     """The folder of meshes and textures: `assets_dir`, else `$LIBERO_ASSETS`, else the Hub's (cached) download.
+
+    Args:
+        download: if not, what was downloaded before.
 
     Raises:
         LiberoError: it is not one, or there is none.
@@ -72,7 +75,7 @@ def find_assets(assets_dir: str | Path | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(ASSETS_REPOSITORY, repo_type="dataset"))
+        return Path(snapshot_download(ASSETS_REPOSITORY, repo_type="dataset", local_files_only=not download))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise LiberoError(
             f"no LIBERO assets: neither --assets_dir nor ${ASSETS_VARIABLE} is given, and {ASSETS_REPOSITORY} could "
@@ -96,10 +99,16 @@ def choose_renderer() -> str:
 
 
 def egl_device() -> str:
-    """The GPU to draw on: of several processes of a launcher, each its own; robosuite takes the first for all."""
+    """The GPU to draw on: of several processes of a launcher, each its own; robosuite takes the first for all.
+
+    Raises:
+        LiberoError: there is none.
+    """
     gpus = [path.name.removeprefix("nvidia") for path in sorted(DEVICES.glob("nvidia[0-9]*"))]
     if os.environ.get("CUDA_VISIBLE_DEVICES"):
         gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    if not gpus:
+        raise LiberoError(f"egl draws on an NVIDIA GPU, and there is no {DEVICES}/nvidia0: use osmesa on a CPU")
     return gpus[int(os.environ.get("LOCAL_RANK", 0)) % len(gpus)]
 
 

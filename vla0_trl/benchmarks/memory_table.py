@@ -1,0 +1,37 @@
+"""How much memory each recipe needs: the table that recipes/README.md and `vla0_trl.check` show.
+
+`memory_table.json` is what `recipes/bench_memory.py … --json` wrote. Measure anew with it and nothing else changes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+TABLE = Path(__file__).with_name("memory_table.json")
+GIB = 2**30
+PARTS = ("weights", "gradients", "optimizer", "activations")
+
+
+def load_table() -> dict[str, dict[str, float]]:
+    """Each recipe's `weights_gib`, `gradients_gib`, `optimizer_gib`, `activations_gib` and `peak_gib`.
+
+    Recipes are named as in recipes/: "libero/lora_12gb.yaml".
+    """
+    configs = json.loads(TABLE.read_text())["configs"]
+    return {name.removeprefix("recipes/"): figures for name, figures in configs.items()}
+
+
+def checkpoint_gib(figures: dict[str, float]) -> float:
+    """A checkpoint's size: the weights that are trained, which are as large as their gradients, and Adam's state."""
+    return figures["gradients_gib"] + figures["optimizer_gib"]
+
+
+def markdown(table: dict[str, dict[str, float]]) -> str:
+    """The table as a README shows it, in GiB."""
+    columns = [*PARTS, "peak"]
+    lines = [f"| recipe | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for name, figures in table.items():
+        cells = [f"{figures[f'{column}_gib']:.1f}" for column in columns]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
