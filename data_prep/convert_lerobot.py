@@ -34,13 +34,20 @@ def main() -> None:
     add("--action_key", help="the feature that is the action (default: action or actions)")
     add("--gripper", choices=["sign"], help="sign: execute the last action dimension as −1 or +1, as LIBERO needs")
     add("--ignore_stats", action="store_true", help="convert values that meta's statistics say there are not")
+    add(
+        "--trust_timestamps",
+        action="store_true",
+        help="convert frames whose timestamps contradict meta/info.json's fps",
+    )
     args = parser.parse_args()
     with command_line_errors(args.output_dir):
         meta = open_dataset(args.source, args.revision)
-        source = LeRobotSource(meta, args.image_keys, args.state_key, args.action_key, not args.ignore_stats)
+        source = LeRobotSource(
+            meta, args.image_keys, args.state_key, args.action_key, not args.ignore_stats, args.trust_timestamps
+        )
         cameras = chosen_cameras(args.cameras, list(source.cameras))
         tasks = chosen_tasks(args.tasks, meta.tasks)
-        fetch(source, parser.selection(args, tasks).indices(source), cameras)
+        fetch(source, parser.selection(args, tasks), cameras)
         config = parser.config(
             args,
             cameras=cameras,

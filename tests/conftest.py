@@ -2,8 +2,10 @@
 
 import logging
 import os
+import shutil
 import signal
 import tempfile
+from pathlib import Path
 
 from support.backbones import QWEN, SMOLVLM, TINY
 from support.episodes import DotSource
@@ -79,3 +81,15 @@ def written(tmp_path_factory):
     from support.lerobot_files import Library  # needs the extra [convert]
 
     return Library(tmp_path_factory.mktemp("lerobot"))
+
+
+@pytest.fixture
+def v2(tmp_path, written) -> Path:
+    """A LeRobotDataset v2.1 of images, to change."""
+    return Path(shutil.copytree(written("v2.1", None), tmp_path / "v2"))
+
+
+@pytest.fixture
+def v3(tmp_path, written) -> Path:
+    """A LeRobotDataset v3.0 of images, to change."""
+    return Path(shutil.copytree(written("v3.0", None), tmp_path / "v3"))

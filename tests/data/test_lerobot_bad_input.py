@@ -167,7 +167,7 @@ BAD = {
         ("v2.1", None),
         lambda r: rewrite(r / DATA_2, wide_actions),
         "",
-        r"action has .'3'. dimensions and 0 empty",
+        r"action has 3 values in a row of type list.*meta/info.json wants 2 numbers",
     ),
 }
 

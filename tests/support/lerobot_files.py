@@ -20,6 +20,9 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from PIL import Image
 
+from vla0_trl.data.sources.lerobot import LeRobotSource
+from vla0_trl.data.sources.lerobot_meta import read_meta
+
 FPS = 30
 SIDE = 64
 BLOCKS = 4  # a side
@@ -205,13 +208,20 @@ class Written:
 
 
 def rewrite(path: Path, change) -> None:
-    """A parquet with its rows changed; one row group an episode no longer matters."""
+    """A parquet with its rows changed."""
     pq.write_table(change(pq.read_table(path, partitioning=None)), path)
 
 
 def edit_info(root: Path, **changes) -> None:
     info = json.loads((root / "meta/info.json").read_text())
     (root / "meta/info.json").write_text(json.dumps(info | changes))
+
+
+def edit_lines(path: Path, change, line: int = 1) -> None:
+    """One line of JSON Lines changed in place."""
+    lines = [json.loads(text) for text in path.read_text().split("\n") if text]
+    change(lines[line])
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
 
 
 def cut(path: Path, share: float) -> None:
@@ -233,8 +243,7 @@ def wrong_span(table: pa.Table) -> pa.Table:
 
 
 def shifted_span(table: pa.Table) -> pa.Table:
-    """Half a frame late."""
-    for part in ("from", "to"):
+    for part in ("from", "to"):  # half a frame late
         name = f"videos/observation.images.top/{part}_timestamp"
         table = replace_column(table, name, pa.array([value + 0.5 / FPS for value in table[name].to_pylist()]))
     return table
@@ -263,6 +272,20 @@ class Library:
     def __call__(self, version: str = "v3.0", codec: str | None = "h264") -> Path:
         root = self.folder / f"{version}-{codec}"
         return root if root.exists() else Written(root, version, codec).write()
+
+
+def source(root: Path, **options) -> LeRobotSource:
+    """The dataset's episodes, opened anew."""
+    return LeRobotSource(read_meta(root), **options)
+
+
+def check_episodes(source: LeRobotSource) -> None:
+    """Every episode has its vectors, its task and as many images as frames."""
+    for index in range(len(source)):
+        episode = source.episode(index)
+        assert all(map(np.array_equal, (episode.states, episode.actions), Written(Path()).vectors(index)))
+        assert episode.task == TASKS[index % 2] == source.task(index)
+        assert [len(list(frames)) for frames in episode.images.values()] == [LENGTHS[index]] * 2
 
 
 def check_rows(rows: Dataset, episodes: Iterable[int] = range(len(LENGTHS)), cameras: Iterable[int] = (0, 1)) -> None:

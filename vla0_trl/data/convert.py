@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from vla0_trl.config import VLAConfig
-from vla0_trl.data.episodes import ImageFormat, Source
+from vla0_trl.data.episodes import EpisodeError, ImageFormat, Source
 from vla0_trl.data.shards import CONVERSION_NAME, sorted_out, write_dataset
 from vla0_trl.data.staging import ConversionError, Staging
 from vla0_trl.files import write_whole
@@ -38,29 +38,54 @@ class Selection:
         episodes (`slice`): of the source's indices.
         max_episodes_per_task (`int`, *optional*): keep at most so many of each instruction, drawn with `seed`.
         tasks (`list[str]`, *optional*): only episodes of these instructions.
+        num_episodes (`int`, *optional*): keep so many of what is left, drawn with `seed` whatever their instructions.
     """
 
     episodes: slice = field(default_factory=lambda: slice(None))
     max_episodes_per_task: int | None = None
     seed: int = 0
     tasks: list[str] | None = None
+    num_episodes: int | None = None
+
+    @property
+    def by_task(self) -> bool:
+        return self.tasks is not None or self.max_episodes_per_task is not None
 
     def indices(self, source: Source) -> list[int]:
-        """Ascending."""
+        """Ascending. An episode whose task can't be read is among them, and is bad when it is read."""
         chosen = list(range(len(source)))[self.episodes]
-        if self.tasks is not None:
-            chosen = [index for index in chosen if source.task(index) in self.tasks]
-        if self.max_episodes_per_task is not None:
-            by_task: dict[str, list[int]] = {}
-            for index in np.random.default_rng(self.seed).permutation(chosen).tolist():
-                by_task.setdefault(source.task(index), []).append(index)
-            chosen = sorted(index for group in by_task.values() for index in group[: self.max_episodes_per_task])
+        if self.by_task:
+            chosen = self._of_tasks({index: _task(source, index) for index in chosen})
+        if self.num_episodes is not None:
+            if self.num_episodes > len(chosen):
+                raise ConversionError(f"--num_episodes {self.num_episodes}: there are {len(chosen)} to draw from")
+            chosen = sorted(np.random.default_rng(self.seed).permutation(chosen)[: self.num_episodes].tolist())
         if not chosen:
             raise ConversionError(
                 f"no episode is left of the {len(source)} in {source.info.source}: see --episodes"
                 + (f" and --tasks ({self.tasks})" if self.tasks is not None else "")
             )
         return chosen
+
+    def _of_tasks(self, tasks: dict[int, str | None]) -> list[int]:
+        """Of the episodes with these tasks, those that the flags about tasks leave."""
+        unknown = [index for index, task in tasks.items() if task is None]
+        chosen = [index for index, task in tasks.items() if task is not None]
+        if self.tasks is not None:
+            chosen = [index for index in chosen if tasks[index] in self.tasks]
+        if self.max_episodes_per_task is not None:
+            by_task: dict[str, list[int]] = {}
+            for index in np.random.default_rng(self.seed).permutation(chosen).tolist():
+                by_task.setdefault(tasks[index], []).append(index)
+            chosen = [index for group in by_task.values() for index in group[: self.max_episodes_per_task]]
+        return sorted(unknown + chosen)
+
+
+def _task(source: Source, index: int) -> str | None:
+    try:
+        return source.task(index)
+    except EpisodeError:
+        return None
 
 
 def convert(

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from vla0_trl.data.episodes import Episode, EpisodeError, SourceInfo
+from vla0_trl.data.sources.lerobot_frames import FIX, EpisodeRows, Frames, read_columns, vectors
 from vla0_trl.data.sources.lerobot_meta import IMAGE_TYPES, EpisodeMeta, LeRobotMeta
-from vla0_trl.data.sources.parquet_images import ImageColumn, readable
+from vla0_trl.data.sources.parquet_images import ImageColumn
 from vla0_trl.data.staging import ConversionError
 
 _STATE_KEYS = ("observation.state", "state")  # LeRobot's name, and physical-intelligence/libero's
 _ACTION_KEYS = ("action", "actions")
 _STATS_SLACK = 0.01  # of a dimension's range
-_FIX = "fetch the dataset again, or leave the episode out with --skip_bad_episodes"
 
 
 class LeRobotSource:
@@ -31,6 +31,7 @@ class LeRobotSource:
             none unless they are named here.
         state_key, action_key (`str`, *optional*): features. There may be no state.
         check_stats (`bool`): compare what is read with the dataset's own statistics.
+        trust_timestamps (`bool`): accept timestamps that contradict fps.
 
     Raises:
         ConversionError: a feature that there is not, no camera or no action at all.
@@ -43,10 +44,11 @@ class LeRobotSource:
         state_key: str | None = None,
         action_key: str | None = None,
         check_stats: bool = True,
+        trust_timestamps: bool = False,
     ):
         self.meta, self.check_stats = meta, check_stats
         pictures = [key for key, feature in meta.features.items() if feature["dtype"] in IMAGE_TYPES]
-        known = [key for key in pictures if not meta.features[key].get("info", {}).get("video.is_depth_map")]
+        known = [key for key in pictures if not _is_depth_map(meta.features[key])]
         images = self._found("--image_keys", image_keys or [], known, "camera")
         for key in images:
             if key not in pictures:
@@ -61,7 +63,7 @@ class LeRobotSource:
         self.action_dim = self._dim(self.action_key)
         self.state_dim = self._dim(self.state_key) if states else 0
 
-        robot = meta.info.get("robot_type") or "unknown"
+        robot = meta.info["robot_type"]
         self.info = SourceInfo(
             source=meta.hub_id or meta.root.resolve().name,
             revision=meta.revision or f"sha256 of meta/: {meta.digest}",
@@ -71,6 +73,8 @@ class LeRobotSource:
             how=f"Converted from a LeRobotDataset, format {meta.info['codebase_version']}, recorded with {robot}.",
             options={"action": self.action_key, "state": self.state_key, "cameras": self.cameras},
         )
+        self.frames = Frames(meta, trust_timestamps)
+        self._listed: dict[int, str] = {}  # tasks by which episodes were chosen before their frames were fetched
         self._table: tuple[str, pa.Table | None] = ("", None)
         self._readers: dict[str, Any] = {}
 
@@ -81,20 +85,44 @@ class LeRobotSource:
         return self.__dict__ | {"_table": ("", None), "_readers": {}}  # every process opens its own files
 
     def task(self, index: int) -> str:
-        return next(iter(self.meta.episodes[index].tasks), "")
+        """The task of the episode's frames; on the Hub the one that `meta/` lists, so that not all must be fetched."""
+        listed = self.listed_task(index)
+        if listed is not None:
+            self._listed[index] = listed
+            return listed
+        return self.frames.of(self.meta.episodes[index], self._name(index)).task
+
+    def listed_task(self, index: int) -> str | None:
+        """What `meta/` lists as a Hub dataset's episode's task, if that is one of the dataset's tasks."""
+        tasks = self.meta.episodes[index].tasks
+        usable = self.meta.hub_id and len(tasks) == 1 and tasks[0] in self.meta.tasks.values()
+        return tasks[0] if usable else None
 
     def episode(self, index: int) -> Episode:
-        meta = self.meta.episodes[index]
-        name = f"{self.info.source}, episode {meta.index}"
-        rows, start = self._rows(meta, name)
-        actions = self._vectors(rows, self.action_key, meta, name)
-        states = self._vectors(rows, self.state_key, meta, name) if self.state_key else None
-        times = rows["timestamp"].to_numpy().astype(np.float64)
+        meta, name = self.meta.episodes[index], self._name(index)
+        rows = self.frames.of(meta, name)
+        self._compare_task(rows.task, index, name)
+        table = self._vectors_of(meta, rows.rows, name)
+        actions = self._vectors(table, self.action_key, meta, name)
+        states = self._vectors(table, self.state_key, meta, name) if self.state_key else None
         images = {
-            camera: self._frames(f"{name}, camera {camera!r}", camera, key, meta, start, times)
+            camera: self._frames(f"{name}, camera {camera!r}", camera, key, meta, rows)
             for camera, key in self.cameras.items()
         }
-        return Episode(self._task(rows, name), actions, images, states, name)
+        return Episode(rows.task, actions, images, states, name)
+
+    def _name(self, index: int) -> str:
+        return f"{self.info.source}, episode {self.meta.episodes[index].index}"
+
+    def _compare_task(self, task: str, index: int, name: str) -> None:
+        listed = self.meta.episodes[index].tasks
+        if self._listed.get(index, task) != task:
+            raise EpisodeError(
+                f"{name}: its frames' task is {task!r}, meta/episodes, by which it was chosen, says {listed[0]!r}: "
+                "download the whole dataset and convert the folder, where the frames count"
+            )
+        if listed and task not in listed:
+            warnings.warn(f"meta/episodes says {listed[0]!r} where the frames say {task!r}: they count", stacklevel=2)
 
     def _found(self, flag: str, asked: list[str], known: Iterable[str], needed: str = "") -> list[str]:
         features, where = self.meta.features, f"{self.meta.root}/meta/info.json"
@@ -108,73 +136,41 @@ class LeRobotSource:
 
     def _dim(self, key: str) -> int:
         shape = self.meta.features[key]["shape"]
-        if len(shape) != 1:
-            raise ConversionError(f"{self.meta.root}/meta/info.json: {key} has shape {shape}, expected [dimensions]")
-        return shape[0]
+        if sum(size != 1 for size in shape) > 1:
+            raise ConversionError(f"{self.meta.root}/meta/info.json: {key} has shape {shape}, wanted a vector")
+        return math.prod(shape)
 
-    def _rows(self, meta: EpisodeMeta, name: str) -> tuple[pa.Table, int]:
-        """The episode's rows without images, and the number of the first in its file."""
-        path = self.meta.root / meta.data
+    def _vectors_of(self, meta: EpisodeMeta, rows: np.ndarray, name: str) -> pa.Table:
+        """State and action of the episode's rows."""
         if self._table[0] != meta.data:
-            columns = ["episode_index", "timestamp", "task_index", self.action_key]
-            columns += [self.state_key] if self.state_key else []
-            with readable(path, name):
-                missing = [column for column in columns if column not in pq.read_schema(path).names]
-                if missing:
-                    raise EpisodeError(f"{name}: {path} has no column {missing[0]!r}: {_FIX}")
-                self._table = (meta.data, pq.read_table(path, columns=columns, partitioning=None))
-        table = self._table[1]
-        own = np.flatnonzero(table["episode_index"].to_numpy() == meta.index)
-        if not len(own) or len(own) != meta.length or own[-1] - own[0] + 1 != len(own):
-            raise EpisodeError(
-                f"{name}: {path} has {len(own)} rows of it, meta/episodes says length {meta.length}: {_FIX}"
-            )
-        return table.slice(own[0], len(own)), int(own[0])
+            keys = [self.action_key, *([self.state_key] if self.state_key else [])]
+            self._table = (meta.data, read_columns(self.meta.root / meta.data, list(dict.fromkeys(keys)), name))
+        return self._table[1].take(rows)
 
-    def _vectors(self, rows: pa.Table, key: str, meta: EpisodeMeta, name: str) -> np.ndarray:
+    def _vectors(self, table: pa.Table, key: str, meta: EpisodeMeta, name: str) -> np.ndarray:
         """float32 (T, D)."""
-        column = rows[key].combine_chunks()
-        dim = self._dim(key)
-        widths = {1}
-        if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
-            widths = set(pc.list_value_length(column).to_pylist())
-            column = column.flatten()
-        if widths != {dim} or column.null_count:
-            raise EpisodeError(
-                f"{name}: {self.meta.root / meta.data}: {key} has {sorted(map(str, widths))} dimensions and "
-                f"{column.null_count} empty values, meta/info.json says {dim} dimensions: {_FIX}"
-            )
-        values = column.to_numpy().astype(np.float32).reshape(-1, dim)
+        values = vectors(table[key], self._dim(key), f"{name}: {self.meta.root / meta.data}: {key}")
         if self.check_stats:
             self._compare_stats(key, values, meta, name)
         return values
-
-    def _task(self, rows: pa.Table, name: str) -> str:
-        numbers = pc.unique(rows["task_index"]).to_pylist()
-        if len(numbers) != 1:
-            raise EpisodeError(
-                f"{name}: has {len(numbers)} tasks (task_index {numbers}), an episode can have one: split the "
-                "recording, or leave the episode out with --skip_bad_episodes"
-            )
-        text = self.meta.tasks.get(numbers[0]) or ""
-        if not text.strip():
-            raise EpisodeError(
-                f"{name}: task_index {numbers[0]} has no text in {self.meta.root / self.meta.tasks_file}: write the "
-                "instruction there, or leave the episode out with --skip_bad_episodes"
-            )
-        return text
 
     def _compare_stats(self, key: str, values: np.ndarray, meta: EpisodeMeta, name: str) -> None:
         """Values outside of the dataset's own range: its data or its statistics are of another version.
 
         The statistics themselves are computed again, so that smaller differences and missing ones do no harm.
         """
-        stats = meta.stats.get(key, {})
-        if not {"min", "max"} <= stats.keys():
-            return
-        low, high = (np.asarray(stats[bound], np.float64).ravel() for bound in ("min", "max"))
-        dim = values.shape[1]
         fix = "fetch the dataset again, or trust the data with --ignore_stats"
+        stats = meta.stats.get(key)
+        found = [stats.get(bound) for bound in ("min", "max")] if isinstance(stats, dict) else [None]
+        if None in found:
+            return
+        try:
+            low, high = (np.asarray(bound, np.float64).ravel() for bound in found)
+        except (ValueError, TypeError) as error:
+            raise EpisodeError(
+                f"{name}: meta's statistics of {key} are {found}, wanted lists of numbers: {fix}"
+            ) from error
+        dim = values.shape[1]
         if len(low) != dim or len(high) != dim:
             raise EpisodeError(f"{name}: meta's statistics of {key} have {len(low)} dimensions, the data {dim}: {fix}")
         slack = _STATS_SLACK * (high - low) + 1e-4 * (1 + np.abs(high))
@@ -187,12 +183,13 @@ class LeRobotSource:
             )
 
     def _frames(
-        self, name: str, camera: str, key: str, meta: EpisodeMeta, start: int, times: np.ndarray
+        self, name: str, camera: str, key: str, meta: EpisodeMeta, rows: EpisodeRows
     ) -> Iterator[np.ndarray | bytes]:
-        """A camera's frames of an episode, whose rows begin at `start` and are at `times`; `name` names both."""
+        """A camera's frames of an episode; `name` names both."""
+        times = rows.times
         if key not in meta.videos:
             column = self._reader(camera, ImageColumn, self.meta.root / meta.data, key)
-            yield from column.frames(start, len(times), name)
+            yield from column.frames(rows.rows, name)
             return
         try:
             from vla0_trl.data.sources.video import VideoReader
@@ -203,7 +200,7 @@ class LeRobotSource:
         if span.end is not None and abs((span.end - span.start) * fps - len(times)) > 0.5:
             raise EpisodeError(
                 f"{name}: meta/episodes gives it {span.start:.4f} to {span.end:.4f} s of {path}, which is "
-                f"{(span.end - span.start) * fps:.1f} frames; the parquet has {len(times)} rows: {_FIX}"
+                f"{(span.end - span.start) * fps:.1f} frames; the parquet has {len(times)} rows: {FIX}"
             )
         video = self._reader(camera, VideoReader, path, fps)
         yield from video.frames(span.start + times, name, alone=span.end is None)
@@ -214,3 +211,9 @@ class LeRobotSource:
         if reader is None or reader.path != path:
             reader = self._readers[camera] = kind(path, *args)
         return reader
+
+
+def _is_depth_map(feature: dict[str, Any]) -> bool:
+    """In any of LeRobot's spellings: `info`, in older versions `video_info`, with and without "video."."""
+    places = (feature, feature["info"], feature["video_info"])
+    return any(place.get(f"{prefix}is_depth_map") for place in places for prefix in ("", "video."))

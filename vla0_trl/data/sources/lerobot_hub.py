@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from vla0_trl.data.convert import Selection
 from vla0_trl.data.sources.lerobot import LeRobotSource
 from vla0_trl.data.sources.lerobot_meta import LeRobotMeta, read_meta
 from vla0_trl.data.staging import ConversionError
@@ -30,11 +31,17 @@ def open_dataset(name: str, revision: str | None = None) -> LeRobotMeta:
     return replace(read_meta(root), hub_id=name, revision=commit)
 
 
-def fetch(source: LeRobotSource, indices: list[int], cameras: list[str]) -> None:
-    """Bring what these episodes and cameras need; a folder has it all."""
+def fetch(source: LeRobotSource, selection: Selection, cameras: list[str]) -> None:
+    """Bring what the selected episodes and cameras need; a folder has it all."""
     meta = source.meta
     if meta.hub_id is None:
         return
+    if selection.by_task:  # what `meta/` does not tell, frames do
+        asked = range(len(source))[selection.episodes]
+        files = [meta.episodes[index].data for index in asked if source.listed_task(index) is None]
+        if files:
+            _download(meta.hub_id, meta.revision, list(dict.fromkeys(files)))
+    indices = selection.indices(source)
     keys = [source.cameras[camera] for camera in cameras]
     videos = [key for key in keys if meta.features[key]["dtype"] == "video"]
     if len(indices) == len(source):  # a pattern for each of many files would take minutes to match

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard
 
+from vla0_trl.data.sources.lerobot_schema import (
+    DATA_FILE,
+    EPISODE,
+    EPISODE_STATS,
+    FEATURE,
+    INFO,
+    TASK,
+    VIDEO_FILE,
+    Kind,
+    checked,
+    filled,
+)
 from vla0_trl.data.staging import ConversionError
 
 VERSIONS = ("v2.1", "v3.0")
@@ -42,6 +56,7 @@ class EpisodeMeta:
     """What `meta/` tells of an episode.
 
     Args:
+        tasks (`list[str]`): its instructions as `meta/` lists them; those of its frames count, see [`Frames`].
         data (`str`): its parquet, in the dataset's folder.
         videos (`dict`): camera's feature -> where its frames are; none if they are in the parquet.
         stats (`dict`): feature -> statistics, of the episode or the whole dataset.
@@ -93,102 +108,148 @@ def read_meta(root: Path) -> LeRobotMeta:
     """Read `root/meta`.
 
     Raises:
-        ConversionError: no LeRobotDataset, an unknown version, a file or a field of `meta/` missing.
+        ConversionError: no LeRobotDataset, an unknown version, a file of `meta/` missing, a field missing or wrong.
     """
     path = root / "meta/info.json"
     if not path.is_file():
         raise ConversionError(f"{root} is no LeRobotDataset: it has no meta/info.json")
-    info = _json(path, path.read_text())
-    version = info.get("codebase_version")
+    found = _json(path, _text(path))
+    version = found.get("codebase_version") if isinstance(found, dict) else None
     if version not in VERSIONS:
         raise ConversionError(
             f"{path}: codebase_version {version!r} is unknown, this reads {', '.join(VERSIONS)}: convert the dataset "
             "with LeRobot's own scripts, or update vla0_trl"
         )
-    missing = {"features", "fps", "data_path"} - info.keys()
-    if missing:
-        raise ConversionError(f"{path}: {sorted(missing)} are missing: the file is damaged, fetch it again")
+    info = checked(str(path), found, INFO)
+    for key, feature in info["features"].items():
+        info["features"][key] = checked(f"{path}: features: {key}", feature, FEATURE)
     video_keys = [key for key, feature in info["features"].items() if feature["dtype"] == "video"]
-    parts = (_v30 if version == "v3.0" else _v21)(root, info, video_keys)
+    tasks, tasks_file, episodes = (_v30 if version == "v3.0" else _v21)(root, info, video_keys)
+    episodes.sort(key=lambda episode: episode.index)
+    for episode, following in pairwise(episodes):
+        if episode.index == following.index:
+            raise ConversionError(f"{root}/meta lists episode {episode.index} twice: remove the line that is wrong")
+    if info["total_episodes"] not in (None, len(episodes)):
+        warnings.warn(
+            f"{path}: total_episodes is {info['total_episodes']}, meta lists {len(episodes)} episodes: is the copy "
+            "complete?",
+            stacklevel=2,
+        )
     card = root / "README.md"
     license = (card.is_file() and DatasetCard.load(card).data.license) or "unknown"
-    return LeRobotMeta(root, info, *parts, _digest(root / "meta"), license)
+    return LeRobotMeta(root, info, tasks, tasks_file, episodes, _digest(root / "meta"), license)
 
 
 def _v21(root: Path, info: dict[str, Any], video_keys: list[str]) -> _Parts:
     """One parquet, and one mp4 a camera, for each episode."""
-    meta = root / "meta"
-    tasks = {line["task_index"]: line["task"] or "" for line in _json_lines(meta / "tasks.jsonl")}
+    meta, where = root / "meta", f"{root}/meta/info.json"
+    tasks = _tasks(meta / "tasks.jsonl", _json_lines(meta / "tasks.jsonl", TASK))
     stats = {}
     if (meta / "episodes_stats.jsonl").is_file():
-        stats = {line["episode_index"]: line["stats"] for line in _json_lines(meta / "episodes_stats.jsonl")}
+        lines = _json_lines(meta / "episodes_stats.jsonl", EPISODE_STATS)
+        stats = {line["episode_index"]: line["stats"] for line in lines}
     episodes = []
-    for line in _json_lines(meta / "episodes.jsonl"):
+    for line in _json_lines(meta / "episodes.jsonl", EPISODE):
         index = line["episode_index"]
-        numbers = {"episode_index": index, "episode_chunk": index // info.get("chunks_size", 1000)}
-        data = info["data_path"].format(**numbers)
-        videos = {key: VideoSpan(info["video_path"].format(video_key=key, **numbers)) for key in video_keys}
-        episode = EpisodeMeta(index, line["length"], line.get("tasks", []), data, videos, stats.get(index, {}))
-        episodes.append(episode)
-    return tasks, "meta/tasks.jsonl", sorted(episodes, key=lambda e: e.index)
+        numbers = {"episode_index": index, "episode_chunk": index // max(info["chunks_size"], 1)}
+        data = filled(where, "data_path", info["data_path"], **numbers)
+        videos = {
+            key: VideoSpan(filled(where, "video_path", info["video_path"], video_key=key, **numbers))
+            for key in video_keys
+        }
+        episodes.append(EpisodeMeta(index, line["length"], line["tasks"], data, videos, stats.get(index, {})))
+    return tasks, "meta/tasks.jsonl", episodes
 
 
 def _v30(root: Path, info: dict[str, Any], video_keys: list[str]) -> _Parts:
     """Many episodes in a parquet and in an mp4."""
-    path = root / "meta/tasks.parquet"
+    path, where = root / "meta/tasks.parquet", f"{root}/meta/info.json"
     table = _table(path)
-    texts = [name for name in table.column_names if name != "task_index"]  # a pandas index, named or not
-    if "task_index" not in table.column_names or not texts:
-        raise ConversionError(f"{path}: has columns {table.column_names}, expected task_index and the task's text")
-    tasks = {row["task_index"]: row[texts[0]] or "" for row in table.to_pylist()}
+    text = _text_column(path, table.schema)
+    lines = [checked(str(path), row | {"task": row[text]}, TASK) for row in table.to_pylist()]
+    tasks = _tasks(path, lines)
 
     path = root / "meta/stats.json"
-    stats = _json(path, path.read_text()) if path.is_file() else {}
-    columns = ["episode_index", "length", "tasks", "data/chunk_index", "data/file_index"]
-    parts = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
-    columns += [f"videos/{key}/{part}" for key in video_keys for part in parts]
+    stats = checked(str(path), _json(path, _text(path)), {}) if path.is_file() else {}
+    kinds = EPISODE | DATA_FILE
+    for key in video_keys:
+        kinds |= {f"videos/{key}/{part}": kind for part, kind in VIDEO_FILE.items()}
     paths = sorted((root / "meta/episodes").rglob("*.parquet"))
     if not paths:
         raise ConversionError(f"{root}: meta/episodes has no parquet files: the copy is not complete, fetch it again")
-    rows = [row for path in paths for row in _table(path, columns).to_pylist()]  # without statistics, most of it
     episodes = []
-    for row in rows:
-        data = info["data_path"].format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
-        videos = {}
-        for key in video_keys:
-            chunk, file, start, end = (row[f"videos/{key}/{part}"] for part in parts)
-            video = info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
-            videos[key] = VideoSpan(video, start, end)
-        episodes.append(EpisodeMeta(row["episode_index"], row["length"], row["tasks"], data, videos, stats))
-    return tasks, "meta/tasks.parquet", sorted(episodes, key=lambda e: e.index)
+    for path in paths:
+        for number, found in enumerate(_table(path, list(kinds)).to_pylist()):  # without statistics, most of it
+            row = checked(f"{path}, row {number}", found, kinds)
+            numbers = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
+            data = filled(where, "data_path", info["data_path"], **numbers)
+            videos = {}
+            for key in video_keys:
+                chunk, file, start, end = (row[f"videos/{key}/{part}"] for part in VIDEO_FILE)
+                numbers = {"video_key": key, "chunk_index": chunk, "file_index": file}
+                videos[key] = VideoSpan(filled(where, "video_path", info["video_path"], **numbers), start, end)
+            episodes.append(EpisodeMeta(row["episode_index"], row["length"], row["tasks"], data, videos, stats))
+    return tasks, "meta/tasks.parquet", episodes
+
+
+def _text_column(path: Path, schema: pa.Schema) -> str:
+    """The column of tasks.parquet that holds the text: pandas' index as LeRobot writes it, "task", or the only one."""
+
+    def is_text(kind: pa.DataType) -> bool:
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+    texts = [field.name for field in schema if is_text(field.type)]
+    index = [name for name in (schema.pandas_metadata or {}).get("index_columns", []) if isinstance(name, str)]
+    known = [name for name in (*index, "__index_level_0__", "task") if name in texts]
+    if not known and len(texts) != 1:
+        raise ConversionError(f"{path}: the columns of text are {texts}, wanted one, called task")
+    return (known or texts)[0]
+
+
+def _tasks(path: Path, lines: Iterable[dict[str, Any]]) -> dict[int, str]:
+    """task_index -> text."""
+    tasks: dict[int, str] = {}
+    for line in lines:
+        index, text = line["task_index"], line["task"]
+        if tasks.setdefault(index, text) != text:
+            raise ConversionError(f"{path}: task_index {index} is both {tasks[index]!r} and {text!r}: remove one")
+    return tasks
 
 
 def _table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Those of `columns` that there are; all by default."""
     try:
-        schema = pq.read_schema(path)
-        missing = [name for name in columns or [] if name not in schema.names]
-        if missing:
-            raise ConversionError(f"{path}: columns {missing} are missing: it does not fit meta/info.json")
-        return pq.read_table(path, columns=columns, partitioning=None)
+        names = None if columns is None else [name for name in pq.read_schema(path).names if name in columns]
+        return pq.read_table(path, columns=names, partitioning=None)
     except FileNotFoundError as error:
         raise ConversionError(f"{path} is missing: the copy is not complete, fetch it again") from error
     except pa.ArrowInvalid as error:
         raise ConversionError(f"{path} is damaged, fetch it again: {error}") from error
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        raise ConversionError(f"{path} is missing: the copy is not complete, fetch it again")
-    for line in path.read_text().splitlines():
+def _json_lines(path: Path, kinds: dict[str, Kind]) -> Iterator[dict[str, Any]]:
+    """JSON Lines end with "\\n"; texts may hold what else Python's splitlines takes for a line's end."""
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
-            yield _json(path, line)
+            where = f"{path}, line {number}"
+            yield checked(where, _json(where, line), kinds)
 
 
-def _json(path: Path, text: str) -> dict[str, Any]:
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise ConversionError(f"{path} is missing: the copy is not complete, fetch it again") from error
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{path} is no text, fetch it again: {error}") from error
+
+
+def _json(where: Path | str, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConversionError(f"{path} is no JSON, fetch it again: {error}") from error
+        raise ConversionError(f"{where} is no JSON, fetch it again: {error}") from error
 
 
 def _digest(folder: Path) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vla0_trl.data.episodes import EpisodeError
@@ -38,32 +40,34 @@ class ImageColumn:
 
     def __init__(self, path: Path, key: str):
         self.path, self.key = path, key
-        self._images: Iterator[tuple[int, dict | None]] | None = None
+        self._images: Iterator[tuple[int, bytes | None]] | None = None
         self._next = self._wanted = 0  # the row that `_images` gives next, and the first that matters
 
-    def frames(self, start: int, count: int, name: str) -> Iterator[bytes]:
-        """Image files of the rows `start` to `start + count`.
+    def frames(self, rows: np.ndarray, name: str) -> Iterator[bytes]:
+        """Image files of `rows`, int64 (T,) and ascending.
 
         Raises:
             EpisodeError: the file or the column is absent or damaged, or a row holds no bytes.
         """
-        if self._images is None or start < self._next:
+        if self._images is None or rows[0] < self._next:
             self.close()
             self._images = self._read(name)
-        self._wanted = start
+        self._wanted = rows[0]
+        frame = 0
         try:
             with readable(self.path, name):
                 for row, image in self._images:
                     self._next = row + 1
-                    if row < start:
+                    if row != rows[frame]:
                         continue
-                    if image is None or not image["bytes"]:
+                    if not image:
                         raise EpisodeError(
-                            f"{name}, frame {row - start}: {self.path} holds no image in {self.key}, a path at most: "
-                            "images have to be in the parquet files"
+                            f"{name}, frame {frame}: {self.path} holds no image in {self.key}, a path at most: images "
+                            "have to be in the parquet files"
                         )
-                    yield image["bytes"]
-                    if row == start + count - 1:
+                    yield image
+                    frame += 1
+                    if frame == len(rows):
                         return
         except EpisodeError:
             self.close()  # it is not at a row that could be told
@@ -75,15 +79,21 @@ class ImageColumn:
             self._images.close()
         self._images, self._next = None, 0
 
-    def _read(self, name: str) -> Iterator[tuple[int, dict | None]]:
+    def _read(self, name: str) -> Iterator[tuple[int, bytes | None]]:
         with pq.ParquetFile(self.path, **_FROM_FRONT_TO_BACK) as file:
             if self.key not in file.schema_arrow.names:
                 raise EpisodeError(f"{name}: {self.path} has no column {self.key!r}: choose others with --image_keys")
+            kind = file.schema_arrow.field(self.key).type
+            if not (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
+                raise EpisodeError(
+                    f"{name}: {self.path}: {self.key} is {kind}, wanted struct<bytes: binary, path: string>: choose "
+                    "others with --image_keys"
+                )
             end = 0
             for group in range(file.num_row_groups):  # one by one: a damaged one spares those before it
                 row, end = end, end + file.metadata.row_group(group).num_rows
                 if end <= self._wanted:
                     continue
                 for batch in file.iter_batches(_BATCH_ROWS, [group], columns=[self.key], use_threads=False):
-                    yield from enumerate(batch.column(0).to_pylist(), row)
+                    yield from enumerate(pc.struct_field(batch.column(0), "bytes").to_pylist(), row)
                     row += len(batch)

@@ -10,11 +10,11 @@ import av
 import numpy as np
 
 from vla0_trl.data.episodes import EpisodeError
+from vla0_trl.data.sources.lerobot_frames import TIME_TOLERANCE
 
 # 10 s of 256 px decode in 0.1 s. For what lies further ahead (others read what is between) seeking is faster.
 _SEEK_AHEAD = 10.0
 _SEEK_MARGIN = 1.0  # seconds; a file's index goes by decoding time, which B-frames shift against a frame's own
-_TOLERANCE = 0.25  # of a frame: timestamps are float32, and an mp4 counts time in steps
 _FIX = "fetch the file again, or leave the episode out with --skip_bad_episodes"
 
 
@@ -71,7 +71,7 @@ class VideoReader:
         self._container, self._decoded, self._position = None, iter(()), -np.inf
 
     def _frame_at(self, time: float, row: int, rows: int, name: str) -> av.VideoFrame:
-        tolerance = _TOLERANCE / self.fps
+        tolerance = TIME_TOLERANCE / self.fps
         frame = self._take()
         while row == 0 and frame is not None and frame.time < time - tolerance:
             frame = self._take()  # of the episodes before
