@@ -91,3 +91,21 @@ def test_zero_range_names_dimension_and_fix():
     with pytest.raises(ValueError, match=r"dimension 1 has zero range.*--normalization"):
         Quantizer(flat, 511)
     assert Quantizer(flat, 10, [0.0, 10.0]).encode([[1.0, 5.0]]).tolist() == [[1, 5]]
+
+
+def test_waypoints_are_written_and_the_steps_between_interpolated():
+    stats = NormStats.from_array(np.array([[0.0, 0.0], [100.0, 100.0]]))
+    tokenizer = ActionTokenizer(stats, 100, chunk_size=5, written_steps=[0, 3, 4])
+    actions = np.array([[10, 90], [1, 2], [3, 4], [40, 60], [50, 0]])
+    assert tokenizer.encode(actions) == "10 90 40 60 50 0"
+    assert tokenizer.decode("10 90 40 60 50 0").tolist() == [[10, 90], [20, 80], [30, 70], [40, 60], [50, 0]]
+    batch = tokenizer.from_integers(np.array([[10, 90, 40, 60, 50, 0]] * 3))
+    assert batch.shape == (3, 5, 2) and batch.dtype == np.float32
+    with pytest.raises(ActionParseError, match="expected 6 integers, got 10"):
+        tokenizer.decode("1 2 3 4 5 6 7 8 9 10")
+
+
+def test_between_waypoints_a_gripper_keeps_its_last_value():
+    stats = NormStats.from_array(np.array([[0.0, -1.0], [100.0, 1.0]]))
+    tokenizer = ActionTokenizer(stats, 100, chunk_size=5, written_steps=[0, 3, 4], holds_last_dimension=True)
+    assert tokenizer.decode("10 0 40 100 50 0").tolist() == [[10, -1], [20, -1], [30, -1], [40, 1], [50, -1]]

@@ -30,6 +30,10 @@ def test_saved_and_loaded_is_the_same(tmp_path):
         ({"action_dim": 3, "action_stats": STATS}, "action_stats has 2 dimensions"),
         ({"chunk_size": 0}, "chunk_size=0"),
         ({"gripper": "yes"}, "gripper"),
+        ({"waypoints": [0, 3]}, "waypoints=.* from 0 to 7"),
+        ({"waypoints": [1, 7]}, "waypoints"),
+        ({"waypoints": [0, 4, 3, 7]}, "increasing"),
+        ({"waypoints": []}, "waypoints"),
     ],
 )
 def test_impossible_combinations_raise(fields, message):

@@ -1,12 +1,13 @@
 """Continuous vectors <-> text integers, and the statistics that set the scale.
 
 An action chunk of `chunk_size` steps and `action_dim` dimensions becomes `chunk_size × action_dim` integers in
-0…`num_bins`, time-major, separated by single spaces: "524 341 892 …" (VLA-0, arXiv:2510.13054, section 3).
+0…`num_bins`, time-major, separated by single spaces: "524 341 892 …" (VLA-0, arXiv:2510.13054, section 3). Fewer, if
+only some of the steps are written and those between them interpolated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -17,7 +18,7 @@ _HISTOGRAM_CELLS = 1 << 16
 
 
 class ActionParseError(ValueError):
-    """The text is not exactly `chunk_size × action_dim` integers in 0…`num_bins`, separated by single spaces."""
+    """The text is not exactly as many integers in 0…`num_bins` as are meant, separated by single spaces."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,10 @@ class ActionTokenizer:
         normalization (`str` or `[low, high]`, *optional*, defaults to `"min_max"`): see [`NormStats.bounds`].
         relative (`bool`, *optional*, defaults to `False`): text holds action − state, whose first `action_dim` entries
             are the action's coordinates now. Deltas need statistics of their own.
+        written_steps (`list[int]`, *optional*): the steps that the text holds, the first and the last among them;
+            those between are interpolated linearly. Default: all.
+        holds_last_dimension (`bool`, *optional*, defaults to `False`): the last dimension keeps its last written value
+            instead, as an open or closed gripper must.
     """
 
     def __init__(
@@ -174,12 +179,21 @@ class ActionTokenizer:
         chunk_size: int = 1,
         normalization: str | list[float] = "min_max",
         relative: bool = False,
+        written_steps: Sequence[int] | None = None,
+        holds_last_dimension: bool = False,
     ):
         self.quantizer = Quantizer(stats, num_bins, normalization)
         self.num_bins = num_bins
         self.chunk_size = chunk_size
         self.action_dim = stats.dim
         self.relative = relative
+        self.written_steps = list(range(chunk_size) if written_steps is None else written_steps)
+        self.num_values = len(self.written_steps) * self.action_dim
+        self._between = None
+        if len(self.written_steps) < chunk_size:
+            self._between = _interpolation(self.written_steps, chunk_size)
+        self._held = np.searchsorted(self.written_steps, np.arange(chunk_size), side="right") - 1
+        self._holds_last_dimension = holds_last_dimension
 
     def encode(self, actions: np.ndarray, state: np.ndarray | None = None) -> str:
         """Actions (chunk_size, action_dim) in environment units -> text. `state` (≥ action_dim,) if `relative`."""
@@ -189,21 +203,27 @@ class ActionTokenizer:
         """Text -> float32 (chunk_size, action_dim) in environment units.
 
         Raises:
-            ActionParseError: for anything but exactly chunk_size × action_dim canonical integers in 0…num_bins.
+            ActionParseError: for anything but exactly num_values canonical integers in 0…num_bins.
         """
-        return self.from_integers(parse_integers(text, self.chunk_size * self.action_dim, self.num_bins), state)
+        return self.from_integers(parse_integers(text, self.num_values, self.num_bins), state)
 
     def to_integers(self, actions: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
-        """Like `encode`, but int64 (chunk_size · action_dim,)."""
+        """Like `encode`, but int64 (num_values,)."""
         actions = np.asarray(actions, np.float64)
         if actions.shape != (self.chunk_size, self.action_dim):
             raise ValueError(f"expected actions of shape {(self.chunk_size, self.action_dim)}, got {actions.shape}")
-        return self.quantizer.encode(actions - self._reference(state)).ravel()
+        return self.quantizer.encode(actions[self.written_steps] - self._reference(state)).ravel()
 
     def from_integers(self, integers: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
-        """The inverse of `to_integers`: integers (…, chunk_size · action_dim) and, if `relative`, one state."""
+        """The inverse of `to_integers`: integers (…, num_values) and, if `relative`, one state."""
         integers = np.asarray(integers)
-        chunk = self.quantizer.decode(integers.reshape(*integers.shape[:-1], self.chunk_size, self.action_dim))
+        steps = (len(self.written_steps), self.action_dim)
+        written = self.quantizer.decode(integers.reshape(*integers.shape[:-1], *steps))
+        chunk = written
+        if self._between is not None:
+            chunk = self._between @ written
+            if self._holds_last_dimension:
+                chunk[..., -1] = written[..., self._held, -1]
         return (chunk + self._reference(state)).astype(np.float32)
 
     def _reference(self, state: np.ndarray | None) -> np.ndarray | float:
@@ -212,6 +232,11 @@ class ActionTokenizer:
         if state is None:
             raise ValueError("relative actions need the state that they are relative to")
         return relative_reference(state, self.action_dim)
+
+
+def _interpolation(written_steps: list[int], chunk_size: int) -> np.ndarray:
+    """Float (chunk_size, written): each step's weights of the written steps before and after it."""
+    return np.stack([np.interp(np.arange(chunk_size), written_steps, row) for row in np.eye(len(written_steps))], 1)
 
 
 def relative_reference(state: np.ndarray, action_dim: int) -> np.ndarray:

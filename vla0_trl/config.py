@@ -24,6 +24,8 @@ class VLAConfig:
         cameras (`list[str]`): names, in the order in which the images enter the prompt.
         action_dim, state_dim (`int`): widths of one action and of the state vector (0: the dataset has no state).
         chunk_size (`int`): steps predicted at once.
+        waypoints (`list[int]`, *optional*): steps of the chunk that are written, such as [0, 3, 7], the first and the
+            last among them; the others are interpolated, and a gripper keeps its last value. Default: all steps.
         n_action_steps (`int`, *optional*, defaults to `chunk_size`): steps executed before the next prediction.
         ensemble_size (`int`, *optional*, defaults to `1`): > 1 re-queries at every step and averages up to that many
             overlapping predictions (ACT's temporal ensembling); excludes `n_action_steps` > 1.
@@ -50,6 +52,7 @@ class VLAConfig:
     action_dim: int = 2
     state_dim: int = 0
     chunk_size: int = 8
+    waypoints: list[int] | None = None
     n_action_steps: int | None = None
     ensemble_size: int = 1
     ensemble_decay: float | None = None
@@ -100,6 +103,12 @@ class VLAConfig:
             self.n_action_steps <= self.chunk_size,
             f"n_action_steps={self.n_action_steps} is more than the chunk_size={self.chunk_size} that is predicted",
         )
+        ends = self.waypoints is None or (self.waypoints[:1], self.waypoints[-1:]) == ([0], [self.chunk_size - 1])
+        need(
+            ends and self.written_steps == sorted(set(self.written_steps)),
+            f"waypoints={self.waypoints} must be increasing steps from 0 to {self.chunk_size - 1}, the last of the "
+            f"chunk_size={self.chunk_size}",
+        )
         check_ensemble(self.chunk_size, self.ensemble_size, self.ensemble_decay, self.ensemble_weights)
         need(0 < self.crop_ratio <= 1, f"crop_ratio={self.crop_ratio} must be in (0, 1]")
         need(
@@ -131,16 +140,27 @@ class VLAConfig:
             )
 
     @property
+    def written_steps(self) -> list[int]:
+        """The steps of a chunk that an answer holds: the waypoints, or all of them."""
+        return list(range(self.chunk_size)) if self.waypoints is None else self.waypoints
+
+    @property
     def num_values(self) -> int:
         """Integers in one answer."""
-        return self.chunk_size * self.action_dim
+        return len(self.written_steps) * self.action_dim
 
     def action_tokenizer(self) -> ActionTokenizer:
         """The codec of this config's actions."""
         if self.action_stats is None:
             raise ValueError("this config has no action_stats: it was not made by a conversion")
         return ActionTokenizer(
-            self.action_stats, self.num_bins, self.chunk_size, self.normalization, relative=self.relative_actions
+            self.action_stats,
+            self.num_bins,
+            self.chunk_size,
+            self.normalization,
+            relative=self.relative_actions,
+            written_steps=self.written_steps,
+            holds_last_dimension=self.gripper is not None,
         )
 
     def state_quantizer(self) -> Quantizer | None:

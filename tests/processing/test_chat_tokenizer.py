@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 from PIL import Image
-from support.backbones import QWEN, SMOLVLM
+from support.backbones import QWEN, SMOLVLM, TINY
 
+from vla0_trl.models.loading import set_image_size
+from vla0_trl.models.nano import NanoConfig, build_nano
 from vla0_trl.processing.chat import SYSTEM_PROMPT, prompt_messages, with_images
 from vla0_trl.processing.chat_tokenizer import ChatTokenizer
 
@@ -128,3 +130,47 @@ def test_templates_that_cannot_work_say_so(tiny_nano, example_config):
     processor.chat_template = template.replace("<end_of_utterance>", "")
     with pytest.raises(ValueError, match="end of turn"):
         ChatTokenizer(processor, example_config)
+
+
+@pytest.fixture
+def number_tokens(example_config):
+    """(processor, config): one token a number."""
+    nano = NanoConfig(**TINY, number_tokens=True)
+    model, processor = build_nano(nano, num_bins=example_config.num_bins, texts=["Push it.\nState: "])
+    set_image_size(processor, model.config, example_config)
+    return processor, example_config
+
+
+def test_number_tokens_make_a_brief_row(number_tokens):
+    processor, config = number_tokens
+    chat = ChatTokenizer(processor, config)
+    assert chat.render("Push it.", "12 400", "5 511 0") == (
+        "<|im_start|>Push it.\nState: 12 400<image><end_of_utterance> 5 511 0<end_of_utterance>"
+    )
+    prompt, (answer, labels) = chat.encode_prompt("Push it.", [12, 400]), chat.encode_answer([5, 511, 0])
+    fake = "<fake_token_around_image>"
+    assert processor.tokenizer.convert_ids_to_tokens(prompt + answer) == [
+        *("<|im_start|>", "Push", "Ġit.", "Ċ", "State:", "Ġ12", "Ġ400", fake, "<global-img>"),
+        *(["<image>"] * 4),
+        *(fake, "<end_of_utterance>", "Ġ5", "Ġ511", "Ġ0", "<end_of_utterance>"),
+    ]
+    assert labels == answer
+    text = chat.render("Push it.", "12 400", "5 511 0")
+    blank = Image.new("RGB", (config.image_size, config.image_size))
+    assert prompt + answer == processor(text=[text], images=[[blank]], add_special_tokens=False)["input_ids"][0]
+
+
+def test_a_hidden_number_token_is_one_token_whose_label_may_stay(number_tokens):
+    processor, config = number_tokens
+    chat = ChatTokenizer(processor, config)
+    plain, _ = chat.encode_answer([5, 511, 0])
+    hidden = np.array([True, False, True])
+    ids, labels = chat.encode_answer([5, 511, 0], hidden)
+    assert processor.tokenizer.convert_ids_to_tokens(ids) == ["Ġ?", "Ġ511", "Ġ?", "<end_of_utterance>"]
+    assert labels == [-100, plain[1], -100, plain[3]]
+    assert chat.can_keep_labels and chat.encode_answer([5, 511, 0], hidden, keep_labels=True) == (ids, plain)
+
+
+def test_digit_tokens_cannot_keep_the_labels_of_hidden_values(backbone):
+    _, processor, config = backbone
+    assert not ChatTokenizer(processor, config).can_keep_labels

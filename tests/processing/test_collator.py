@@ -3,12 +3,14 @@ import pytest
 import torch
 from datasets import load_dataset
 from PIL import Image
+from support.backbones import TINY
 from support.episodes import DotSource
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from vla0_trl import VLADataCollator
 from vla0_trl.data.chat_dataset import load_chat_dataset
-from vla0_trl.models.loading import load_processor
+from vla0_trl.models.loading import load_processor, set_image_size
+from vla0_trl.models.nano import NanoConfig, build_nano
 from vla0_trl.processing.images import model_inputs
 
 
@@ -234,7 +236,48 @@ def test_cameras_of_changing_size_raise(tiny_nano, example_config, rows):
         VLADataCollator(load_processor(tiny_nano, example_config), example_config)(rows)
 
 
-@pytest.mark.parametrize("options", [{"mask_max": 1.5}, {"mask_skip": -0.1}, {"mask_unit": "word"}])
+def test_hidden_values_stay_targets_where_labels_are_kept(example_config, rows):
+    """Three in four samples hide all their values, the others a share; every value is a target in all of them."""
+    model, processor = build_nano(NanoConfig(**TINY, number_tokens=True), num_bins=511, texts=["Push it.\nState: "])
+    set_image_size(processor, model.config, example_config)
+    options = {"mask_max": 1.0, "mask_skip": 0.0, "mask_full": 0.75}
+    kept, ignored = (
+        VLADataCollator(processor, example_config, **options, mask_labels=labels) for labels in ("keep", "ignore")
+    )
+    plain = VLADataCollator(processor, example_config, mask_max=0.0)(rows)["labels"]
+    counts = []
+    for epoch in range(50):
+        kept.set_epoch(epoch)
+        ignored.set_epoch(epoch)
+        batch, other = kept(rows), ignored(rows)
+        assert torch.equal(batch["labels"], plain) and torch.equal(batch["input_ids"], other["input_ids"])
+        hidden = batch["input_ids"] == kept.chat.mask_id
+        assert torch.equal(other["labels"] == -100, (plain == -100) | hidden)
+        counts += hidden.sum(1).tolist()
+    assert 0.7 < np.mean([count == example_config.num_values for count in counts]) < 0.85
+    assert set(counts) == set(range(7))
+
+
+@pytest.mark.parametrize("mask_unit", ["value", "character"])
+def test_digit_tokens_refuse_to_keep_labels(tiny_nano, example_config, mask_unit):
+    with pytest.raises(ValueError, match="use mask_labels='ignore'"):
+        VLADataCollator(
+            load_processor(tiny_nano, example_config), example_config, mask_labels="keep", mask_unit=mask_unit
+        )
+
+
+def test_waypoints_are_taken_from_the_raw_chunk(tiny_nano, example_config, rows):
+    config = example_config.replace(waypoints=[0, 2])
+    collator = VLADataCollator(load_processor(tiny_nano, config), config)
+    for row in rows:
+        _, action = collator.integers(row)
+        assert action.tolist() == [row["raw_action"][i] for i in (0, 1, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"mask_full": 2.0}, {"mask_labels": "drop"}, {"mask_max": 1.5}, {"mask_skip": -0.1}, {"mask_unit": "word"}],
+)
 def test_impossible_masking_raises(tiny_nano, example_config, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         VLADataCollator(load_processor(tiny_nano, example_config), example_config, **options)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.backbones import TINY
 from support.general import ONE_MORE, HostSyncs
 from support.runs import losses, predicts, run
 from trl import SFTConfig, SFTTrainer
@@ -80,6 +81,22 @@ def test_a_finished_run_is_not_trained_again(full_run, dot_dataset):
     before = (full_run / "model.safetensors").stat().st_mtime_ns
     run(dot_dataset, full_run, data=AUGMENTED, max_steps=4, save_steps=2, save_initial=True)
     assert (full_run / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_muon_in_bfloat16_resumes_bit_for_bit(dot_dataset, tmp_path):
+    """Float32 copies of the weights, momentum, schedule: with one token a number, labels kept and waypoints."""
+    options = {"optim": "muon", "muon_adamw_learning_rate": 2e-2, "lr_scheduler_type": "cosine", "warmup_steps": 1}
+    options |= {"nano": TINY | {"number_tokens": True, "init": "code"}, "mask_labels": "keep", "mask_full": 0.75}
+    shared = {"model": {"dtype": "bfloat16"}, "data": {"waypoints": [0, 3]}, "max_steps": 4, "save_steps": 2}
+    whole = run(dot_dataset, tmp_path / "whole", save_initial=True, **shared, **options)
+    assert all(moved(whole / "initial", whole).values())
+    resumed = tmp_path / "resumed"
+    shutil.copytree(whole, resumed)
+    for path in (*resumed.glob("checkpoint-4"), *resumed.glob("*.safetensors"), resumed / "vla_config.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run(dot_dataset, resumed, save_initial=True, **shared, **options)
+    assert losses(resumed) == losses(whole) and not any(moved(whole, resumed).values())
+    assert predicts(whole).shape == (1, 4, 2)
 
 
 def test_frozen_vision_stays(dot_dataset, tmp_path):

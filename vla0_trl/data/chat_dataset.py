@@ -111,9 +111,9 @@ def align_config(dataset: Dataset, dataset_config: VLAConfig, **overrides: Any) 
     """The config of a training run: the dataset's with a recipe's changes, with statistics that fit them.
 
     What is written as text may change freely, because the raw columns are still there: num_bins, normalization,
-    use_state, relative_actions, use_system_prompt, a smaller chunk_size, a subset or another order of the cameras, and
-    all that concerns only the images' way into the model or the execution. The statistics are taken again, in constant
-    memory, when `relative_actions` or `chunk_size` changes.
+    use_state, relative_actions, use_system_prompt, a smaller chunk_size, waypoints, a subset or another order of the
+    cameras, and all that concerns only the images' way into the model or the execution. The statistics are taken
+    again, in constant memory, when `relative_actions`, `chunk_size` or `waypoints` changes.
 
     Args:
         dataset ([`~datasets.Dataset`]): all rows that the statistics should cover, with the raw columns.
@@ -142,7 +142,7 @@ def align_config(dataset: Dataset, dataset_config: VLAConfig, **overrides: Any) 
             "convert it again with --cameras"
         )
     config = dataset_config.replace(**overrides)
-    if (config.relative_actions, config.chunk_size) != (dataset_config.relative_actions, dataset_config.chunk_size):
+    if any(getattr(config, n) != getattr(dataset_config, n) for n in ("relative_actions", "written_steps")):
         raw = dataset.select_columns(["raw_action", "raw_state"]).with_format("arrow")
         config = config.replace(action_stats=_action_stats(config, lambda: raw.iter(batch_size=_STATS_BATCH)))
     return config
@@ -150,8 +150,8 @@ def align_config(dataset: Dataset, dataset_config: VLAConfig, **overrides: Any) 
 
 def _action_stats(config: VLAConfig, batches: Callable[[], Iterable[pa.Table]]) -> NormStats:
     def written(rows: pa.Table) -> np.ndarray:
-        """What the action text will hold, (rows · chunk_size, action_dim)."""
-        windows = _vectors(rows, "raw_action").reshape(len(rows), -1, config.action_dim)[:, : config.chunk_size]
+        """What the action text will hold, (rows · written steps, action_dim)."""
+        windows = _vectors(rows, "raw_action").reshape(len(rows), -1, config.action_dim)[:, config.written_steps]
         if config.relative_actions:
             windows = windows - _vectors(rows, "raw_state")[:, None, : config.action_dim].astype(np.float64)
         return windows.reshape(-1, config.action_dim)

@@ -89,7 +89,7 @@ def _observation(row: dict[str, Any], cameras: list[str]) -> dict[str, Any]:
 
 def _true_chunk(row: dict[str, Any], config: VLAConfig) -> np.ndarray:
     # rows may hold longer chunks than the policy predicts
-    return np.array(row["raw_action"][: config.num_values]).reshape(config.chunk_size, config.action_dim)
+    return np.array(row["raw_action"]).reshape(-1, config.action_dim)[: config.chunk_size]
 
 
 def _baselines(config: VLAConfig, states: list[np.ndarray]) -> dict[str, np.ndarray]:

@@ -6,30 +6,17 @@ policy that is worth something, fine-tune a pretrained backbone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    PreTrainedTokenizerFast,
-    SmolVLMConfig,
-    SmolVLMForConditionalGeneration,
-    SmolVLMImageProcessor,
-    SmolVLMProcessor,
-    SmolVLMVideoProcessor,
-)
+from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMProcessor
+
+from vla0_trl.models.nano_init import init_as_code
+from vla0_trl.models.nano_processor import SPECIAL_TOKENS, nano_processor, number_token
 
 NANO = "nano"  # as a `model_name_or_path`: build the backbone instead of loading one
-
-_SPECIAL = ("<|pad|>", "<|im_start|>", "<end_of_utterance>", "<image>", "<fake_token_around_image>", "<global-img>")
-# SmolVLM's template without the newline behind a turn.
-_TEMPLATE = (
-    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
-    "{% if message['content'][0]['type'] == 'image' %}:{% else %}: {% endif %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
-    "{% elif part['type'] == 'image' %}<image>{% endif %}{% endfor %}<end_of_utterance>{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
+INITS = ("normal", "code")
 
 
 @dataclass
@@ -44,6 +31,14 @@ class NanoConfig:
         scale_factor (`int`): side of the square of patches that becomes one token.
         image_mean (`list[float]`): colour in [0, 1] that becomes zero. From scratch it should be the frames' own mean:
             what all frames share, as PushT's white ground, otherwise drowns what differs within some ten steps.
+        image_std (`list[float]`): colours are divided by it.
+        vision_intermediate_size, vision_num_heads (`int`, *optional*): of the image encoder; default: three times its
+            width, and one head per 64 dimensions.
+        rope_theta (`float`): base of the rotary angles; 100 tells neighbours in short texts apart.
+        number_tokens (`bool`): one token for each integer of the actions and each word of the prompts, and a brief
+            chat template, instead of single bytes.
+        init (`str`): `"code"` gives the weights a start from which looking is learnt within minutes, see
+            [`nano_init`], with a head of its own; `"normal"` is transformers' own.
     """
 
     hidden_size: int = 192
@@ -55,16 +50,38 @@ class NanoConfig:
     patch_size: int = 12
     scale_factor: int = 2
     image_mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    image_std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    vision_intermediate_size: int | None = None
+    vision_num_heads: int | None = None
+    rope_theta: float = 10000.0
+    number_tokens: bool = False
+    init: str = "normal"
+
+    def __post_init__(self):
+        if self.init not in INITS:
+            raise ValueError(f"nano: init={self.init!r} must be one of {INITS}")
 
 
 def build_nano(
-    config: NanoConfig | None = None, seed: int = 0
+    config: NanoConfig | None = None, seed: int = 0, num_bins: int = 1000, texts: Sequence[str] = ()
 ) -> tuple[SmolVLMForConditionalGeneration, SmolVLMProcessor]:
-    """A randomly initialised SmolVLM with its processor; the same weights for the same seed."""
+    """A randomly initialised SmolVLM with its processor; the same weights for the same arguments.
+
+    Args:
+        num_bins (`int`): the largest integer that is one token, with `number_tokens`.
+        texts: prompts, whose words are one token each, with `number_tokens`.
+    """
     config = config or NanoConfig()
-    processor = _processor(config)
+    processor = nano_processor(
+        config.image_size,
+        (config.image_size // config.patch_size // config.scale_factor) ** 2,
+        config.image_mean,
+        config.image_std,
+        num_bins if config.number_tokens else None,
+        texts,
+    )
     tokenizer = processor.tokenizer
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in _SPECIAL}
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
     torch.manual_seed(seed)
     model = SmolVLMForConditionalGeneration(
         SmolVLMConfig(
@@ -77,15 +94,16 @@ def build_nano(
                 "num_attention_heads": config.num_heads,
                 "num_key_value_heads": config.num_heads,
                 "max_position_embeddings": 4096,
+                "rope_theta": config.rope_theta,
                 "bos_token_id": ids["<|im_start|>"],
                 "eos_token_id": ids["<end_of_utterance>"],
                 "pad_token_id": ids["<|pad|>"],
             },
             vision_config={
                 "hidden_size": config.vision_hidden_size,
-                "intermediate_size": config.vision_hidden_size * 3,
+                "intermediate_size": config.vision_intermediate_size or config.vision_hidden_size * 3,
                 "num_hidden_layers": config.vision_layers,
-                "num_attention_heads": max(1, config.vision_hidden_size // 64),
+                "num_attention_heads": config.vision_num_heads or max(1, config.vision_hidden_size // 64),
                 "image_size": config.image_size,
                 "patch_size": config.patch_size,
             },
@@ -93,36 +111,13 @@ def build_nano(
             image_token_id=ids["<image>"],
             pad_token_id=ids["<|pad|>"],
             eos_token_id=ids["<end_of_utterance>"],
-            tie_word_embeddings=True,
+            tie_word_embeddings=config.init == "normal",
         )
-    )
-    return model.to(torch.float32), processor
-
-
-def _processor(config: NanoConfig) -> SmolVLMProcessor:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*_SPECIAL, *alphabet])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<|pad|>",
-        bos_token="<|im_start|>",
-        eos_token="<end_of_utterance>",
-        additional_special_tokens=list(_SPECIAL[3:]),
-        clean_up_tokenization_spaces=False,
-    )
-    side = {"longest_edge": config.image_size}
-    return SmolVLMProcessor(
-        image_processor=SmolVLMImageProcessor(
-            size=side, max_image_size=side, do_image_splitting=False, resample=3, image_mean=config.image_mean
-        ),
-        tokenizer=tokenizer,
-        video_processor=SmolVLMVideoProcessor(),
-        image_seq_len=(config.image_size // config.patch_size // config.scale_factor) ** 2,
-        chat_template=_TEMPLATE,
-    )
+    ).to(torch.float32)
+    if config.init == "code":
+        numbers = range(num_bins + 1) if config.number_tokens else ()
+        init_as_code(model, [tokenizer.convert_tokens_to_ids(number_token(number)) for number in numbers])
+    return model, processor
 
 
 def nano_from_dict(data: dict | None) -> NanoConfig:

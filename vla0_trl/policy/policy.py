@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Hashable
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ MAX_DRAFTS = 4096  # sessions whose last chunk is remembered: 56 values each in 
 # What the prompt, the pictures and the answers are made of. A policy is built for one such set.
 _FIXED = (
     *("cameras", "tile_images", "image_size", "use_system_prompt", "use_state", "state_dim"),
-    *("action_dim", "chunk_size", "num_bins"),
+    *("action_dim", "chunk_size", "waypoints", "num_bins"),
 )
 
 
@@ -61,8 +62,12 @@ class VLAPolicy:
         self.grammar = ActionGrammar(self.chat_tokenizer, config.num_values, config.num_bins)
         self._config = config
         self.config = config  # sets what follows from it
-        prompt = self.chat_tokenizer.encode_prompt("task", [0] * config.state_dim)
-        prefix = prompt[: prompt.index(self.chat_tokenizer.image_token_id)]
+        # What all prompts begin with, whatever the task and the state, up to the first image.
+        tasks = (("a", 0), ("b", 1))
+        prompts = [self.chat_tokenizer.encode_prompt(task, [n] * config.state_dim) for task, n in tasks]
+        before_image = (prompt[: prompt.index(self.chat_tokenizer.image_token_id)] for prompt in prompts)
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(*before_image, strict=False))
+        prefix = [token for token, _ in shared]
         self.decoder: ChunkDecoder | None = ChunkDecoder(self.grammar, decoding, prefix, config.action_dim)
         # What a checkpoint says of sampling, penalties or lengths must not leak into evaluation, and generate() fills
         # unset fields from the model's own generation_config.

@@ -12,9 +12,9 @@ Message = dict[str, str]
 
 # VLA-0's prompt (arXiv:2510.13054, section 3.2). VLA-0-Smol found no effect on a fine-tuned SmolVLM2: off by default.
 SYSTEM_PROMPT = (
-    "Analyze the input image and predict robot actions for the next {chunk_size} timesteps. Each action has "
+    "Analyze the input image and predict robot actions for {steps}. Each action has "
     "{action_dim} dimensions. Output a single sequence of {num_values} integers (0 - {num_bins} each), representing "
-    "the {chunk_size} timesteps sequentially. Provide only space-separated numbers. Nothing else."
+    "the {num_steps} timesteps sequentially. Provide only space-separated numbers. Nothing else."
 )
 # The state comes last and as "State:" + " 12" + " 400": every number has its space before it, as in an answer.
 STATE_LINE = "\nState: "
@@ -32,7 +32,8 @@ def prompt_messages(config: VLAConfig, task: str, state: str = "") -> list[Messa
     messages = []
     if config.use_system_prompt:
         system = SYSTEM_PROMPT.format(
-            chunk_size=config.chunk_size,
+            steps=_steps(config),
+            num_steps=len(config.written_steps),
             action_dim=config.action_dim,
             num_values=config.num_values,
             num_bins=config.num_bins,
@@ -40,6 +41,12 @@ def prompt_messages(config: VLAConfig, task: str, state: str = "") -> list[Messa
         messages.append({"role": "system", "content": system})
     messages.append({"role": "user", "content": task + (STATE_LINE + state if config.use_state else "")})
     return messages
+
+
+def _steps(config: VLAConfig) -> str:
+    if config.waypoints is None:
+        return f"the next {config.chunk_size} timesteps"
+    return f"timesteps {', '.join(str(step + 1) for step in config.waypoints)} of the next {config.chunk_size}"
 
 
 def completion_messages(action: str) -> list[Message]:

@@ -32,7 +32,8 @@ class ChatTokenizer:
     Attributes:
         end_of_turn_id (`int`): first token of what the template puts after an answer; generation stops there.
         prefix (`str`): what the template puts before an answer: "" or " " (as in SmolVLM's "Assistant: 524").
-        mask_id (`int`): an existing token that stands for a hidden value.
+        mask_id (`int`): an existing token that stands for a hidden value, with the space before it where numbers have
+            theirs inside.
         pad_id (`int`): padding.
         extra_keys (`set[str]`): what the processor returns per token beside ids and mask (Qwen's `mm_token_type_ids`).
     """
@@ -48,13 +49,13 @@ class ChatTokenizer:
         self.pad_id = self.tokenizer.pad_token_id
         if self.pad_id is None:
             raise ValueError(f"the tokenizer of {config.base_model or 'this model'} has no pad token: set one")
-        self.mask_id = self._single_token(MASK_CANDIDATES)
-
-        self._space = self._ids(" ")
         self._suffix_ids = suffix_ids
         numbers = list(map(str, range(config.num_bins + 1)))
         self._numbers = self._after_a_number(numbers)
         self._first = self._numbers if self.prefix else [self._ids(number) for number in numbers]
+        # Where " 524" is one token, so is what hides it; else its space stays a token of its own.
+        self._space = [] if all(len(ids) == 1 for ids in self._numbers) else self._ids(" ")
+        self.mask_id = self._single_token([mask if self._space else f" {mask}" for mask in MASK_CANDIDATES])
         self._head = lru_cache(maxsize=4096)(self._head_and_tail)
         self.extra_keys: set[str] = set()
         self.encode_prompt("task", np.zeros(config.state_dim, np.int64))  # finds extra_keys
@@ -86,12 +87,18 @@ class ChatTokenizer:
         if self.config.use_state:
             # The space before the state belongs to its first number, as in an answer.
             text, tail = text.rsplit(" \0", 1)
+        return self._expand(text), self._expand(tail)
+
+    def _expand(self, text: str) -> list[int]:
+        """Ids of a part of a prompt; if the images are in it, with as many placeholders as they take."""
+        if self.processor.image_token not in text:
+            return self._ids(text) if text else []
         side = self.config.image_size
         width = side * len(self.config.cameras) if self.config.tile_images else side
         blank = Image.new("RGB", (width, side))
         encoded = self.processor(text=[text], images=[[blank] * self.num_images], add_special_tokens=False)
         self.extra_keys = {"mm_token_type_ids", "token_type_ids"} & encoded.keys()
-        return list(encoded["input_ids"][0]), self._ids(tail) if tail else []
+        return list(encoded["input_ids"][0])
 
     def token_types(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """What some models want to know of each token beside its id: 1 for images, else 0 (Qwen2.5-VL's positions)."""
@@ -100,14 +107,15 @@ class ChatTokenizer:
     # -- answers
 
     def encode_answer(
-        self, integers: Sequence[int] | np.ndarray, hidden: np.ndarray | None = None
+        self, integers: Sequence[int] | np.ndarray, hidden: np.ndarray | None = None, keep_labels: bool = False
     ) -> tuple[list[int], list[int]]:
         """Ids and labels of an answer, from the prefix through the end of the turn.
 
         Args:
             integers: (n,) in 0…num_bins.
-            hidden (`np.ndarray`, *optional*): bool (n,): values to replace by one mask token each, which is not
-                trained on. Not even their number of digits is left; separators stay.
+            hidden (`np.ndarray`, *optional*): bool (n,): values to replace by one mask token each. Not even their
+                number of digits is left; separators stay.
+            keep_labels (`bool`): hidden values are trained on all the same, see `can_keep_labels`.
         """
         ids: list[int] = []
         labels: list[int] = []
@@ -115,12 +123,18 @@ class ChatTokenizer:
             if hidden is not None and hidden[position]:
                 space = self._space if position or self.prefix else []
                 ids += [*space, self.mask_id]
-                labels += [*space, IGNORED]
+                labels += (self._numbers if position else self._first)[number] if keep_labels else [*space, IGNORED]
             else:
                 piece = (self._numbers if position else self._first)[number]
                 ids += piece
                 labels += piece
         return ids + self._suffix_ids, labels + self._suffix_ids
+
+    @property
+    def can_keep_labels(self) -> bool:
+        """Whether a hidden value takes as many tokens as any number does, so that its label fits in its place."""
+        first = {len(ids) for ids in self._first} <= {len(self._space if self.prefix else []) + 1}
+        return first and {len(ids) for ids in self._numbers} == {len(self._space) + 1}
 
     def hide_characters(
         self, ids: list[int], labels: list[int], fraction: float, rng: np.random.Generator

@@ -19,6 +19,7 @@ from vla0_trl.processing.images import crop, draw_jitter, model_inputs, stack_ca
 
 Row = dict[str, Any]
 MASK_UNITS = ("value", "character")
+MASK_LABELS = ("ignore", "keep")
 
 
 class VLADataCollator:
@@ -29,6 +30,9 @@ class VLADataCollator:
     U(0, `mask_max`), is hidden: the whole value becomes one token in the input, whose label is ignored. Separators and
     the end of the turn are never hidden.
 
+    From random weights, where numbers are far easier to continue than to see, most samples should hide all of their
+    values (`mask_full`) and learn them all the same (`mask_labels="keep"`): each is then predicted from what is seen.
+
     What is drawn depends on seed, epoch, episode and frame alone: not on workers, batch order or where a run resumed.
 
     Args:
@@ -36,6 +40,9 @@ class VLADataCollator:
         config ([`VLAConfig`]): with statistics; how rows become text.
         mask_max (`float`, *optional*, defaults to `0.4`): upper end of the fraction of hidden values.
         mask_skip (`float`, *optional*, defaults to `0.1`): share of samples without masking.
+        mask_full (`float`, *optional*, defaults to `0.0`): share of the other samples of which all values are hidden.
+        mask_labels (`str`, *optional*, defaults to `"ignore"`): `"keep"` makes hidden values targets all the same;
+            needs a tokenizer that writes every number as one token.
         train (`bool`, *optional*, defaults to `True`): `False` for evaluation: no masking, central crop.
         mask_unit (`str`, *optional*, defaults to `"value"`): `"character"` hides digits instead, as VLA-0 does.
         seed (`int`, *optional*, defaults to `0`): of crops and masks.
@@ -53,6 +60,8 @@ class VLADataCollator:
         config: VLAConfig,
         mask_max: float = 0.4,
         mask_skip: float = 0.1,
+        mask_full: float = 0.0,
+        mask_labels: str = "ignore",
         train: bool = True,
         mask_unit: str = "value",
         seed: int = 0,
@@ -61,16 +70,24 @@ class VLADataCollator:
         pad_to_multiple_of: int | None = None,
         static_tasks: Sequence[str] = (),
     ):
-        for name, value in (("mask_max", mask_max), ("mask_skip", mask_skip)):
+        for name, value in (("mask_max", mask_max), ("mask_skip", mask_skip), ("mask_full", mask_full)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}={value} must be in [0, 1]")
         if mask_unit not in MASK_UNITS:
             raise ValueError(f"mask_unit={mask_unit!r} must be one of {MASK_UNITS}")
+        if mask_labels not in MASK_LABELS:
+            raise ValueError(f"mask_labels={mask_labels!r} must be one of {MASK_LABELS}")
         self.processor, self.config = processor, config
-        self.mask_max, self.mask_skip, self.mask_unit = mask_max, mask_skip, mask_unit
+        self.mask_max, self.mask_skip, self.mask_full, self.mask_unit = mask_max, mask_skip, mask_full, mask_unit
+        self.keep_labels = mask_labels == "keep"
         self.train, self.seed, self.defer_images = train, seed, defer_images
         self.stored_cameras = list(stored_cameras or config.cameras)
         self.chat = ChatTokenizer(processor, config)
+        if self.keep_labels and (mask_unit != "value" or not self.chat.can_keep_labels):
+            raise ValueError(
+                "mask_labels='keep' needs whole values of one token each, for one mask token stands in a value's "
+                "place: with digit tokens, or mask_unit='character', use mask_labels='ignore'"
+            )
         self.actions = config.action_tokenizer()
         self.states = config.state_quantizer()
         self._multiple = pad_to_multiple_of or 1
@@ -107,11 +124,11 @@ class VLADataCollator:
                 state = parse_integers(row["state"], config.state_dim, config.num_bins)
             return state, parse_integers(row["action"], config.num_values, config.num_bins)
         raw_state = np.asarray(row["raw_state"], np.float64)
-        # Rows may hold longer chunks than this config asks for: time-major, so a prefix is the shorter chunk.
-        actions = np.asarray(row["raw_action"], np.float64)[: config.num_values]
+        # Rows may hold longer chunks than this config asks for.
+        actions = np.asarray(row["raw_action"], np.float64).reshape(-1, config.action_dim)[: config.chunk_size]
         if self.states is not None:
             state = self.states.encode(raw_state)
-        return state, self.actions.to_integers(actions.reshape(-1, config.action_dim), raw_state)
+        return state, self.actions.to_integers(actions, raw_state)
 
     def _rng(self, row: Row) -> np.random.Generator:
         key = (self.seed, self._epoch.item(), row.get("episode_index", 0), row.get("frame_index", 0))
@@ -122,13 +139,14 @@ class VLADataCollator:
         state, action = self.integers(row)
         fraction = 0.0
         if rng is not None and rng.random() >= self.mask_skip:
-            fraction = rng.uniform(0, self.mask_max)
+            full = self.mask_full > 0 and rng.random() < self.mask_full
+            fraction = 1.0 if full else rng.uniform(0, self.mask_max)
         hidden = None
         if fraction and self.mask_unit == "value":
             hidden = np.zeros(len(action), bool)
             hidden[rng.permutation(len(action))[: round(fraction * len(action))]] = True
         prompt = self.chat.encode_prompt(row["task"], state)
-        answer, labels = self.chat.encode_answer(action, hidden)
+        answer, labels = self.chat.encode_answer(action, hidden, self.keep_labels)
         if fraction and self.mask_unit == "character":
             answer, labels = self.chat.hide_characters(answer, labels, fraction, rng)
         return prompt + answer, [IGNORED] * len(prompt) + labels

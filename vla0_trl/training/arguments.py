@@ -12,6 +12,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from vla0_trl.config import VLAConfig
+from vla0_trl.training.muon import MUON
 
 
 @dataclass
@@ -28,6 +29,10 @@ class DataArguments:
     cameras: list[str] | None = field(default=None, metadata={"help": "Cameras to use, in this order."})
     chunk_size: int | None = field(
         default=None, metadata={"help": "Steps predicted at once; at most the stored ones."}
+    )
+    waypoints: list[int] | None = field(
+        default=None,
+        metadata={"help": "Steps of the chunk that are written, such as 0 3 7; those between are interpolated."},
     )
     n_action_steps: int | None = field(default=None, metadata={"help": "Steps executed before the next prediction."})
     ensemble_size: int | None = field(
@@ -102,10 +107,27 @@ class VLASFTConfig(SFTConfig):
         metadata={"help": "Autocast to bfloat16; default: on GPUs, and on CPUs with instructions for it."},
     )
     report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or a list."})
+    optim: str = field(
+        default=str(SFTConfig.default_optim),
+        metadata={"help": "One of transformers' OptimizerNames, or muon: Muon for matrices, AdamW for the rest."},
+    )
+    muon_adamw_learning_rate: float | None = field(
+        default=None, metadata={"help": "With optim=muon, AdamW's own learning rate; default: learning_rate."}
+    )
     mask_max: float = field(
         default=0.4, metadata={"help": "Hide up to this fraction of a sample's action values in the input."}
     )
     mask_skip: float = field(default=0.1, metadata={"help": "Share of samples of which nothing is hidden."})
+    mask_full: float = field(
+        default=0.0, metadata={"help": "Share of those that are not skipped of which all values are hidden."}
+    )
+    mask_labels: str = field(
+        default="ignore",
+        metadata={
+            "help": "Hidden values are no targets (VLA-0), or stay targets: needs one token a number.",
+            "choices": ["ignore", "keep"],
+        },
+    )
     mask_unit: str = field(
         default="value",
         metadata={"help": "Hide whole values, or single digits as VLA-0.", "choices": ["value", "character"]},
@@ -141,7 +163,14 @@ class VLASFTConfig(SFTConfig):
     def __post_init__(self):
         if self.bf16 is None and not self.fp16:
             self.bf16 = _cpu_has_bfloat16() if self.use_cpu else is_torch_bf16_gpu_available()
+        muon = self.optim == MUON
+        if self.muon_adamw_learning_rate is not None and not muon:
+            raise ValueError(f"muon_adamw_learning_rate does nothing with optim={self.optim}: leave it out")
+        if muon:
+            self.optim = SFTConfig.default_optim  # transformers checks against the names that it knows
         super().__post_init__()
+        if muon:
+            self.optim = MUON
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns=True would remove the columns that the collator reads: leave it out"

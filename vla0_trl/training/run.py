@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset
 from peft import PeftConfig
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
@@ -18,10 +19,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from vla0_trl.config import CONFIG_NAME, VLAConfig
-from vla0_trl.data.chat_dataset import align_config, episode_indices, load_chat_dataset
+from vla0_trl.data.chat_dataset import align_config, episode_indices, load_chat_dataset, tasks_of
 from vla0_trl.files import write_whole
 from vla0_trl.models.loading import VISION_MODULES, freeze_vision, load_model, load_processor, set_image_size
 from vla0_trl.models.nano import NANO, build_nano, nano_from_dict
+from vla0_trl.processing.chat import prompt_messages
 from vla0_trl.run_folder import RUN_FILE, STATE_FILE, last_checkpoint
 from vla0_trl.training.arguments import DataArguments, VLASFTConfig, parse_recipe
 from vla0_trl.training.not_finite import NotFiniteError
@@ -36,7 +38,8 @@ _IDENTITY = {
     ModelConfig: "model_name_or_path model_revision dtype load_in_4bit load_in_8bit use_peft lora_r lora_alpha "
     "lora_dropout lora_target_modules use_rslora use_dora",
     VLASFTConfig: "learning_rate lr_scheduler_type warmup_steps weight_decay optim max_grad_norm adam_beta1 "
-    "adam_beta2 adam_epsilon bf16 seed nano freeze_vision mask_max mask_skip mask_unit",
+    "adam_beta2 adam_epsilon bf16 seed nano freeze_vision mask_max mask_skip mask_full mask_labels mask_unit "
+    "muon_adamw_learning_rate",
 }
 
 
@@ -103,7 +106,9 @@ def train(run: Run, rollouts: RolloutFactory | None = None) -> bool:
         print(f"already trained: {output_dir} (--overwrite to start again, a larger --max_steps to go on)")
         return True
     train_set, eval_set = hold_out(run.dataset, run.data.num_eval_episodes)
-    model, processor = load_backbone(run.model_args, training, run.config)
+    messages = [message for task in tasks_of(run.dataset) for message in prompt_messages(run.config, task)]
+    prompts = [message["content"] for message in messages]
+    model, processor = load_backbone(run.model_args, training, run.config, prompts)
     trainer = VLATrainer(
         model=model,
         args=training,
@@ -156,13 +161,19 @@ def hold_out(dataset: Dataset, num_eval_episodes: int) -> tuple[Dataset, Dataset
 
 
 def load_backbone(
-    model_args: ModelConfig, training: VLASFTConfig, config: VLAConfig
+    model_args: ModelConfig, training: VLASFTConfig, config: VLAConfig, prompts: Sequence[str] = ()
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model to train and its processor, as `model_name_or_path` names it; `nano` is built on the spot."""
+    """The model to train and its processor, as `model_name_or_path` names it; `nano` is built on the spot.
+
+    Args:
+        prompts: texts whose words may get tokens of their own in a nano backbone.
+    """
     name, revision = model_args.model_name_or_path, model_args.model_revision
     if name == NANO:
         with _built_whole(training):
-            model, processor = build_nano(nano_from_dict(training.nano), seed=training.seed)
+            nano = nano_from_dict(training.nano)
+            model, processor = build_nano(nano, training.seed, config.num_bins, prompts)
+            model = model.to(getattr(torch, model_args.dtype))
         if not model_args.use_peft:
             set_image_size(processor, model.config, config)
             if training.freeze_vision:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftConfig
 from torch.utils.data import DataLoader
@@ -17,9 +18,12 @@ from vla0_trl.processing.images import model_inputs
 from vla0_trl.training.arguments import VLASFTConfig
 from vla0_trl.training.callbacks import PolicyCallback, finish_on_interrupt
 from vla0_trl.training.checkpoints import CheckpointingTrainer
+from vla0_trl.training.muon import MUON, build_muon
 from vla0_trl.training.not_finite import RowTrace, TracedCollator
 from vla0_trl.training.observation_gap import ProbeCallback
 from vla0_trl.training.progress import EnergyCallback, SpeedCallback
+
+MASKING = ("mask_max", "mask_skip", "mask_full", "mask_labels", "mask_unit")
 
 
 class VLATrainer(CheckpointingTrainer):
@@ -48,7 +52,7 @@ class VLATrainer(CheckpointingTrainer):
         multiple = args.pad_to_multiple_of or (8 if args.torch_compile else None)
         shared = {"seed": args.seed, "defer_images": True, "stored_cameras": stored_cameras}
         shared |= {"static_tasks": tasks, "pad_to_multiple_of": multiple}
-        masking = {"mask_max": args.mask_max, "mask_skip": args.mask_skip, "mask_unit": args.mask_unit}
+        masking = {name: getattr(args, name) for name in MASKING}
         self.eval_collator = VLADataCollator(processing_class, vla_config, train=False, **shared)
         super().__init__(
             model=model,
@@ -68,6 +72,23 @@ class VLATrainer(CheckpointingTrainer):
         """As `Trainer.train`; the first Ctrl-C ends it after the current step, with a checkpoint."""
         with finish_on_interrupt(self):
             return super().train(*args, **kwargs)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """As `Trainer.create_optimizer`; Muon is not among its own."""
+        if self.args.optim != MUON or self.optimizer is not None:
+            return super().create_optimizer(model)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError("optim=muon needs whole matrices: train in processes that do not shard the model")
+        args = self.args
+        self.optimizer = build_muon(
+            self.model if model is None else model,
+            args.learning_rate,
+            args.muon_adamw_learning_rate or args.learning_rate,
+            weight_decay=args.weight_decay,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+        )
+        return self.optimizer
 
     def log_beside_training(self, control: TrainerControl, metrics: dict[str, float]) -> None:
         """Log from `on_step_end`, without mixing with what training itself logs at this step, or taking its place."""

@@ -211,8 +211,9 @@ class ChunkDecoder:
         trees = []
         for _, row in active:
             guess = self._guess(passes, row, len(active))
-            tries = row.tries() if self.options.tries and not guess else []
             most = min(TRY_SLOTS, MAX_TRIES.get(passes.device.type, 0) // len(active))
+            few = len(self.grammar.choices(row.count, row.state)) <= most  # not with one token a number
+            tries = row.tries() if self.options.tries and few and not guess else []
             trees.append(row.grow(first, guess, tries if sum(map(len, tries)) <= most else []))
         tokens = passes.padding(max(len(tree.tokens) for tree in trees))
         for (index, _), tree in zip(active, trees, strict=True):
