@@ -33,6 +33,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Our own decoding and forward pass must not give way unnoticed, which would also make tests of them say little.
+    config.addinivalue_line("filterwarnings", "error::vla0_trl.internals.FallbackWarning")
+
+
 @pytest.fixture(scope="session")
 def dot_config() -> VLAConfig:
     """How the dots are converted."""

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.backbones import TINY
 from support.general import REPOSITORY, check_user_error, load_script
@@ -18,7 +19,9 @@ from vla0_trl.actions import NormStats
 from vla0_trl.config import VLAConfig
 from vla0_trl.envs.pusht.env import PushTEnv
 from vla0_trl.evaluation.runner import execution_config, execution_protocol
+from vla0_trl.internals import FallbackWarning
 from vla0_trl.models.nano import NanoConfig, build_nano
+from vla0_trl.policy.speculative.tree_forward import Passes
 
 TIMES = {"seconds", "model_seconds", "seconds_per_episode", "ms_per_chunk", "environment_seconds"}
 RUN_BY = {"command", "git_commit"}
@@ -101,6 +104,16 @@ def test_an_evaluation_leaves_episodes_results_and_videos(evaluate, checkpoint, 
     assert results["versions"].keys() == {"python", "torch", "transformers", "gym-pusht", "pymunk", "numpy"}
     table = capsys.readouterr().out
     assert "success %" in table and "0.0 – 49.0" in table and str(folder) in table
+
+
+def test_with_a_broken_decoder_an_evaluation_finishes_and_says_so(evaluate, monkeypatch, tmp_path):
+    right = _rows(evaluate("--num_videos", "0"))
+    assert [row["decoding"] for row in right] == ["fast"] * 4 and _results(tmp_path / "out")["decoding"] == "fast"
+    monkeypatch.setattr(Passes, "step", lambda self, tokens: np.zeros((*tokens.shape[:2], len(self.token_ids))))
+    with pytest.warns(FallbackWarning, match="fast decoding of SmolVLMForConditionalGeneration does not work with"):
+        evaluate("--output_dir", str(tmp_path / "stock"))
+    assert _results(folder := tmp_path / "stock")["decoding"] == "stock"
+    assert _rows(folder) == [row | {"decoding": "stock"} for row in right]
 
 
 def test_killed_and_continued_gives_the_same_episodes_once(evaluate, checkpoint, tmp_path):

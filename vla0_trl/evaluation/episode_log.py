@@ -122,8 +122,8 @@ class EpisodeLog:
             if path != self.path:
                 path.unlink(missing_ok=True)
 
-    def append(self, episode: EpisodeResult) -> dict[str, Any]:
-        """Add a line that survives a kill from now on, or raise [`WriteError`]."""
+    def append(self, episode: EpisodeResult, **more: Any) -> dict[str, Any]:
+        """Add a line, with `more` in it, that survives a kill from now on, or raise [`WriteError`]."""
         row = {
             "task": episode.task,
             "seed": episode.seed[-1] if isinstance(episode.seed, tuple) else episode.seed,
@@ -131,6 +131,7 @@ class EpisodeLog:
             "seconds": episode.model_seconds + episode.environment_seconds,
             "model_seconds": episode.model_seconds,
             "model_calls": episode.model_calls,
+            **more,
             **({"crashes": episode.crashes} if episode.crashes else {}),
             **self.run,
         }

@@ -150,7 +150,7 @@ def run_episodes(
         if episode.frames:  # before the line: an episode that has one is never run again
             seed = episode.seed[-1] if isinstance(episode.seed, tuple) else episode.seed
             write_video(log.folder / VIDEOS / video_name({"seed": seed} | episode.result), episode.frames, fps)
-        log.append(episode)
+        log.append(episode, decoding=policy.decoding)
     return crashed
 
 
@@ -170,8 +170,15 @@ def finish(
     if log.missing(seeds):
         return False
     merge_shards(log.folder)
-    write_json(log.folder / RESULTS, log.run | aggregate(rows) | more(rows) | provenance(device, packages))
+    results = log.run | aggregate(rows) | more(rows) | ways_of_decoding(rows)
+    write_json(log.folder / RESULTS, results | provenance(device, packages))
     return True
+
+
+def ways_of_decoding(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """`"fast"`, `"stock"`, or both where an evaluation went on after the decoder had failed its check."""
+    ways = {row["decoding"] for row in rows if "decoding" in row}  # a version that did not note it may have begun
+    return {"decoding": " and ".join(sorted(ways)) or "not recorded"}
 
 
 @contextmanager

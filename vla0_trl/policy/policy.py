@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import BitsAndBytesConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel, ProcessorMixin
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from vla0_trl.actions import parse_integers, relative_reference
 from vla0_trl.config import VLAConfig
 from vla0_trl.models.loading import checkpoint_folder, load_model, load_processor
 from vla0_trl.policy.execution import ChunkExecutor
-from vla0_trl.policy.grammar import ActionGrammar, ActionGrammarLogitsProcessor
+from vla0_trl.policy.grammar import ActionGrammar
 from vla0_trl.policy.speculative.decoder import ChunkDecoder, DecodingOptions
+from vla0_trl.policy.speculative.self_check import decode, way_of_decoding
 from vla0_trl.processing.chat_tokenizer import ChatTokenizer
 from vla0_trl.processing.images import crop, model_inputs, stack_cameras
 
@@ -44,10 +45,11 @@ class VLAPolicy:
         model: a backbone, full or with adapter; its own generation_config is replaced: evaluation is greedy.
         processor: made by [`modeling.load_processor`].
         config ([`VLAConfig`]): with statistics.
-        decoding ([`DecodingOptions`], *optional*): what to leave out of fast decoding, to compare.
+        decoding ([`DecodingOptions`], *optional*): what to leave out of fast decoding, and how to check it.
 
     Attributes:
         decoder ([`ChunkDecoder`] or `None`): set to None to decode with stock `generate()` and a logits processor.
+            A model's first chunk is decoded both ways, and stock goes on, with a warning, if they differ.
     """
 
     def __init__(
@@ -133,6 +135,11 @@ class VLAPolicy:
         self._executor = ChunkExecutor(config)
         self.reset()
 
+    @property
+    def decoding(self) -> str:
+        """Which way decodes: `"fast"`, or `"stock"` without a decoder, or since it failed its check."""
+        return way_of_decoding(self.model, self.decoder)
+
     @torch.no_grad()
     def predict_action_chunk(self, observations: list[Observation]) -> np.ndarray:
         """B observations -> float32 (B, chunk_size, action_dim) in environment units.
@@ -142,14 +149,8 @@ class VLAPolicy:
         """
         inputs = self._inputs(observations)
         keys = [observation.get("episode", place) for place, observation in enumerate(observations)]
-        if self.decoder is None:
-            processor = ActionGrammarLogitsProcessor(grammar=self.grammar)
-            options = {"logits_processor": LogitsProcessorList([processor])}
-        else:
-            drafts = [self._draft(key, o) for key, o in zip(keys, observations, strict=True)]
-            options = {"custom_generate": self.decoder, "drafts": drafts}
-        output = self.model.generate(**inputs, generation_config=self.generation_config, **options)
-        answers = output[:, inputs["input_ids"].shape[1] :].cpu()
+        drafts = [self._draft(key, o) for key, o in zip(keys, observations, strict=True)]
+        answers = decode(self.model, inputs, self.generation_config, self.grammar, self.decoder, drafts).cpu()
         chunks = np.stack([self._decode(a, o) for a, o in zip(answers, observations, strict=True)])
         for key, chunk in zip(keys, chunks, strict=True):
             self._last_chunks[key] = chunk

@@ -18,12 +18,14 @@ may win.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from vla0_trl.policy.grammar import ActionGrammar
 from vla0_trl.policy.speculative.draft_state import Row, Speller, Tree
@@ -40,8 +42,13 @@ FEWEST_DRAFTED = 8
 SHORTEST_PREFIX = 8
 # The cache comes in these steps, so that a GPU's graphs fit prompts of any length.
 CAPACITY_STEP = 128
-# What `generate` prepares for its own loop; the rest of its inputs is for the model.
-GENERATE_ONLY = ("past_key_values", "cache", "use_cache", "logits_to_keep")  # transformers 5.24 says `cache`
+# Inputs of a model that [`Passes`] makes itself, beside the cache.
+OUR_INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache"}
+CHECKS = ("fall_back", "raise", "skip")
+
+
+class PromptError(ValueError):
+    """The caller's mistake: what was asked for can't be decoded in any way."""
 
 
 @dataclass
@@ -49,6 +56,9 @@ class DecodingOptions:
     """What [`ChunkDecoder`] makes use of. None of it changes a token.
 
     Args:
+        check (`str`): a model's first chunk is compared with stock `generate()`, see [`self_check`]. If they differ,
+            or if ours raises, then or later: `"fall_back"` warns and goes on with stock, `"raise"` insists on ours;
+            `"skip"` compares nothing.
         forced_tokens, small_head, tries, drafts (`bool`): see the module.
         reuse_prefix (`bool`): keep keys and values of what precedes the first image. Only done for frozen weights;
             not to be used where an adapter is switched on and off between chunks.
@@ -61,6 +71,11 @@ class DecodingOptions:
     drafts: bool = True
     reuse_prefix: bool = True
     graphs: bool = True
+    check: str = "fall_back"
+
+    def __post_init__(self):
+        if self.check not in CHECKS:
+            raise ValueError(f"check={self.check!r} is none of {', '.join(CHECKS)}")
 
 
 @dataclass
@@ -133,14 +148,14 @@ class ChunkDecoder:
                 (…, B, P); what else the prompt's pass takes, such as `pixel_values`.
 
         Raises:
-            ValueError: prompt and answer are longer than the model's positions, or drafts don't match the batch.
+            PromptError: prompt and answer are longer than the model's positions, or drafts don't match the batch.
         """
         prompts, length = input_ids.shape
         if drafts is not None and len(drafts) != prompts:
-            raise ValueError(f"{len(drafts)} drafts for {prompts} prompts")
+            raise PromptError(f"{len(drafts)} drafts for {prompts} prompts")
         limit = model.config.get_text_config().max_position_embeddings
         if length + self.grammar.max_new_tokens > limit:
-            raise ValueError(
+            raise PromptError(
                 f"a prompt of {length} tokens and an answer of up to {self.grammar.max_new_tokens} don't fit into the "
                 f"model's {limit} positions: use fewer or smaller images, or shorter chunks"
             )
@@ -163,6 +178,10 @@ class ChunkDecoder:
         longest = max(len(row.tokens) for row in rows)
         answers = [row.tokens + [pad] * (longest - len(row.tokens)) for row in rows]
         return torch.cat([input_ids, torch.tensor(answers, device=input_ids.device)], 1)
+
+    def release(self) -> None:
+        """Give back the memory of the cache and of captured passes."""
+        self._passes = self._prefix = None
 
     def _ready(self, model: PreTrainedModel, rows: int, length: int) -> Passes:
         """A cache for these prompts, the last one if it fits; with it, on a GPU, its graphs."""
@@ -187,12 +206,7 @@ class ChunkDecoder:
         known = [[token for token, *_ in tree.tokens] for tree in trees]
         width = max(map(len, known))
         ids = torch.tensor([tokens + [pad] * (width - len(tokens)) for tokens in known], dtype=torch.int64)
-        # Inputs for each token of the prompt, such as token types, have done their part in the position ids.
-        images = {
-            name: value
-            for name, value in inputs.items()
-            if name not in GENERATE_ONLY and not (torch.is_tensor(value) and value.shape == input_ids.shape)
-        }
+        images = _image_inputs(passes.model, inputs, input_ids.shape)
         skip = self._insert_prefix(passes, input_ids, kept, position_ids)
         if skip:
             # Left of a row's rest is padding or its own copy of the prefix, neither of which is to be seen.
@@ -248,3 +262,17 @@ class ChunkDecoder:
     def _count(self, trees: list[Tree]) -> None:
         self.stats.passes += 1
         self.stats.drafted += sum(tree.guesses for tree in trees)
+
+
+def _image_inputs(model: PreTrainedModel, inputs: dict[str, Any], shape: torch.Size) -> dict[str, Any]:
+    """Of what `generate` prepared, what the model's own signature asks for beside the inputs that we make ourselves.
+
+    Pixels or image features, that is. A cache, under whichever name, is for `generate`'s own loop; inputs for each
+    token of the prompts, such as token types, have done their part in the position ids.
+    """
+    known = inspect.signature(type(model.base_model).forward).parameters.keys() - OUR_INPUTS
+    return {
+        name: value
+        for name, value in inputs.items()
+        if name in known and not isinstance(value, Cache) and not (torch.is_tensor(value) and value.shape == shape)
+    }

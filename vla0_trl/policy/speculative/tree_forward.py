@@ -10,7 +10,9 @@ Slots: prompt and answer in order, then room for tries; the last one takes what 
 
 from __future__ import annotations
 
+import inspect
 import logging
+from functools import cache
 
 import numpy as np
 import torch
@@ -24,6 +26,16 @@ logger = logging.getLogger(__name__)
 FIELDS = 5
 # Captured passes are as wide as the next of these: a graph has fixed shapes.
 GRAPH_WIDTHS = (2, 4, 8, 16, 32, 64, 128)
+
+
+@cache
+def cache_parameter(model_class: type[PreTrainedModel]) -> str:
+    """The name under which a model's forward takes its cache: `cache` since transformers 5.24, before another."""
+    parameters = inspect.signature(model_class.forward).parameters.values()
+    for parameter in parameters:
+        if "Cache" in str(parameter.annotation):
+            return parameter.name
+    raise TypeError(f"{model_class.__name__}.forward takes no Cache")
 
 
 class SlotCache(Cache):
@@ -176,8 +188,8 @@ class Passes:
             position_ids=positions,
             # Additive, which eager attention needs; and finite, so that a padding query has no NaN.
             attention_mask=torch.where(seen, self._seen_mask, self._hidden_mask)[:, None],
-            past_key_values=self.cache,
             use_cache=True,
+            **{cache_parameter(type(module)): self.cache},
             **images,
         ).last_hidden_state
 

@@ -1,0 +1,167 @@
+"""The decoder's check, with the decoder broken on purpose: stock decoding takes over, says so once, and is right."""
+
+import warnings
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+import torch
+from support.backbones import TINY, observations
+from transformers import Cache, LlamaModel
+
+from vla0_trl import VLAPolicy
+from vla0_trl.internals import FallbackWarning
+from vla0_trl.models.nano import NanoConfig, build_nano
+from vla0_trl.policy.speculative.decoder import DecodingOptions
+from vla0_trl.policy.speculative.self_check import SelfCheckError
+from vla0_trl.policy.speculative.tree_forward import Passes, cache_parameter
+
+
+class RenamedCache(LlamaModel):
+    """Takes its cache under another name, as all decoders of transformers 5.24 did."""
+
+    def forward(self, *, key_value_store: Cache | None = None, **kwargs):
+        if key_value_store is not None:
+            kwargs[cache_parameter(LlamaModel)] = key_value_store
+        return super().forward(**kwargs)
+
+
+class UnnamedCache(LlamaModel):
+    """Does not say under which name it takes its cache."""
+
+    def forward(self, **kwargs):
+        return super().forward(**kwargs)
+
+
+def build(config, decoder_class: type[LlamaModel] = LlamaModel, **options) -> VLAPolicy:
+    model, processor = build_nano(NanoConfig(**TINY), seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # else all answers are alike
+    model.get_decoder().__class__ = decoder_class
+    return VLAPolicy(model.eval().requires_grad_(False), processor, config, DecodingOptions(**options))
+
+
+def stock(config, batch: list[dict]) -> np.ndarray:
+    policy = build(config)
+    policy.decoder = None
+    assert policy.decoding == "stock"
+    return policy.predict_action_chunk(batch)
+
+
+@pytest.fixture
+def wrong_logits(monkeypatch) -> None:
+    """Passes over the model that give each token another's logits."""
+    right = Passes._logits
+    monkeypatch.setattr(Passes, "_logits", lambda self, hidden: right(self, hidden).roll(1, -1))
+
+
+def test_a_renamed_argument_is_found_in_the_signature(example_config):
+    batch = observations(3)
+    policy = build(example_config, RenamedCache)
+    assert np.array_equal(policy.predict_action_chunk(batch), stock(example_config, batch))
+    assert policy.decoding == "fast" and policy.decoder.stats.passes < policy.decoder.stats.tokens / 3
+
+
+def test_a_decoder_that_raises_gives_way_to_stock_decoding(example_config):
+    policy = build(example_config, UnnamedCache)
+    with pytest.warns(FallbackWarning) as said:
+        chunks = policy.predict_action_chunk(observations(3))
+    assert np.array_equal(chunks, stock(example_config, observations(3)))
+    versions = f"transformers {version('transformers')}, torch {version('torch')}"
+    assert [str(warning.message) for warning in said] == [
+        f"fast decoding of SmolVLMForConditionalGeneration does not work with {versions}: it raised TypeError: "
+        "UnnamedCache.forward takes no Cache. transformers' generate() is used from now on: slower, and right."
+    ]
+    assert policy.decoding == "stock"
+
+
+def test_wrong_tokens_are_never_returned_and_said_once_per_model(example_config, wrong_logits):
+    policy, batch = build(example_config), observations(2)
+    with pytest.warns(
+        FallbackWarning, match=r"wrote token \d+ where stock decoding wrote \d+ \(row 0, place 1;"
+    ) as said:
+        first = policy.predict_action_chunk(batch)
+    assert len(said) == 1 and np.array_equal(first, stock(example_config, batch))
+    later = VLAPolicy(policy.model, policy.processor, policy.config)  # as each rollout during training makes one
+    with warnings.catch_warnings(action="error"):
+        for one in (policy, later):
+            assert one.decoding == "stock"
+            assert np.array_equal(one.predict_action_chunk(observations(4)), stock(example_config, observations(4)))
+    assert later.decoder.stats.chunks == 0
+
+
+def test_a_decoder_that_breaks_later_gives_way_too(example_config, monkeypatch):
+    policy = build(example_config)
+    policy.predict_action_chunk(observations(1))
+    assert policy.decoding == "fast"
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore about it")
+
+    monkeypatch.setattr(Passes, "prompt", out_of_memory)
+    with pytest.warns(FallbackWarning, match=r"it raised OutOfMemoryError: CUDA out of memory\. transformers' gen"):
+        chunks = policy.predict_action_chunk(observations(3))
+    assert np.array_equal(chunks, stock(example_config, observations(3)))
+    assert policy.decoding == "stock" and policy.decoder._passes is None
+
+
+def test_a_model_is_compared_once(example_config, monkeypatch):
+    policy, calls = build(example_config), []
+    generate = policy.model.generate
+    policy.model.generate = lambda **options: calls.append("custom_generate" in options) or generate(**options)
+    for _ in range(2):
+        policy.predict_action_chunk(observations(1))
+    VLAPolicy(policy.model, policy.processor, policy.config).predict_action_chunk(observations(2))
+    assert calls == [True, False, True, True]
+
+
+def test_one_may_insist_on_the_decoder_or_skip_the_check(example_config, wrong_logits):
+    batch = observations(2)
+    insisting = build(example_config, check="raise")
+    for _ in range(2):
+        with pytest.raises(
+            SelfCheckError, match="fast decoding of SmolVLMForConditionalGeneration does not work with"
+        ):
+            insisting.predict_action_chunk(batch)
+    skipping = build(example_config, check="skip")
+    assert not np.array_equal(skipping.predict_action_chunk(batch), stock(example_config, batch))
+    assert insisting.decoding == skipping.decoding == "fast"
+    with pytest.raises(TypeError, match="takes no Cache"):
+        build(example_config, UnnamedCache, check="skip").predict_action_chunk(batch)
+    with pytest.raises(ValueError, match="check='no' is none of fall_back, raise, skip"):
+        DecodingOptions(check="no")
+
+
+@pytest.mark.parametrize(("apart", "way"), [(5e-5, "fast"), (1e-3, "stock")])
+def test_tokens_between_which_rounding_decides_are_no_difference(example_config, monkeypatch, apart, way):
+    """Two digits have all but the same logit, and the decoder prefers the other one."""
+    policy = build(example_config)
+    digits = policy.processor.tokenizer.convert_tokens_to_ids([*"0123456789"])
+    right = Passes._logits
+    head = policy.model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight[digits] = head.weight[digits[:1]]
+        head.weight[digits[1]] *= 1 - apart
+    monkeypatch.setattr(Passes, "_logits", lambda self, hidden: right(self, hidden).index_select(-1, swapped(self)))
+
+    def swapped(passes) -> torch.Tensor:
+        """Columns, with the first two digits in each other's place."""
+        columns = {token: column for column, token in enumerate(passes.token_ids.tolist())}
+        order = torch.arange(len(columns))
+        order[columns[digits[0]]], order[columns[digits[1]]] = columns[digits[1]], columns[digits[0]]
+        return order
+
+    with warnings.catch_warnings(action="ignore"):
+        policy.predict_action_chunk(observations(2))
+    assert policy.decoding == way
+
+
+def test_a_users_mistake_stays_one(example_config):
+    policy = build(example_config)
+    policy.model.config.get_text_config().max_position_embeddings = 40
+    with pytest.raises(ValueError, match=r"answer of up to 25 don't fit into the model's 40 positions"):
+        policy.predict_action_chunk(observations(1))
+    with pytest.raises(ValueError, match="2 dimensions"):
+        policy.predict_action_chunk([{**observations(1)[0], "state": np.zeros(3)}])
+    assert policy.decoding == "fast"
