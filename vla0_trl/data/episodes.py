@@ -35,7 +35,8 @@ class Episode:
     Args:
         task (`str`): the instruction.
         actions (`np.ndarray`): float32 (T, action_dim), absolute, in environment units; row t is what was done on
-            seeing frame t.
+            seeing frame t. Or float32 (T, chunk_size, action_dim): a chunk for each frame, where a teacher labelled
+            frames that do not follow each other.
         images (`dict[str, Iterable]`): camera -> T frames, each uint8 (H, W, 3) or the bytes of a PNG or JPEG, which
             go into the dataset untouched. They are read once, in order, all cameras in step: a source may decode them
             only then.
@@ -109,20 +110,19 @@ def raw_rows(
         raise EpisodeError(f"{episode.name}: task is empty: a policy needs an instruction")
     if not len(episode.actions):
         raise EpisodeError(f"{episode.name}: has no frames: leave it out with --episodes")
-    actions = _checked_vectors(episode, "action", episode.actions, config.action_dim)
-    states = np.zeros((len(actions), 0), np.float32)
+    windows = _action_rows(episode, config)
+    states = np.zeros((len(windows), 0), np.float32)
     if config.state_dim:
         if episode.states is None:
             raise EpisodeError(f"{episode.name}: state is missing, other episodes have {config.state_dim} dimensions")
         states = _checked_vectors(episode, "state", episode.states, config.state_dim)
-        if len(states) != len(actions):
-            raise EpisodeError(f"{episode.name}: state has {len(states)} frames, action has {len(actions)}")
+        if len(states) != len(windows):
+            raise EpisodeError(f"{episode.name}: state has {len(states)} frames, action has {len(windows)}")
     missing = [camera for camera in config.cameras if camera not in episode.images]
     if missing:
         raise EpisodeError(
             f"{episode.name}: camera {missing[0]!r} is missing, it has {sorted(episode.images)}: choose with --cameras"
         )
-    windows = action_windows(actions, config.chunk_size).reshape(len(actions), -1)
     views = zip(*(_encoded_frames(episode, camera, image_format) for camera in config.cameras), strict=True)
     start = 0
     while piece := list(islice(views, PIECE_FRAMES)):
@@ -145,6 +145,21 @@ def action_windows(actions: np.ndarray, chunk_size: int) -> np.ndarray:
     """
     steps = np.arange(len(actions))[:, None] + np.arange(chunk_size)
     return actions[np.minimum(steps, len(actions) - 1)]
+
+
+def _action_rows(episode: Episode, config: VLAConfig) -> np.ndarray:
+    """float32 (T, chunk_size · action_dim): the next actions of every frame, or the chunk that it came with."""
+    actions = np.asarray(episode.actions)
+    if actions.ndim != 3:
+        actions = _checked_vectors(episode, "action", actions, config.action_dim)
+        return action_windows(actions, config.chunk_size).reshape(len(actions), -1)
+    if actions.shape[1] != config.chunk_size:
+        raise EpisodeError(
+            f"{episode.name}: its chunks have {actions.shape[1]} steps, chunk_size is {config.chunk_size}: set "
+            f"--chunk_size {actions.shape[1]}"
+        )
+    chunks = actions.reshape(len(actions), -1)
+    return _checked_vectors(episode, "action", chunks, config.num_values)
 
 
 def _checked_vectors(episode: Episode, field: str, values: np.ndarray, dim: int) -> np.ndarray:

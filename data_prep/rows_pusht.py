@@ -1,0 +1,60 @@
+"""Rows that a teacher labelled -> chat dataset: as many as you like, each another state, drawn by the simulator.
+
+    python data_prep/teach_pusht.py --output_dir data/pusht_teacher
+    python data_prep/rows_pusht.py --teacher data/pusht_teacher --output_dir data/pusht_rows --num_proc 2
+
+States are those of the expert's episodes and of the teacher's own, half of them mirrored, all jittered, and some from
+anywhere. Every row has the teacher's chunk for its own state: frames of an "episode" (a block of 100) do not follow
+each other. Several hundred rows a second on each core. Rows depend on --seed alone, whatever --num_proc.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+
+from vla0_trl import __version__
+from vla0_trl.data.arguments import command_line_errors, positive
+from vla0_trl.data.episodes import SourceInfo
+from vla0_trl.data.pusht import PushTParser
+from vla0_trl.data.pusht_rows import TeacherRows
+from vla0_trl.data.staging import ConversionError
+from vla0_trl.envs.pusht.env import FPS
+from vla0_trl.envs.pusht.teacher import PushTTeacher
+from vla0_trl.envs.pusht.teaching import state_pool
+
+
+def main() -> None:
+    parser = PushTParser(__doc__)
+    parser.add_argument("--teacher", type=Path, required=True, help="a folder made by data_prep/teach_pusht.py")
+    parser.add_argument("--num_rows", type=positive, default=60_000, help="(default: %(default)s)")
+    parser.set_defaults(chunk_size=8)
+    args = parser.parse_args()
+    with command_line_errors(args.output_dir):
+        path = args.teacher / "teacher.safetensors"
+        try:
+            teacher, pool = PushTTeacher.load(path), state_pool(args.teacher)
+        except ValueError as error:
+            raise ConversionError(str(error)) from error
+        digest = hashlib.sha256(path.read_bytes() + pool.tobytes()).hexdigest()
+        info = SourceInfo(
+            source="PushT, states labelled by a teacher",
+            revision=f"vla0_trl {__version__}, gym-pusht {version('gym-pusht')}, teacher sha256 {digest[:16]}",
+            license="apache-2.0",
+            robot="PushT (a round finger in 2-D)",
+            fps=FPS,
+            how=(
+                f"{args.num_rows} states around those of the scripted expert's and the teacher's episodes, drawn in "
+                "the gym-pusht simulator and labelled by vla0_trl's teacher, an MLP fitted to the expert. Frames of "
+                "an episode do not follow each other: each has a chunk of its own. Actions are the finger's targets "
+                "in pixels of a 512 × 512 workspace."
+            ),
+            options={"num_rows": args.num_rows, "seed": args.seed, "state": args.state, "teacher": digest},
+        )
+        source = TeacherRows(teacher, pool, args.num_rows, args.seed, args.state, info)
+        parser.convert(args, source, parser.pusht_config(args))
+
+
+if __name__ == "__main__":
+    main()
