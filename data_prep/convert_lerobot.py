@@ -11,52 +11,56 @@ dataset only what is needed is fetched. Statistics are computed anew: those of f
 Needs the extra [convert]: pip install -e ".[convert]".
 """
 
-from __future__ import annotations
+from dataclasses import dataclass
 
-from vla0_trl.data.arguments import ConversionParser, chosen_cameras, chosen_tasks, command_line_errors
+from vla0_trl.command_line import option, parse
+from vla0_trl.data.arguments import ConversionArguments, chosen_cameras, chosen_tasks, command_line_errors, names_in
 from vla0_trl.data.sources.lerobot import LeRobotSource
 from vla0_trl.data.sources.lerobot_hub import fetch, open_dataset
 
 
+@dataclass(kw_only=True)
+class Arguments(ConversionArguments):
+    source: str = option(help="USER/NAME on the Hub, or a folder with meta/info.json", metavar="HUB_ID_OR_DIR")
+    revision: str | None = option(None, "branch, tag or commit on the Hub (default: main)")
+    tasks: str | None = option(
+        None, "only tasks whose instruction contains TEXT, or of these task_index", metavar="TEXT|0,3"
+    )
+    image_keys: str | None = option(None, "features that are cameras", metavar="A,B")
+    state_key: str | None = option(
+        None, "the feature that is the state (default: observation.state or state, if there is one)"
+    )
+    action_key: str | None = option(None, "the feature that is the action (default: action or actions)")
+    gripper: str | None = option(
+        None, "sign: execute the last action dimension as −1 or +1, as LIBERO needs", choices=["sign"]
+    )
+    ignore_stats: bool = option(False, "convert values that meta's statistics say there are not")
+    trust_timestamps: bool = option(False, "convert frames whose timestamps contradict meta/info.json's fps")
+    image_format: str = option(
+        "jpeg", "of frames from videos; jpeg has quality 95 (default: %(default)s)", choices=["png", "jpeg"]
+    )
+    use_state: bool | None = option(
+        None, "write the state into the prompt (default: if there is one)", nargs="?", const=True
+    )
+
+
 def main() -> None:
-    parser = ConversionParser(__doc__, None, chunk_size=8, num_bins=511, relative_actions=False, image_format="jpeg")
-    add = parser.add_argument
-    add(
-        "--source",
-        required=True,
-        metavar="HUB_ID_OR_DIR",
-        help="USER/NAME on the Hub, or a folder with meta/info.json",
-    )
-    add("--revision", help="branch, tag or commit on the Hub (default: main)")
-    add("--tasks", metavar="TEXT|0,3", help="only tasks whose instruction contains TEXT, or of these task_index")
-    add("--image_keys", type=lambda text: text.split(","), metavar="A,B", help="features that are cameras")
-    add("--state_key", help="the feature that is the state (default: observation.state or state, if there is one)")
-    add("--action_key", help="the feature that is the action (default: action or actions)")
-    add("--gripper", choices=["sign"], help="sign: execute the last action dimension as −1 or +1, as LIBERO needs")
-    add("--ignore_stats", action="store_true", help="convert values that meta's statistics say there are not")
-    add(
-        "--trust_timestamps",
-        action="store_true",
-        help="convert frames whose timestamps contradict meta/info.json's fps",
-    )
-    args = parser.parse_args()
+    args = parse(Arguments, __doc__)
     with command_line_errors(args.output_dir):
         meta = open_dataset(args.source, args.revision)
-        source = LeRobotSource(
-            meta, args.image_keys, args.state_key, args.action_key, not args.ignore_stats, args.trust_timestamps
-        )
-        cameras = chosen_cameras(args.cameras, list(source.cameras))
+        keys = names_in(args.image_keys), args.state_key, args.action_key
+        source = LeRobotSource(meta, *keys, not args.ignore_stats, args.trust_timestamps)
+        cameras = chosen_cameras(names_in(args.cameras), list(source.cameras))
         tasks = chosen_tasks(args.tasks, meta.tasks)
-        fetch(source, parser.selection(args, tasks), cameras)
-        config = parser.config(
-            args,
+        fetch(source, args.selection(tasks), cameras)
+        config = args.config(
             cameras=cameras,
             action_dim=source.action_dim,
             state_dim=source.state_dim,
             use_state=source.state_dim > 0 if args.use_state is None else args.use_state,
             gripper=args.gripper,
         )
-        parser.convert(args, source, config, tasks)
+        args.convert(source, config, tasks)
 
 
 if __name__ == "__main__":

@@ -7,32 +7,34 @@ rotated by 180°, as in the data on the Hub and in the evaluation protocol. `--d
 nothing, by the rule of OpenVLA's data. Needs the extra [convert]: pip install -e ".[convert]".
 """
 
-from __future__ import annotations
-
+from dataclasses import dataclass
 from pathlib import Path
 
-from vla0_trl.data.arguments import ConversionParser, chosen_cameras, chosen_tasks, command_line_errors
+from vla0_trl.command_line import option, parse
+from vla0_trl.data.arguments import ConversionArguments, chosen_cameras, chosen_tasks, command_line_errors, names_in
 from vla0_trl.data.sources.libero_hdf5 import ACTION_DIM, CAMERAS, STATE_DIM, LiberoDemos
 
 
+@dataclass(kw_only=True)
+class Arguments(ConversionArguments):
+    source: list[Path] = option(help=".hdf5 files, or folders with them")
+    tasks: str | None = option(None, "only tasks whose instruction contains TEXT, or by number", metavar="TEXT|0,3")
+    drop_noops: bool = option(False, "leave out frames in which the robot stands still")
+
+
 def main() -> None:
-    parser = ConversionParser(__doc__, None, chunk_size=8, num_bins=511, relative_actions=False, use_state=True)
-    parser.add_argument("--source", required=True, type=Path, nargs="+", help=".hdf5 files, or folders with them")
-    parser.add_argument("--tasks", metavar="TEXT|0,3", help="only tasks whose instruction contains TEXT, or by number")
-    parser.add_argument("--drop_noops", action="store_true", help="leave out frames in which the robot stands still")
-    args = parser.parse_args()
+    args = parse(Arguments, __doc__)
     with command_line_errors(args.output_dir):
         source = LiberoDemos(args.source, args.drop_noops)
-        config = parser.config(
-            args,
-            cameras=chosen_cameras(args.cameras, list(CAMERAS)),
+        config = args.config(
+            cameras=chosen_cameras(names_in(args.cameras), list(CAMERAS)),
             action_dim=ACTION_DIM,
             state_dim=STATE_DIM,
             gripper="sign",
             crop_ratio=230 / 256,  # VLA-0-Smol's crop
         )
         tasks = chosen_tasks(args.tasks, dict(enumerate(source.tasks)))
-        parser.convert(args, source, config, tasks)
+        args.convert(source, config, tasks)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,24 @@
 (Chi et al., "Diffusion Policy", 2023). Needs the extra [convert]: pip install -e ".[convert]".
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from vla0_trl.command_line import option, parse
 from vla0_trl.data.arguments import command_line_errors
 from vla0_trl.data.episodes import Episode, EpisodeError, SourceInfo
-from vla0_trl.data.pusht import PushTParser
+from vla0_trl.data.pusht import PushTArguments
 from vla0_trl.data.staging import ConversionError
 from vla0_trl.envs.pusht.env import CAMERA, FPS, STATE_MODES, TASK
+
+
+@dataclass(kw_only=True)
+class Arguments(PushTArguments):
+    source: Path = option(help="the folder pusht_cchi_v7_replay.zarr")
 
 
 class PushTZarr:
@@ -94,12 +99,10 @@ class PushTZarr:
 
 
 def main() -> None:
-    parser = PushTParser(__doc__)
-    parser.add_argument("--source", required=True, type=Path, help="the folder pusht_cchi_v7_replay.zarr")
-    args = parser.parse_args()
+    args = parse(Arguments, __doc__)
     with command_line_errors(args.output_dir):
         source = PushTZarr(args.source, args.state)
-        parser.convert(args, source, parser.pusht_config(args))
+        args.convert(source, args.pusht_config())
 
 
 if __name__ == "__main__":

@@ -7,34 +7,40 @@ The action text is decoded again and drawn onto the frame (PushT) or plotted. Wi
 or just the folder of a processor) the page also shows the prompt and what is trained on, token by token.
 """
 
-from __future__ import annotations
-
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from vla0_trl.command_line import option, parse, user_errors
 from vla0_trl.config import CONFIG_NAME, VLAConfig
-from vla0_trl.data.chat_dataset import load_chat_dataset
-from vla0_trl.data.viewer import contact_sheet, html_page
-from vla0_trl.models.loading import load_processor
-from vla0_trl.processing.collator import VLADataCollator
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    dataset: str = option(help="a folder or a Hub id")
+    model_name_or_path: str | None = option(None, "whose prompt and tokens to show; a checkpoint shows its own")
+    image_size: int | None = option(None, "for a backbone that the dataset's does not fit")
+    rows: str = option("8", "that many, evenly spaced, or 0,100,200 (default: %(default)s)")
+    output: Path | None = option(None, metavar="PAGE.html")
+    png: Path | None = option(None, metavar="SHEET.png")
+
+    def __post_init__(self):
+        if self.output is None and self.png is None:
+            raise ValueError("say where to: --output PAGE.html, --png SHEET.png, or both")
+        if not all(word.isdigit() for word in self.rows.split(",")):
+            raise ValueError(f"--rows {self.rows}: expected a number of rows or row numbers 0,100,200")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True, help="a folder or a Hub id")
-    parser.add_argument("--model_name_or_path", help="whose prompt and tokens to show; a checkpoint shows its own")
-    parser.add_argument("--image_size", type=int, help="for a backbone that the dataset's does not fit")
-    parser.add_argument("--rows", default="8", help="that many, evenly spaced, or 0,100,200 (default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="PAGE.html")
-    parser.add_argument("--png", type=Path, metavar="SHEET.png")
-    args = parser.parse_args()
-    if args.output is None and args.png is None:
-        parser.error("say where to: --output PAGE.html, --png SHEET.png, or both")
+    args = parse(Arguments, __doc__)
+    from vla0_trl.data.chat_dataset import load_chat_dataset  # after parsing: datasets and torch take seconds
+    from vla0_trl.data.viewer import contact_sheet, html_page
 
-    dataset, config = load_chat_dataset(args.dataset)
-    rows = [dataset[index] for index in _row_indices(args.rows, len(dataset), parser)]
+    with user_errors():
+        dataset, config = load_chat_dataset(args.dataset)
+        rows = [dataset[index] for index in row_indices(args.rows, len(dataset))]
     if args.output is not None:
         collator = None
         if args.model_name_or_path is not None:
@@ -47,21 +53,21 @@ def main() -> None:
         print(f"picture: {args.png}")
 
 
-def _row_indices(text: str, length: int, parser: argparse.ArgumentParser) -> list[int]:
-    words = text.split(",")
-    if not all(word.isdigit() for word in words):
-        parser.error(f"--rows {text}: expected a number of rows or row numbers 0,100,200")
-    if len(words) == 1:
-        count = min(int(text), length)
-        return np.linspace(0, length - 1, count).astype(int).tolist()
-    rows = [int(word) for word in words]
+def row_indices(text: str, length: int) -> list[int]:
+    """Of a dataset with `length` rows; `ValueError` for a row that it has not."""
+    rows = [int(word) for word in text.split(",")]
+    if len(rows) == 1:
+        return np.linspace(0, length - 1, min(rows[0], length)).astype(int).tolist()
     if max(rows) >= length:
-        parser.error(f"--rows {text}: the dataset has rows 0 to {length - 1}")
+        raise ValueError(f"--rows {text}: the dataset has rows 0 to {length - 1}")
     return rows
 
 
-def _collator(name_or_path: str, dataset_config: VLAConfig, image_size: int | None) -> VLADataCollator:
+def _collator(name_or_path: str, dataset_config: VLAConfig, image_size: int | None) -> Any:
     """As in training: with a checkpoint's own config, if it has one."""
+    from vla0_trl.models.loading import load_processor
+    from vla0_trl.processing.collator import VLADataCollator
+
     config = dataset_config
     if (Path(name_or_path) / CONFIG_NAME).is_file():
         config = VLAConfig.from_pretrained(name_or_path)

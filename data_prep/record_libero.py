@@ -7,19 +7,37 @@ Tries the initial states first_init_state … + episodes_per_task − 1 of every
 are the ones that evaluation uses: leave some out, to test on what was not trained on. 12 s of CPU an episode.
 """
 
-from __future__ import annotations
-
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from vla0_trl import __version__
-from vla0_trl.data.arguments import ConversionParser, command_line_errors, positive
+from vla0_trl.command_line import check_positive, option, parse
+from vla0_trl.data.arguments import ConversionArguments, command_line_errors
 from vla0_trl.data.episodes import Episode, SourceInfo
 from vla0_trl.data.staging import ConversionError
 from vla0_trl.envs.libero import protocol
 from vla0_trl.envs.libero.env import LiberoTasks
 from vla0_trl.envs.libero.expert import SUITES, record_episode
 from vla0_trl.envs.libero.setup import find_assets, instruction, task_names
+
+
+@dataclass(kw_only=True)
+class Arguments(ConversionArguments):
+    # Actions lie in [-1, 1] by construction, and a script turns the hand so little that min_max would magnify that.
+    normalization: str = option(
+        "-1,1", "what 0…num_bins spans (default: %(default)s)", metavar="min_max|quantile|LOW,HIGH"
+    )
+    cameras: str = option(",".join(protocol.DEFAULT_CAMERAS), "which, in this order (default: all)", metavar="A,B")
+    suite: str = option("libero_object", "(default: %(default)s)", choices=list(SUITES))
+    task_ids: str | None = option(None, "separated by commas, from 0 (default: all)")
+    episodes_per_task: int = option(10, "to try (default: %(default)s)")
+    first_init_state: int = option(0, "of each task (default: %(default)s)")
+    assets_dir: str | None = option(None, "LIBERO's assets (default: $LIBERO_ASSETS, else the Hub's)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "episodes_per_task")
 
 
 class LiberoExpertEpisodes:
@@ -74,22 +92,7 @@ class LiberoExpertEpisodes:
 
 
 def main() -> None:
-    # Actions lie in [-1, 1] by construction, and a script turns the hand so little that min_max would magnify that.
-    parser = ConversionParser(
-        __doc__,
-        list(protocol.DEFAULT_CAMERAS),
-        chunk_size=8,
-        num_bins=511,
-        relative_actions=False,
-        use_state=True,
-        normalization=[-1.0, 1.0],
-    )
-    parser.add_argument("--suite", choices=SUITES, default="libero_object", help="(default: %(default)s)")
-    parser.add_argument("--task_ids", help="separated by commas, from 0 (default: all)")
-    parser.add_argument("--episodes_per_task", type=positive, default=10, help="to try (default: %(default)s)")
-    parser.add_argument("--first_init_state", type=int, default=0, help="of each task (default: %(default)s)")
-    parser.add_argument("--assets_dir", help="LIBERO's assets (default: $LIBERO_ASSETS, else the Hub's)")
-    args = parser.parse_args()
+    args = parse(Arguments, __doc__)
     with command_line_errors(args.output_dir):
         try:
             end = args.first_init_state + args.episodes_per_task
@@ -98,14 +101,13 @@ def main() -> None:
             raise ConversionError(str(error)) from error
         episodes = [episode for episode in episodes if episode.seed >= args.first_init_state]
         source = LiberoExpertEpisodes(episodes, find_assets(args.assets_dir))
-        config = parser.config(
-            args,
+        config = args.config(
             action_dim=protocol.ACTION_DIM,
             state_dim=protocol.STATE_DIM,
             gripper="sign",
             crop_ratio=230 / 256,  # VLA-0-Smol's crop
         )
-        parser.convert(args, source, config)
+        args.convert(source, config)
 
 
 if __name__ == "__main__":

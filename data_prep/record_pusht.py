@@ -15,34 +15,55 @@ Only the first action of a chunk is then the expert's way for certain: those aft
 that the policy came to. Use a small chunk_size, or let the expert drive part of the time (--expert_mix).
 """
 
-from __future__ import annotations
-
-import argparse
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import numpy as np
 
 from vla0_trl import __version__
-from vla0_trl.data.arguments import command_line_errors, positive
+from vla0_trl.command_line import check_positive, option, parse
+from vla0_trl.data.arguments import command_line_errors
 from vla0_trl.data.episodes import Episode, SourceInfo
-from vla0_trl.data.pusht import PushTParser
+from vla0_trl.data.pusht import PushTArguments
 from vla0_trl.data.staging import ConversionError
 from vla0_trl.envs.pusht.env import CAMERA, FPS, MAX_EPISODE_STEPS, STATE_MODES, TASK, check_speaks_pusht
 from vla0_trl.envs.pusht.expert import record_episode
+
+
+@dataclass(kw_only=True)
+class Arguments(PushTArguments):
+    num_episodes: int = option(200, "seeds to try (default: %(default)s)")
+    action_noise: float = option(0.0, "in pixels (default: %(default)s)")
+    noise_fraction: float = option(1.0, "episodes with noise (default: %(default)s)")
+    replan: bool = option(
+        False, "the expert plans anew at every step, so that its action follows from the state alone; on with --policy"
+    )
+    policy: str | None = option(None, "checkpoint that drives while the expert labels: a folder or a Hub id")
+    expert_mix: float = option(0.0, "share of steps that the expert drives (default: %(default)s)")
+    max_steps: int = option(MAX_EPISODE_STEPS, "of an episode (default: %(default)s)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "num_episodes", "max_steps")
+        for name in ("noise_fraction", "expert_mix"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} {getattr(self, name)} is not between 0 and 1")
+        if self.expert_mix and not self.policy:
+            raise ValueError("--expert_mix needs a --policy: without one the expert drives always")
 
 
 class PushTExpertEpisodes:
     """Episode i is recorded on seed `args.seed + i`; None if the expert drove and failed.
 
     Args:
-        args (`argparse.Namespace`): the script's flags.
+        args (`Arguments`): the script's flags.
 
     Raises:
         ValueError: `args.policy` is not for PushT.
         FileNotFoundError: there is no such checkpoint.
     """
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: Arguments):
         self.args, self.learner = args, None
         names = ("seed", "state", "action_noise", "noise_fraction", "replan", "expert_mix", "max_steps")
         options = {name: getattr(args, name) for name in names}
@@ -99,34 +120,13 @@ class PushTExpertEpisodes:
 
 
 def main() -> None:
-    parser = PushTParser(__doc__)
-    add = parser.add_argument
-    add("--num_episodes", type=positive, default=200, help="seeds to try (default: %(default)s)")
-    add("--action_noise", type=float, default=0.0, help="in pixels (default: %(default)s)")
-    add("--noise_fraction", type=_share, default=1.0, help="episodes with noise (default: %(default)s)")
-    add(
-        "--replan",
-        action="store_true",
-        help="the expert plans anew at every step, so that its action follows from the state alone; on with --policy",
-    )
-    add("--policy", help="checkpoint that drives while the expert labels: a folder or a Hub id")
-    add("--expert_mix", type=_share, default=0.0, help="share of steps that the expert drives (default: %(default)s)")
-    add("--max_steps", type=positive, default=MAX_EPISODE_STEPS, help="of an episode (default: %(default)s)")
-    args = parser.parse_args()
-    if args.expert_mix and not args.policy:
-        parser.error("--expert_mix needs a --policy: without one the expert drives always")
+    args = parse(Arguments, __doc__)
     with command_line_errors(args.output_dir):
         try:
             source = PushTExpertEpisodes(args)
         except ValueError as error:
             raise ConversionError(str(error)) from error
-        parser.convert(args, source, parser.pusht_config(args))
-
-
-def _share(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
+        args.convert(source, args.pusht_config())
 
 
 if __name__ == "__main__":

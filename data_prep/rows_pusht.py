@@ -8,29 +8,37 @@ anywhere. Every row has the teacher's chunk for its own state: frames of an "epi
 each other. Several hundred rows a second on each core. Rows depend on --seed alone, whatever --num_proc.
 """
 
-from __future__ import annotations
-
 import hashlib
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from vla0_trl import __version__
-from vla0_trl.data.arguments import command_line_errors, positive
+from vla0_trl.command_line import check_positive, option, parse
+from vla0_trl.data.arguments import command_line_errors
 from vla0_trl.data.episodes import SourceInfo
-from vla0_trl.data.pusht import PushTParser
-from vla0_trl.data.pusht_rows import TeacherRows
+from vla0_trl.data.pusht import PushTArguments
 from vla0_trl.data.staging import ConversionError
 from vla0_trl.envs.pusht.env import FPS
-from vla0_trl.envs.pusht.teacher import PushTTeacher
-from vla0_trl.envs.pusht.teaching import state_pool
+
+
+@dataclass(kw_only=True)
+class Arguments(PushTArguments):
+    teacher: Path = option(help="a folder made by data_prep/teach_pusht.py")
+    num_rows: int = option(60_000, "(default: %(default)s)")
+    chunk_size: int = option(8, "actions in an answer (default: %(default)s)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "num_rows")
 
 
 def main() -> None:
-    parser = PushTParser(__doc__)
-    parser.add_argument("--teacher", type=Path, required=True, help="a folder made by data_prep/teach_pusht.py")
-    parser.add_argument("--num_rows", type=positive, default=60_000, help="(default: %(default)s)")
-    parser.set_defaults(chunk_size=8)
-    args = parser.parse_args()
+    args = parse(Arguments, __doc__)
+    from vla0_trl.data.pusht_rows import TeacherRows  # after parsing: torch takes seconds
+    from vla0_trl.envs.pusht.teacher import PushTTeacher
+    from vla0_trl.envs.pusht.teaching import state_pool
+
     with command_line_errors(args.output_dir):
         path = args.teacher / "teacher.safetensors"
         try:
@@ -53,7 +61,7 @@ def main() -> None:
             options={"num_rows": args.num_rows, "seed": args.seed, "state": args.state, "teacher": digest},
         )
         source = TeacherRows(teacher, pool, args.num_rows, args.seed, args.state, info)
-        parser.convert(args, source, parser.pusht_config(args))
+        args.convert(source, args.pusht_config())
 
 
 if __name__ == "__main__":

@@ -115,16 +115,16 @@ def test_flags_reach_the_config(tmp_path, zarr_script, monkeypatch):
     assert (config.normalization, config.use_state, config.relative_actions) == ([-600, 600], False, True)
     card = (tmp_path / "out/README.md").read_text()
     assert "--chunk_size 3" in card
-    assert "--no-use_state" in card
-    assert "--normalization -600.0,600.0" in card
+    assert "--use_state false" in card
+    assert "--normalization -600,600" in card
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--episodes", "3"], "'3' is not FROM:TO"),
-        (["--normalization", "1,2,3"], "'1,2,3' is not min_max"),
-        (["--num_proc", "0"], "'0' is not a number of at least 1"),
+        (["--episodes", "3"], "--episodes 3 is not FROM:TO"),
+        (["--normalization", "1,2,3"], "--normalization 1,2,3 is not min_max"),
+        (["--num_proc", "0"], "--num_proc 0 must be at least 1"),
         (["--cameras", "image,image"], "cameras has duplicates"),
         (["--chunk_size", "0"], "must be at least 1"),
     ],

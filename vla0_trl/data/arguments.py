@@ -2,138 +2,120 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
+from vla0_trl.command_line import as_flags, check_positive, option, user_errors
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.card import push_dataset
 from vla0_trl.data.convert import Selection, Source, convert
 from vla0_trl.data.episodes import EpisodeError, ImageFormat
 from vla0_trl.data.staging import ConversionError
+from vla0_trl.stopping import Stopped, raising_stopped
 
 # What does not change the dataset's content stays out of the command that its card shows.
 _NOT_CONTENT = ("output_dir", "num_proc", "overwrite", "push_to_hub", "public")
 
 
-class ConversionParser(argparse.ArgumentParser):
-    """A parser with the flags of every converter.
+@dataclass(kw_only=True)
+class ConversionArguments:
+    """What every converter can be told; a script adds its own fields, and defaults that suit its source."""
 
-    Args:
-        script_doc (`str`): the script's docstring, shown by --help.
-        cameras (`list[str]`, *optional*): the source's; None: it says itself which it has.
-        recipe (`str`): what to train with.
-        defaults: of `chunk_size`, `num_bins`, `relative_actions`, `use_state`, and others.
-    """
+    train_with: ClassVar[str] = "recipes/sft_libero.py"  # what a finished conversion tells to go on with
 
-    def __init__(
-        self, script_doc: str, cameras: list[str] | None, recipe: str = "recipes/sft_libero.py", **defaults: Any
-    ):
-        self.recipe = recipe
-        super().__init__(description=script_doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        add, flag = self.add_argument, argparse.BooleanOptionalAction
-        add("--output_dir", required=True, type=Path, help="the dataset's folder; appears when it is complete")
-        add("--chunk_size", type=int, help="actions in an answer (default: %(default)s)")
-        add("--num_bins", type=int, help="the largest integer (default: %(default)s)")
-        add(
-            "--normalization",
-            type=_normalization,
-            default="min_max",
-            metavar="min_max|quantile|LOW,HIGH",
-            help="what 0…num_bins spans (default: %(default)s)",
-        )
-        add("--relative_actions", action=flag, help="write action − state (default: %(default)s)")
-        default = "if there is one" if defaults.get("use_state") is None else "%(default)s"
-        add("--use_state", action=flag, help=f"write the state into the prompt (default: {default})")
-        add("--cameras", type=_names, default=cameras, metavar="A,B", help="which, in this order (default: all)")
-        add("--episodes", type=_slice, default=slice(None), metavar="FROM:TO", help="only these of the source: 0:10")
-        add("--max_episodes_per_task", type=positive, metavar="N", help="at most N of each task, drawn with --seed")
-        add("--seed", type=int, default=0, help="(default: %(default)s)")
-        add(
-            "--image_format",
-            choices=get_args(ImageFormat),
-            default="png",
-            help="of frames that the source does not hold as files; jpeg has quality 95 (default: %(default)s)",
-        )
-        add("--skip_bad_episodes", action="store_true", help="leave bad episodes out, list them in the end")
-        add("--num_proc", type=positive, default=1, help="processes; the result is the same (default: %(default)s)")
-        add("--overwrite", action="store_true", help="replace what is in output_dir")
-        add("--push_to_hub", metavar="USER/NAME", help="upload to this dataset repository; needs `hf auth login`")
-        add("--public", action="store_true", help="make the repository public (default: private)")
-        self.set_defaults(**defaults)
+    output_dir: Path = option(help="the dataset's folder; appears when it is complete")
+    chunk_size: int = option(8, "actions in an answer (default: %(default)s)")
+    num_bins: int = option(511, "the largest integer (default: %(default)s)")
+    normalization: str = option(
+        "min_max", "what 0…num_bins spans (default: %(default)s)", metavar="min_max|quantile|LOW,HIGH"
+    )
+    relative_actions: bool = option(False, "write action − state (default: %(default)s)")
+    use_state: bool = option(True, "write the state into the prompt (default: %(default)s)")
+    cameras: str | None = option(None, "which, in this order (default: all)", metavar="A,B")
+    episodes: str = option(":", "only these of the source, such as 0:10", metavar="FROM:TO")
+    max_episodes_per_task: int | None = option(None, "at most N of each task, drawn with --seed", metavar="N")
+    seed: int = option(0, "(default: %(default)s)")
+    image_format: str = option(
+        "png",
+        "of frames that the source does not hold as files; jpeg has quality 95 (default: %(default)s)",
+        choices=get_args(ImageFormat),
+    )
+    skip_bad_episodes: bool = option(False, "leave bad episodes out, list them in the end")
+    num_proc: int = option(1, "processes; the result is the same (default: %(default)s)")
+    overwrite: bool = option(False, "replace what is in output_dir")
+    push_to_hub: str | None = option(
+        None, "upload to this dataset repository; needs `hf auth login`", metavar="USER/NAME"
+    )
+    public: bool = option(False, "make the repository public (default: private)")
 
-    def parse_known_args(self, args=None, namespace=None):
-        """As usual, but `--normalization -1,1` works: argparse takes "-1,1" for a flag unless "=" joins the two."""
-        args = list(sys.argv[1:] if args is None else args)
-        if "--normalization" in args[:-1]:
-            at = args.index("--normalization")
-            args[at : at + 2] = ["=".join(args[at : at + 2])]
-        return super().parse_known_args(args, namespace)
+    def __post_init__(self):
+        check_positive(self, "max_episodes_per_task", "num_proc")
+        self.selection()
+        _normalization(self.normalization)
 
-    def config(self, args: argparse.Namespace, **fields: Any) -> VLAConfig:
-        """The config that the flags and a source's own `fields`, which win, make; impossible flags end the program."""
-        names = ("chunk_size", "num_bins", "normalization", "relative_actions", "use_state", "cameras")
-        try:
-            return VLAConfig(**{name: getattr(args, name) for name in names} | fields)
-        except ValueError as error:
-            self.error(str(error))
+    def config(self, **fields: Any) -> VLAConfig:
+        """The config that the flags and a source's own `fields`, which win, make; impossible ones end the program."""
+        names = ("chunk_size", "num_bins", "relative_actions", "use_state")
+        settings = {name: getattr(self, name) for name in names}
+        settings |= {"normalization": _normalization(self.normalization), "cameras": names_in(self.cameras)}
+        with user_errors():
+            return VLAConfig(**settings | fields)
 
-    def selection(self, args: argparse.Namespace, tasks: list[str] | None = None) -> Selection:
+    def selection(self, tasks: list[str] | None = None) -> Selection:
         """Which episodes the flags choose, of `tasks` only if given."""
-        return Selection(args.episodes, args.max_episodes_per_task, args.seed, tasks)
+        try:
+            start, stop = (int(word) if word else None for word in self.episodes.split(":"))
+        except ValueError as error:
+            raise ValueError(f"--episodes {self.episodes} is not FROM:TO, such as 0:10") from error
+        return Selection(slice(start, stop), self.max_episodes_per_task, self.seed, tasks)
 
-    def convert(
-        self, args: argparse.Namespace, source: Source, config: VLAConfig, tasks: list[str] | None = None
-    ) -> None:
+    def convert(self, source: Source, config: VLAConfig, tasks: list[str] | None = None) -> None:
         """[`convert`] as the flags say, of `tasks` only if given, and the upload."""
         convert(
             source,
             config,
-            args.output_dir,
-            selection=self.selection(args, tasks),
-            num_proc=args.num_proc,
-            image_format=args.image_format,
-            skip_bad_episodes=args.skip_bad_episodes,
-            overwrite=args.overwrite,
-            command=self._command(args),
-            recipe=self.recipe,
+            self.output_dir,
+            selection=self.selection(tasks),
+            num_proc=self.num_proc,
+            image_format=self.image_format,
+            skip_bad_episodes=self.skip_bad_episodes,
+            overwrite=self.overwrite,
+            command=self.command(),
+            recipe=self.train_with,
         )
-        if args.push_to_hub:
-            push_dataset(args.output_dir, args.push_to_hub, args.public)
+        if self.push_to_hub:
+            push_dataset(self.output_dir, self.push_to_hub, self.public)
 
-    def _command(self, args: argparse.Namespace) -> str:
+    def command(self) -> str:
         """A command that makes the same dataset, for its card."""
-        words = [f"python data_prep/{self.prog} --output_dir DATASET"]
-        for action in self._actions:
-            value = getattr(args, action.dest, action.default)
-            if value == action.default or action.dest in _NOT_CONTENT:
-                continue
-            flag = action.option_strings[0] if value is not False else action.option_strings[1]
-            if isinstance(value, bool):
-                words.append(flag)
-            else:
-                values = value if action.nargs == "+" else [_as_word(value)]
-                words.append(shlex.join([flag, *map(str, values)]))
-        return " \\\n  ".join(words)
+        script = f"python data_prep/{Path(sys.argv[0]).name} --output_dir DATASET"
+        return " \\\n  ".join([script, *map(shlex.join, as_flags(self, _NOT_CONTENT))])
 
 
 @contextmanager
 def command_line_errors(output_dir: Path) -> Iterator[None]:
-    """Expected failures as one line on stderr and exit status 1; Ctrl-C as 130."""
+    """Expected failures as one line on stderr: exit status 1; 130 or 143 if a signal stopped it."""
     try:
-        yield
+        with raising_stopped():
+            yield
     except (ConversionError, EpisodeError, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
+    except Stopped as stopped:
         print(
             f"\nstopped: finished episodes are kept in {output_dir}.partial; run the same command again to go on",
             file=sys.stderr,
         )
-        sys.exit(130)
+        sys.exit(stopped.status)
+
+
+def names_in(text: str | None) -> list[str] | None:
+    """The names in `"A,B"`."""
+    return text.split(",") if text else None
 
 
 def chosen_tasks(text: str | None, tasks: dict[int, str]) -> list[str] | None:
@@ -173,30 +155,5 @@ def _normalization(text: str) -> str | list[float]:
     try:
         low, high = (float(word) for word in text.split(","))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not min_max, quantile or two numbers LOW,HIGH") from error
+        raise ValueError(f"--normalization {text} is not min_max, quantile or two numbers LOW,HIGH") from error
     return [low, high]
-
-
-def positive(text: str) -> int:
-    """For argparse: a whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
-
-
-def _names(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _slice(text: str) -> slice:
-    try:
-        start, stop = (int(word) if word else None for word in text.split(":"))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not FROM:TO, such as 0:10") from error
-    return slice(start, stop)
-
-
-def _as_word(value: Any) -> str:
-    if isinstance(value, slice):
-        return ":".join("" if end is None else str(end) for end in (value.start, value.stop))
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from typing import ClassVar
 
+from vla0_trl.command_line import option
 from vla0_trl.config import VLAConfig
-from vla0_trl.data.arguments import ConversionParser
+from vla0_trl.data.arguments import ConversionArguments
 from vla0_trl.envs.pusht.env import CAMERA, STATE_MODES
 
 
-class PushTParser(ConversionParser):
-    """The converters' flags with PushT's defaults (VLA-0-Smol's best setting), and `--state`."""
+@dataclass(kw_only=True)
+class PushTArguments(ConversionArguments):
+    """The converters' settings with PushT's defaults (VLA-0-Smol's best), and `--state`."""
 
-    def __init__(self, script_doc: str):
-        defaults = {"chunk_size": 10, "num_bins": 511, "relative_actions": True, "use_state": True}
-        super().__init__(script_doc, [CAMERA], "recipes/sft_pusht.py", **defaults)
-        self.add_argument("--state", choices=STATE_MODES, default="agent", help="(default: %(default)s)")
+    train_with: ClassVar[str] = "recipes/sft_pusht.py"
 
-    def pusht_config(self, args: argparse.Namespace) -> VLAConfig:
-        """The config of a PushT dataset under these flags."""
+    chunk_size: int = option(10, "actions in an answer (default: %(default)s)")
+    relative_actions: bool = option(True, "write action − state (default: %(default)s)")
+    cameras: str = option(CAMERA, "which (default: %(default)s)", metavar="A,B")
+    state: str = option(
+        "agent", "position of the agent, or full: the block's, too (default: %(default)s)", choices=list(STATE_MODES)
+    )
+
+    def pusht_config(self) -> VLAConfig:
+        """The config of a PushT dataset under these settings."""
         return self.config(
-            args,
             action_dim=2,
-            state_dim=STATE_MODES[args.state],
-            n_action_steps=min(5, args.chunk_size),
+            state_dim=STATE_MODES[self.state],
+            n_action_steps=min(5, self.chunk_size),
             crop_ratio=0.875,  # 84 of 96 px, diffusion policy's crop
         )

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import RAW_SCHEMA
 from vla0_trl.data.episodes import EpisodeError, ImageFormat, Source, raw_rows
+from vla0_trl.stopping import SIGNALS
 
 MAX_RUN = 16  # episodes that a process reads in a row
 # Frames are compressed already, and all of it is deleted in the end.
@@ -140,19 +141,20 @@ def _stage_in_parallel(staging: Staging, missing: list[int], num_proc: int, prog
         initargs=(staging,),
     )
     try:
-        # Ctrl-C reaches the whole process group. Workers inherit that it is blocked; this process ends them itself.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Ctrl-C reaches the whole process group, Slurm's SIGTERM all processes of a step. Workers inherit that both
+        # are blocked; this process ends them itself.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             futures = [executor.submit(_stage_in_worker, run) for run in runs]
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         for future in as_completed(futures):
             progress.update(future.result())
     except BaseException as error:
         # An episode can take a minute; what it has written so far is not under a final name. And an executor that
         # loses a process while it is starting the next one would wait for that one for ever (CPython 3.11).
         for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()
+            worker.kill()
         if isinstance(error, BrokenProcessPool):
             raise ConversionError(
                 "a worker process died, out of memory perhaps: run the same command again with a smaller --num_proc; "

@@ -1,0 +1,103 @@
+"""One command line for all scripts: flags, `--config YAML`, mistakes in one line."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support.general import REPOSITORY
+
+from vla0_trl.command_line import ScriptParser, as_flags, check_positive, option, parse
+
+SCRIPTS = [path for folder in ("data_prep", "eval", "recipes") for path in (REPOSITORY / folder).glob("*.py")]
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    source: Path = option(help="what to read")
+    count: int = option(3, "(default: %(default)s)")
+    span: str = option("min_max")
+    use_state: bool = option(True)
+    dry: bool = option(False)
+    names: list[str] = option([])
+    state: str = option("agent", choices=["agent", "full"])
+
+    def __post_init__(self):
+        check_positive(self, "count")
+
+
+def read(*words: str) -> Arguments:
+    return parse(Arguments, "what it does", ["--source", "data", *words])
+
+
+def test_flags_in_every_form():
+    assert read() == Arguments(source=Path("data"))
+    assert read("--span", "-1,1").span == read("--span=-1,1").span == "-1,1"
+    for words in (["--no-use_state"], ["--no-use-state"], ["--use_state", "false"]):
+        assert read(*words).use_state is False
+    assert read("--dry").dry and read("--dry", "true").dry and not read("--dry", "false").dry
+    assert read("--names", "a", "b").names == ["a", "b"]
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("source: elsewhere\ncount: 5\nuse_state: false\nnames: [a]\n")
+    expected = Arguments(source=Path("elsewhere"), count=7, use_state=False, names=["a"])
+    for words in (["--config", str(path)], [f"--config={path}"]):
+        assert parse(Arguments, "", [*words, "--count", "7"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "yaml", "message"),
+    [
+        (["--cuont", "4"], "", "unknown argument --cuont: did you mean --count?"),
+        ([], "cuont: 4", "unknown argument --cuont: did you mean --count?"),
+        (["--count", "0"], "", "--count 0 must be at least 1"),
+        ([], "state: agnt", "state: 'agnt' is not one of agent, full"),
+        (["--count", "many"], "", "argument --count: invalid int value: 'many'"),
+        ([], "- a", "must contain a YAML mapping"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, words, yaml, message):
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml or "{}")
+    with pytest.raises(SystemExit) as error:
+        read("--config", str(path), *words)
+    printed = capsys.readouterr().err
+    assert error.value.code == 2 and printed.startswith("error: ") and message in printed and printed.count("\n") == 1
+
+
+def test_as_flags_gives_back_what_was_asked():
+    words = ["--count", "7", "--use_state", "false", "--dry", "--names", "a", "b"]
+    flags = as_flags(read(*words), leave_out=["source"])
+    assert flags == [["--count", "7"], ["--use_state", "false"], ["--dry"], ["--names", "a", "b"]]
+    assert read(*(word for flag in flags for word in flag)) == read(*words)
+
+
+def test_words_that_are_no_field():
+    parser = ScriptParser(Arguments, "")
+    parser.add_argument("files", nargs="+", type=Path)
+    arguments, others, unknown = parser.parse(["x", "y", "--source", "data", "--other", "1"], unknown_allowed=True)
+    assert others.files == [Path("x"), Path("y")] and unknown == ["--other", "1"] and arguments.source == Path("data")
+
+
+@pytest.mark.slow  # a process per script
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help_and_a_typo_are_answered_before_anything_heavy_is_imported(script):
+    code = (
+        "import runpy, sys\n"
+        "script, *words = sys.argv[1:]\n"
+        "sys.argv = [script, *words]\n"
+        "try:\n"
+        "    runpy.run_path(script, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    status = end.code\n"
+        "heavy = {'torch', 'datasets', 'peft', 'accelerate', 'mujoco'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "sys.exit(status)\n"
+    )
+    for word, status in (("--help", 0), ("--no_such_flag", 2)):
+        command = [sys.executable, "-c", code, script, word]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr

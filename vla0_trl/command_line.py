@@ -1,0 +1,134 @@
+"""The command line of every script: a dataclass of fields, set by flags and by `--config YAML`, read by TRL's parser.
+
+Nothing here imports torch or transformers, and a script imports what it runs after it has parsed: `--help` and a
+mistake in a flag are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, field, fields
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from trl import TrlParser
+
+T = TypeVar("T")
+
+
+def option(default: Any = MISSING, help: str = "", **argparse_options: Any) -> Any:
+    """A field of a script's dataclass. Without a default it must be given; `argparse_options` go to `add_argument`."""
+    metadata = {"help": help, **argparse_options}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def parse(arguments: type[T], description: str, words: list[str] | None = None) -> T:
+    """A script's arguments, from `words` or the command line; mistakes end the program with one line, status 2."""
+    return ScriptParser(arguments, description).parse(words)[0]
+
+
+class ScriptParser(TrlParser):
+    """TRL's parser for one dataclass; `add_argument` adds what is no field, such as file names.
+
+    A boolean field can be set by `--name`, `--name true`, `--name false` and `--no-name`.
+
+    Args:
+        arguments (`type`): the dataclass; its fields are made by [`option`].
+        description (`str`): the script's docstring, shown by --help.
+    """
+
+    def __init__(self, arguments: type, description: str):
+        super().__init__(arguments, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        for name, kind in get_type_hints(arguments).items():
+            if bool in (kind, *get_args(kind)) and "_" in name:
+                self.add_argument(
+                    f"--no-{name}",
+                    dest=name,
+                    action="store_false",
+                    default=argparse.SUPPRESS,
+                    help=argparse.SUPPRESS,
+                )
+        self.add_argument("--config", metavar="YAML", help="a file with any of these settings; flags win")
+
+    def parse(self, words: list[str] | None = None, unknown_allowed: bool = False):
+        """`(arguments, the others as a namespace, unknown words)`; ends the program where unknown ones aren't allowed.
+
+        The values that YAML gives to fields with `choices` are checked as well, which argparse leaves out.
+        """
+        words = separated(sys.argv[1:] if words is None else words)
+        try:
+            arguments, others, unknown = self.parse_args_and_config(words, return_remaining_strings=True)
+        except (ValueError, OSError) as error:
+            self.error(str(error))
+        if unknown and not unknown_allowed:
+            self.error(unknown_flag(unknown[0], {f.name for f in fields(arguments)}))
+        for f in fields(arguments):
+            value, choices = getattr(arguments, f.name), f.metadata.get("choices")
+            values = value if isinstance(value, list) else [value]
+            if choices is not None and value is not None and not set(values) <= set(choices):
+                self.error(f"{f.name}: {value!r} is not one of {', '.join(map(str, choices))}")
+        return arguments, others, unknown
+
+    def error(self, message: str) -> None:
+        """One line, exit status 2."""
+        self.exit(2, f"error: {message}\n")
+
+
+def unknown_flag(word: str, names: Collection[str]) -> str:
+    """What to say of a word that is no flag, with the one that it resembles."""
+    close = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), names, n=1)
+    return f"unknown argument {word}" + (f": did you mean --{close[0]}?" if close else " (--help lists all)")
+
+
+def separated(words: list[str]) -> list[str]:
+    """Words as TRL's parser takes them.
+
+    It knows `--config FILE` but not `--config=FILE`, and argparse takes a value such as `-1,1` for a flag unless "="
+    joins the two.
+    """
+    result: list[str] = []
+    for word in words:
+        if word.startswith("--config="):
+            result += word.split("=", 1)
+        elif re.match(r"-[\d.]+,", word) and result and result[-1].startswith("--"):
+            result[-1] += f"={word}"
+        else:
+            result.append(word)
+    return result
+
+
+def as_flags(arguments: Any, leave_out: Collection[str] = ()) -> list[list[str]]:
+    """`[flag, value …]` of each field that differs from its default."""
+    flags = []
+    for f in fields(arguments):
+        value = getattr(arguments, f.name)
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        if f.name in leave_out or value == default:
+            continue
+        values = {True: [], False: ["false"]}[value] if isinstance(value, bool) else value
+        flags.append([f"--{f.name}", *map(str, values if isinstance(values, list) else [values])])
+    return flags
+
+
+def check_positive(arguments: Any, *names: str) -> None:
+    """`ValueError` for the first of these fields that is below 1; None is no value."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What a user can mend, `ValueError` and `OSError`, as one line on stderr, and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,53 @@
+"""Stopping well: SIGTERM, by which Slurm, Kubernetes and spot machines end a program, does what Ctrl-C does.
+
+The exit status says which it was: 130 after Ctrl-C, 143 after SIGTERM. The second signal ends a program at once.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the program to stop; `status` is what it shall exit with."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.status = exit_status(number)
+
+
+def exit_status(number: int) -> int:
+    """What shells report of a program that this signal ended."""
+    return 128 + number
+
+
+@contextmanager
+def on_first_signal(act: Callable[[int], None]) -> Iterator[None]:
+    """Within the block, the first SIGINT or SIGTERM calls `act` with its number; the next one ends the process."""
+
+    def handle(number: int, frame: object) -> None:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        act(number)
+
+    previous = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def raising_stopped() -> Iterator[None]:
+    """Within the block, the first SIGINT or SIGTERM raises [`Stopped`]."""
+
+    def stop(number: int) -> None:
+        raise Stopped(number)
+
+    with on_first_signal(stop):
+        yield
