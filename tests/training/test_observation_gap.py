@@ -11,6 +11,7 @@ from packaging.version import Version
 from support.backbones import TINY
 from support.runs import SHARDED, launch, losses, run
 
+from vla0_trl import VLAPolicy
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import load_chat_dataset
 from vla0_trl.data.convert import convert
@@ -98,6 +99,23 @@ def test_first_action_loss_is_of_the_first_action_alone(trainer):
     with torch.no_grad():
         expected = trainer.model(**trainer.prepare_batch(batch)).loss.item()
     assert probe.measure()["first_action_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_errors_of_answers_are_those_of_the_policy_and_of_staying(trainer):
+    probe = ProbeCallback(trainer)
+    trainer.model.eval()
+    found = probe.measure()
+    policy = VLAPolicy(trainer.model, trainer.processing_class, trainer.vla_config)
+    squares, of_staying = [], []
+    for index in probe._chosen:
+        row = trainer.train_dataset[index]
+        state, true = np.array(row["raw_state"], np.float32), np.array(row["raw_action"]).reshape(4, 2)
+        observation = {"images": {"image": np.asarray(row["images"][0])}, "state": state, "task": row["task"]}
+        squares.append((policy.predict_action_chunk([observation])[0] - true) ** 2)
+        of_staying.append((state - true) ** 2)
+    assert found["chunk_rmse"] == pytest.approx(np.sqrt(np.mean(squares)), rel=1e-5)
+    assert found["stay_rmse"] == pytest.approx(np.sqrt(np.mean(of_staying)), rel=1e-5)
+    assert found["first_value_loss"] != found["first_action_loss"]
 
 
 def test_probes_leave_the_training_alone(dot_dataset, tmp_path):

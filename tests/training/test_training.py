@@ -99,6 +99,13 @@ def test_muon_in_bfloat16_resumes_bit_for_bit(dot_dataset, tmp_path):
     assert predicts(whole).shape == (1, 4, 2)
 
 
+def test_rows_in_memory_change_nothing(full_run, dot_dataset, tmp_path):
+    options = {"max_steps": 4, "save_steps": 2, "save_initial": True}
+    assert losses(run(dot_dataset, tmp_path / "r", data=AUGMENTED, rows_in_memory=True, **options)) == losses(full_run)
+    with pytest.raises(ValueError, match="once in every worker: set one of the two to 0"):
+        run(dot_dataset, tmp_path / "s", rows_in_memory=True, dataloader_num_workers=2)
+
+
 def test_frozen_vision_stays(dot_dataset, tmp_path):
     changes = moved(
         *(run(dot_dataset, tmp_path / "r", freeze_vision=True, save_initial=True) / d for d in ("initial", ""))

@@ -105,7 +105,7 @@ class VLADataCollator:
         for row in rows:
             rng = self._rng(row) if self.train else None
             encoded.append(self._encode(row, rng))
-            images.append([crop(image, self.config.crop_ratio, rng) for image in self._images(row)])
+            images.append([crop(image, self.config.crop_ratio, rng) for image in self.images(row)])
             if rng is not None and self.config.image_jitter:
                 jitter.append([draw_jitter(self.config.image_jitter, rng) for _ in self.config.cameras])
         batch = self._pad(encoded)
@@ -151,7 +151,8 @@ class VLADataCollator:
             answer, labels = self.chat.hide_characters(answer, labels, fraction, rng)
         return prompt + answer, [IGNORED] * len(prompt) + labels
 
-    def _images(self, row: Row) -> list[np.ndarray]:
+    def images(self, row: Row) -> list[np.ndarray]:
+        """The config's cameras, uint8 (H, W, 3) each."""
         if len(row["images"]) != len(self.stored_cameras):
             raise ValueError(
                 f"episode {row.get('episode_index')}, frame {row.get('frame_index')}: {len(row['images'])} images, "

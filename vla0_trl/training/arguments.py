@@ -132,6 +132,12 @@ class VLASFTConfig(SFTConfig):
         default="value",
         metadata={"help": "Hide whole values, or single digits as VLA-0.", "choices": ["value", "character"]},
     )
+    rows_in_memory: bool = field(
+        default=False,
+        metadata={
+            "help": "Read and decode each row once, and keep it: for small datasets and dataloader_num_workers 0."
+        },
+    )
     freeze_vision: bool = field(default=False, metadata={"help": "Do not train the image encoder."})
     nano: dict | str | None = field(
         default=None, metadata={"help": "Sizes of the nano backbone (model_name_or_path: nano), as JSON."}
@@ -149,8 +155,9 @@ class VLASFTConfig(SFTConfig):
     probe_steps: int = field(
         default=0,
         metadata={
-            "help": "Every so many steps, log the loss on the first action, and by how much the loss rises when "
-            "images and states are another sample's (observation_gap: near 0, the policy does not look); 0: never."
+            "help": "Every so many steps, log the loss on the first action, by how much the loss rises when images "
+            "and states are another sample's (observation_gap: near 0, the policy does not look), and the error of "
+            "the policy's answers beside that of staying; 0: never."
         },
     )
     log_energy: bool = field(
@@ -163,6 +170,11 @@ class VLASFTConfig(SFTConfig):
     def __post_init__(self):
         if self.bf16 is None and not self.fp16:
             self.bf16 = _cpu_has_bfloat16() if self.use_cpu else is_torch_bf16_gpu_available()
+        if self.rows_in_memory and self.dataloader_num_workers:
+            raise ValueError(
+                f"rows_in_memory=True with dataloader_num_workers={self.dataloader_num_workers} would keep the rows "
+                "once in every worker: set one of the two to 0"
+            )
         muon = self.optim == MUON
         if self.muon_adamw_learning_rate is not None and not muon:
             raise ValueError(f"muon_adamw_learning_rate does nothing with optim={self.optim}: leave it out")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerControl
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import tasks_of
+from vla0_trl.data.rows_in_memory import RowsInMemory
 from vla0_trl.models.attention import prepare_for_training
 from vla0_trl.processing.collator import VLADataCollator
 from vla0_trl.processing.images import model_inputs
@@ -99,6 +100,15 @@ class VLATrainer(CheckpointingTrainer):
         finally:
             self.model.train(training)
             control.should_log = log_training  # which every log switches off
+
+    def get_train_dataloader(self) -> DataLoader:
+        if not self.args.rows_in_memory:
+            return super().get_train_dataloader()
+        dataset, self.train_dataset = self.train_dataset, RowsInMemory(self.train_dataset)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = dataset
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         train_collator, self.data_collator = self.data_collator, self.eval_collator
