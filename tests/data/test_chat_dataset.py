@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from datasets import Image, List, Value, load_dataset
+from huggingface_hub import DatasetCard
 from support.episodes import SmallSource, small_config, small_episode
 from support.general import contents
 
@@ -19,7 +20,7 @@ from vla0_trl.config import VLAConfig
 from vla0_trl.data import card, shards
 from vla0_trl.data.chat_dataset import align_config, load_chat_dataset
 from vla0_trl.data.convert import Selection, convert
-from vla0_trl.data.episodes import EpisodeError, action_windows
+from vla0_trl.data.episodes import EpisodeError, SourceInfo, action_windows
 from vla0_trl.data.staging import ConversionError
 
 
@@ -75,6 +76,21 @@ def test_card(tmp_path):
     for text in ("python x.py --y 1", "21 frames of 3 episodes at 10 Hz", "2 (1, 3)", "| state[2] |", "Made up for"):
         assert text in card
     assert (output_dir / "sample.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_name_or_licence_adds_to_the_cards_header_or_leaves_its_table(tmp_path):
+    class Evil(SmallSource):
+        @property
+        def info(self) -> SourceInfo:
+            evil = "mit\nconfigs:\n- config_name: default\n---\n# | <b>own</b> |"
+            return replace(super().info, license=evil, source=evil, robot=evil, revision=evil)
+
+    card = DatasetCard.load(convert(Evil(), small_config(), tmp_path / "d") / "README.md")
+    assert card.data.to_dict().keys() == {"license", "task_categories", "tags"}
+    assert card.data.license == Evil().info.license
+    shown = r"mit configs: - config_name: default --- # \| &lt;b>own&lt;/b> \|"
+    rows = {f"| {name} | {shown} |" for name in ("source", "robot", "licence")}
+    assert rows | {f"# {shown} as chat"} <= {*card.text.splitlines()}
 
 
 def test_several_shards_and_row_groups(tmp_path, small_dataset, monkeypatch):

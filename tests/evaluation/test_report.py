@@ -12,7 +12,7 @@ from support.episodes import SEEDS, PushBlock
 from support.general import load_script
 
 from vla0_trl.envs.pusht.env import FPS, PushTEnv
-from vla0_trl.evaluation.episode_log import EpisodeLog, provenance, write_json, write_video
+from vla0_trl.evaluation.episode_log import EpisodeLog, provenance, video_name, write_json, write_video
 from vla0_trl.evaluation.metrics import aggregate
 from vla0_trl.evaluation.report.page import write_report
 from vla0_trl.evaluation.report.summary import energy_table, format_table, load_runs, task_table
@@ -95,13 +95,32 @@ def test_the_best_and_the_worst_filmed_episode_are_shown(folders, tmp_path):
     write_report(tmp_path / "report.html", runs, "t")
     text = (tmp_path / "report.html").read_text()
     filmed = sorted((e for e in runs[1].episodes if e["seed"] in SEEDS[1:4]), key=lambda e: e["max_coverage"])
-    videos = re.findall(r'src="data:video/mp4;base64,([^"]+)".*?seed (\d+)', text)
+    videos = re.findall(r'src="data:video/mp4;base64,([^"]+)".*?seed (\d+)', text, re.DOTALL)
     assert [int(seed) for _, seed in videos] == [filmed[-1]["seed"], filmed[0]["seed"]]
     assert base64.b64decode(videos[0][0]) == runs[1].video(filmed[-1]).read_bytes()
 
     runs[1].episodes = filmed[:1]  # the best is the worst
     write_report(tmp_path / "report.html", runs, "t")
     assert (tmp_path / "report.html").read_text().count("data:video/mp4") == 1
+
+
+def test_whatever_an_evaluation_holds_is_text_on_the_page(folders, tmp_path):
+    """Results are files, which somebody else may have written."""
+    evil = "<script>alert(1)"
+    [run] = load_runs(folders[1:])
+    run.name, run.folder = evil, tmp_path
+    run.results |= {"checkpoint": evil, "git_commit": evil, "versions": {evil: evil}, "successes": evil}
+    del run.results["mean_max_coverage"]
+    for row in run.episodes:
+        row |= {"suite": "libero_object", "task_id": evil, "task": evil, "seed": evil}
+        del row["max_coverage"]
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / video_name(run.episodes[0])).write_bytes(b"film")
+    write_report(tmp_path / "report.html", [run], evil, commands=[evil])
+    page = _Page((tmp_path / "report.html").read_text())
+    assert "script" not in page.tags and "video" in page.tags
+    shown = " ".join(page.words)
+    assert shown.count(evil) > 10 and f"initial state {evil}" in shown
 
 
 def test_the_page_without_extras_has_no_empty_sections(folders, tmp_path):

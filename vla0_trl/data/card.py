@@ -8,67 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from huggingface_hub import HfApi
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from PIL import Image
 
 from vla0_trl import __version__
+from vla0_trl.actions import NormStats
 from vla0_trl.config import CONFIG_NAME, VLAConfig
 from vla0_trl.data.episodes import SourceInfo
+from vla0_trl.templating import render
 
 SAMPLE_NAME = "sample.png"
+_TAGS = ("vla0_trl", "VLA", "robotics", "imitation-learning", "trl")
 _SAMPLE_FRAMES = 6
 _SAMPLE_HEIGHT = 192  # px, of one frame in the picture
-
-# No `configs` in the header: load_dataset finds data/train-* by itself, and with `configs` its cache would know a
-# local folder by its name alone: another folder of that name, or one converted again, would give the old rows.
-_CARD = """\
----
-license: {info.license}
-task_categories: [robotics]
-tags: [vla0_trl, VLA, robotics, imitation-learning, trl]
----
-
-# {info.source} as chat
-
-{frames} frames of {episodes} episodes at {config.fps:g} Hz, as chat rows for training vision-language-action models
-that answer in plain text ([VLA-0](https://arxiv.org/abs/2510.13054)); made with vla0_trl {version}.
-
-![{sample_frames} frames of one episode, in order]({sample})
-
-## How it was made
-
-{info.how}
-
-| | |
-|---|---|
-| source | {info.source} |
-| revision | `{info.revision}` |
-| licence | {info.license} |
-| robot | {info.robot} |
-| cameras | {cameras} |
-| action text | {action_text} |
-| episodes left out | {left_out} |
-
-```
-{command}
-```
-
-## Statistics
-
-{stats}
-
-## Use
-
-```python
-from datasets import load_dataset
-
-rows = load_dataset("PATH_OR_HUB_ID", split="train")
-```
-
-One row a frame. `images` (one a camera), `task`, `state` and `action` as text; `prompt` and `completion` hold the same
-as messages, so that plain TRL trains on them; `raw_state` and `raw_action` (time-major, absolute) are in environment
-units; `episode_index` counts the source's episodes. `{config_name}` holds what turns text into actions.
-"""
 
 
 def write_card(
@@ -89,7 +41,12 @@ def write_card(
         command (`str`): how the conversion was called.
     """
     sample_picture(sample).save(directory / SAMPLE_NAME)
-    card = _CARD.format(
+    # No `configs` in the header: load_dataset finds data/train-* by itself, and with `configs` its cache would know a
+    # local folder by its name alone: another folder of that name, or one converted again, would give the old rows.
+    header = DatasetCardData(license=info.license, task_categories=["robotics"], tags=list(_TAGS))
+    action = "action − state" if config.relative_actions else "action"
+    body = render(
+        "card.md",
         frames=frames,
         episodes=episodes,
         version=__version__,
@@ -97,15 +54,12 @@ def write_card(
         sample=SAMPLE_NAME,
         info=info,
         config=config,
-        cameras=", ".join(config.cameras),
-        action_text=f"{config.chunk_size} steps × {config.action_dim} dimensions, integers 0…{config.num_bins}, "
-        f"{config.normalization}, {'relative to the state' if config.relative_actions else 'absolute'}",
-        left_out=f"{len(left_out)} ({', '.join(map(str, left_out))})" if left_out else 0,
+        left_out=left_out,
         command=command or "vla0_trl.data.convert(…)",
-        stats=_stats_table(config),
+        statistics=[(action, _per_dimension(config.action_stats)), ("state", _per_dimension(config.state_stats))],
         config_name=CONFIG_NAME,
     )
-    (directory / "README.md").write_text(card)
+    DatasetCard(f"---\n{header.to_yaml()}\n---\n\n{body}").save(directory / "README.md")
 
 
 def sampled_frames(pieces: Iterable[pa.Table], frames: int) -> list[list[bytes]]:
@@ -133,14 +87,11 @@ def sample_picture(sample: list[list[bytes]]) -> Image.Image:
     return picture
 
 
-def _stats_table(config: VLAConfig) -> str:
-    lines = ["| | min | 1 % | mean | 99 % | max | std |", "|---|---|---|---|---|---|---|"]
-    action = "action − state" if config.relative_actions else "action"
-    for name, stats in ((action, config.action_stats), ("state", config.state_stats)):
-        if stats is not None:
-            rows = zip(stats.min, stats.q01, stats.mean, stats.q99, stats.max, stats.std, strict=True)
-            lines += [f"| {name}[{dim}] | {' | '.join(f'{x:.4g}' for x in row)} |" for dim, row in enumerate(rows)]
-    return "\n".join(lines)
+def _per_dimension(stats: NormStats | None) -> list[tuple[float, ...]]:
+    """Least value, 1 % quantile, mean, 99 % quantile, largest value and standard deviation of each dimension."""
+    if stats is None:
+        return []
+    return list(zip(stats.min, stats.q01, stats.mean, stats.q99, stats.max, stats.std, strict=True))
 
 
 def push_dataset(directory: Path, repo_id: str, public: bool = False) -> None:

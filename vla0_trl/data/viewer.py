@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import textwrap
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
@@ -19,25 +19,12 @@ from vla0_trl.envs.pusht.env import TASK as PUSHT_TASK
 from vla0_trl.envs.pusht.env import WORKSPACE
 from vla0_trl.processing.chat_tokenizer import IGNORED
 from vla0_trl.processing.collator import VLADataCollator
+from vla0_trl.templating import render
 
 Row = dict[str, Any]
 PICTURE_SIDE = 320  # px, of a frame on the page
 _GAP = 6  # px, between cameras
 _OVERSAMPLE = 3  # PIL draws without anti-aliasing: draw larger, then shrink
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 1100px; padding: 0 1rem }
-h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin: 0 0 .5rem }
-h3 { font-size: 1rem; font-weight: normal; color: #777; margin: 0 }
-.row { display: flex; gap: 1.5rem; border-top: 1px solid #ddd; padding: 1.5rem 0 }
-.row > img { flex: none; align-self: flex-start; max-width: 45% }
-.row > div { min-width: 0; flex: 1 }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem .8rem; margin: 0 0 .8rem }
-dt { color: #777 } dd { margin: 0 }
-code, pre, .tokens { font: 13px/1.7 ui-monospace, Consolas, monospace }
-pre { background: #f6f6f4; padding: .5rem .7rem; white-space: pre-wrap; margin: .2rem 0 .8rem }
-.tokens span { white-space: pre; border-radius: 3px; padding: 1px 2px; margin-right: 1px; display: inline-block }
-.label { background: #bfe8c8 } .masked { background: #ffc78a } .ignored { background: #e9e9ec; color: #666 }
-"""
 
 
 def row_picture(row: Row, config: VLAConfig) -> Image.Image:
@@ -129,17 +116,8 @@ def html_page(rows: list[Row], config: VLAConfig, title: str, collator: VLADataC
         config (`VLAConfig`): the dataset's own.
         collator (`VLADataCollator`, *optional*): also show each row's prompt and tokens as it makes them.
     """
-    legend = ""
-    if collator is not None:
-        legend = (
-            '<p class="tokens"><span class="label">trained on</span> <span class="masked">hidden by masking</span> '
-            '<span class="ignored">input only</span></p>'
-        )
-    body = "".join(_row_html(row, config, collator) for row in rows)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{_terms(_summary(config))}{legend}{body}</html>\n"
-    )
+    shown = [_shown(row, config, collator) for row in rows]
+    return render("dataset.html", title=title, summary=_summary(config), legend=collator is not None, rows=shown)
 
 
 def _summary(config: VLAConfig) -> dict[str, str]:
@@ -151,7 +129,8 @@ def _summary(config: VLAConfig) -> dict[str, str]:
     }
 
 
-def _row_html(row: Row, config: VLAConfig, collator: VLADataCollator | None) -> str:
+def _shown(row: Row, config: VLAConfig, collator: VLADataCollator | None) -> dict[str, Any]:
+    """What the page shows of a row."""
     buffer = io.BytesIO()
     row_picture(row, config).save(buffer, "PNG")
     terms = {
@@ -160,12 +139,17 @@ def _row_html(row: Row, config: VLAConfig, collator: VLADataCollator | None) -> 
         "action": row["action"],
         "decoded": f"differs from the stored chunk by at most {decoding_error(row, config):.2f} half bins",
     }
-    tokens = "" if collator is None else _tokens_html(row, collator)
-    picture = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<section class="row"><img alt="frame" src="data:image/png;base64,{picture}"><div>'
-        f"<h2>episode {row['episode_index']}, frame {row['frame_index']}</h2>{_terms(terms)}{tokens}</div></section>"
-    )
+    shown = {
+        "name": f"episode {row['episode_index']}, frame {row['frame_index']}",
+        "picture": base64.b64encode(buffer.getvalue()).decode(),
+        "terms": terms,
+        "tokens": [],
+    }
+    if collator is not None:
+        state, _ = collator.integers(row)
+        shown["prompt"] = collator.chat.render(row["task"], " ".join(map(str, state)))
+        shown["tokens"] = list(_shortened(token_spans(row, collator)))
+    return shown
 
 
 def decoding_error(row: Row, config: VLAConfig) -> float:
@@ -190,19 +174,9 @@ def token_spans(row: Row, collator: VLADataCollator) -> list[tuple[str, str]]:
     return spans
 
 
-def _tokens_html(row: Row, collator: VLADataCollator) -> str:
-    state, _ = collator.integers(row)
-    prompt = collator.chat.render(row["task"], " ".join(map(str, state)))
-    spans = []
-    for (text, kind), group in groupby(token_spans(row, collator)):
+def _shortened(spans: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Hundreds of equal image tokens say no more than their number does; equal digits stay apart."""
+    for (text, kind), group in groupby(spans):
         count = len(list(group))
-        shown = html.escape(text.replace("\n", "⏎"))
-        # Hundreds of equal image tokens say no more than their number does; equal digits stay apart.
-        pieces = [f"{shown} × {count}"] if count > 4 else [shown] * count
-        spans += [f'<span class="{kind}">{piece}</span>' for piece in pieces]
-    return f'<h3>prompt</h3><pre>{html.escape(prompt)}</pre><h3>tokens</h3><div class="tokens">{"".join(spans)}</div>'
-
-
-def _terms(terms: dict[str, str]) -> str:
-    items = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in terms.items())
-    return f"<dl>{items}</dl>"
+        text = text.replace("\n", "⏎")
+        yield from [(f"{text} × {count}", kind)] if count > 4 else [(text, kind)] * count

@@ -1,0 +1,36 @@
+"""Pages and cards from the templates in `templates/`: one engine, one style sheet.
+
+All that an HTML page shows is escaped, because names and commands come from files; what is HTML already (a drawn
+figure) says so as `markupsafe.Markup`. A value that a template names and nobody gives is an error.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("vla0_trl"),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["line"] = one_line
+    return environment
+
+
+def render(template: str, **values: Any) -> str:
+    """The text of `templates/{template}` with these values."""
+    return _environment().get_template(template).render(values)
+
+
+def one_line(text: object) -> str:
+    """For Markdown: text that stays in its line and in its cell of a table, and is no HTML."""
+    return " ".join(str(text).split()).replace("|", r"\|").replace("<", "&lt;")
