@@ -22,6 +22,7 @@ from vla0_trl.data.chat_dataset import align_config, load_chat_dataset
 from vla0_trl.data.convert import Selection, convert
 from vla0_trl.data.episodes import EpisodeError, SourceInfo, action_windows
 from vla0_trl.data.staging import ConversionError
+from vla0_trl.run_folder import FolderError
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +163,9 @@ def test_finished_dataset_is_reused_or_left_alone(tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in output_dir.rglob("*")}
     convert(SmallSource(), small_config(), output_dir)
     assert "already converted" in capsys.readouterr().out
-    with pytest.raises(ConversionError, match=r"config.num_bins: 511 there, 255 now.*--overwrite"):
+    with pytest.raises(FolderError, match=r"config.num_bins: 511 there, 255 here.*--overwrite"):
         convert(SmallSource(), small_config(num_bins=255), output_dir)
-    with pytest.raises(ConversionError, match=r"staging.source.revision: 1 there, 2 now"):
+    with pytest.raises(FolderError, match=r"staging.source.revision: 1 there, 2 here"):
         convert(SmallSource(revision="2"), small_config(), output_dir)
     broken = SmallSource(broken=replace(small_episode(), task=""), broken_index=0)
     with pytest.raises(EpisodeError, match="task is empty"):
@@ -179,7 +180,7 @@ def test_finished_dataset_is_reused_or_left_alone(tmp_path, capsys):
 
 def test_a_folder_of_something_else_is_never_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(ConversionError, match="is no dataset made by data_prep"):
+    with pytest.raises(FolderError, match="is no dataset made by data_prep"):
         convert(SmallSource(), small_config(), tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
@@ -188,7 +189,7 @@ def test_rest_of_another_conversion(tmp_path):
     broken = SmallSource(broken=replace(small_episode(), task=""), broken_index=2)
     with pytest.raises(EpisodeError):
         convert(broken, small_config(), tmp_path / "dataset")
-    with pytest.raises(ConversionError, match=r"unfinished conversion .*\(cameras: .*start again with --overwrite"):
+    with pytest.raises(FolderError, match=r"another unfinished run \(cameras: .*--overwrite to start again"):
         convert(SmallSource(), small_config(cameras=["wrist"]), tmp_path / "dataset")
     convert(SmallSource(), small_config(cameras=["wrist"]), tmp_path / "dataset", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["dataset"]

@@ -16,6 +16,7 @@ from vla0_trl.data.card import push_dataset
 from vla0_trl.data.convert import Selection, Source, convert
 from vla0_trl.data.episodes import EpisodeError, ImageFormat
 from vla0_trl.data.staging import ConversionError
+from vla0_trl.run_folder import FolderError
 from vla0_trl.stopping import Stopped, raising_stopped
 
 # What does not change the dataset's content stays out of the command that its card shows.
@@ -103,7 +104,7 @@ def command_line_errors(output_dir: Path) -> Iterator[None]:
     try:
         with raising_stopped():
             yield
-    except (ConversionError, EpisodeError, OSError) as error:
+    except (ConversionError, EpisodeError, FolderError, OSError) as error:
         sys.exit(f"error: {error}")
     except Stopped as stopped:
         print(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +22,17 @@ import numpy as np
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.episodes import EpisodeError, ImageFormat, Source
-from vla0_trl.data.shards import CONVERSION_NAME, sorted_out, write_dataset
+from vla0_trl.data.shards import sorted_out, write_dataset
 from vla0_trl.data.staging import ConversionError, Staging
-from vla0_trl.files import write_whole
+from vla0_trl.run_folder import (
+    CONVERSION_NAME,
+    FolderError,
+    RunFolder,
+    belongs_to_another,
+    damage,
+    is_free,
+    read_json,
+)
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -118,11 +125,11 @@ def convert(
 
     Raises:
         EpisodeError: bad data, unless `skip_bad_episodes`; episodes read so far are kept.
-        ConversionError: the output belongs to something else, the disk is full, no episode is left, …
+        FolderError: the output belongs to something else, or another command is at work there.
+        ConversionError: the disk is full, no episode is left, …
     """
     started = time.monotonic()
     output_dir = Path(os.path.abspath(output_dir))
-    partial = output_dir.with_name(output_dir.name + ".partial")
     info = source.info
     config = config.replace(robot=info.robot, fps=info.fps, source=info.source, source_revision=info.revision)
     indices = (selection or Selection()).indices(source)
@@ -137,27 +144,28 @@ def convert(
     key = {"staging": staging_key, "episodes": indices, "config": config.to_dict(), "skip_bad": skip_bad_episodes}
     key = json.loads(json.dumps(key))  # as it is read back
 
-    if _is_finished(output_dir, key, overwrite):
-        print(f"already converted: {output_dir} (--overwrite to do it again)")
-        shutil.rmtree(partial, ignore_errors=True)
-        return output_dir
-    try:
-        _claim(partial, key["staging"] | {"chunk_size": config.chunk_size}, overwrite)
-        staging = Staging(source, config, partial / "episodes", image_format, skip_bad_episodes)
-        staged = staging.stage_all(indices, num_proc)
-        result = sorted_out(staging, indices)
-        write_dataset(partial / "final", staging, result, key, command)
-    except OSError as error:
-        if error.errno not in _DISK_FULL:
-            raise
-        raise ConversionError(
-            f"the disk is full: {error}. Make room and run the same command again: finished episodes are kept in "
-            f"{partial}"
-        ) from error
-    if output_dir.exists():  # replaced only now, when what replaces it is complete
-        output_dir.rename(partial / "replaced")
-    (partial / "final").rename(output_dir)
-    shutil.rmtree(partial)
+    with RunFolder(output_dir) as folder:
+        folder.finish_publishing()
+        work = key["staging"] | {"chunk_size": config.chunk_size}
+        if _is_finished(folder, key, overwrite):
+            print(f"already converted: {output_dir} (--overwrite to do it again)")
+            if folder.unfinished() == work:
+                folder.discard()
+            return output_dir
+        try:
+            folder.begin(work, overwrite)
+            staging = Staging(source, config, folder.partial / "episodes", image_format, skip_bad_episodes)
+            staged = staging.stage_all(indices, num_proc)
+            result = sorted_out(staging, indices)
+            write_dataset(folder.partial / "final", staging, result, key, command)
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+            raise ConversionError(
+                f"the disk is full: {error}. Make room and run the same command again: finished episodes are kept in "
+                f"{folder.partial}"
+            ) from error
+        folder.publish()  # what was there is replaced only now, when what replaces it is complete
 
     seconds = time.monotonic() - started
     names = f" ({', '.join(map(str, result.rejected))})" if result.rejected else ""
@@ -173,47 +181,17 @@ def convert(
     return output_dir
 
 
-def _is_finished(output_dir: Path, key: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `output_dir` is this very conversion's result. Raises if it is something that may not be replaced."""
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+def _is_finished(folder: RunFolder, key: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the folder is this very conversion's result. Raises if it is something that may not be replaced."""
+    if is_free(folder.path):
         return False
-    record = output_dir / CONVERSION_NAME
-    if not record.is_file():
-        raise ConversionError(f"{output_dir} exists and is no dataset made by data_prep/: choose another --output_dir")
+    found = read_json(folder.path / CONVERSION_NAME)
+    if found is None:
+        raise FolderError(f"{folder.path} exists and is no dataset made by data_prep/: choose another --output_dir")
     if overwrite:
         return False
-    found = json.loads(record.read_text())
-    if found | key == found:
-        return True
-    raise ConversionError(
-        f"{output_dir} was converted with other options ({_difference(found, key)}): choose another --output_dir, or "
-        "replace it with --overwrite"
-    )
-
-
-def _claim(partial: Path, staging_key: dict[str, Any], overwrite: bool) -> None:
-    """Make the working folder, or make sure that what it holds is the beginning of this conversion."""
-    manifest = partial / "manifest.json"
-    if partial.exists():
-        found = json.loads(manifest.read_text()) if manifest.is_file() else {}
-        if found == staging_key:
-            return
-        if not overwrite:
-            raise ConversionError(
-                f"{partial} holds an unfinished conversion of something else ({_difference(found, staging_key)}): "
-                "delete it, choose another --output_dir, or start again with --overwrite"
-            )
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    write_whole(manifest, json.dumps(staging_key, indent=2))
-
-
-def _difference(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
-    """The first setting in which two records differ: "config.num_bins: 255 there, 511 now"."""
-    for name, value in wanted.items():
-        other = found.get(name)
-        if isinstance(value, dict) and isinstance(other, dict) and value != other:
-            return _difference(other, value, f"{prefix}{name}.")
-        if value != other:
-            return f"{prefix}{name}: {str(other)[:60]} there, {str(value)[:60]} now"
-    return "settings that this version does not know"
+    if found | key != found:
+        raise belongs_to_another(folder.path, "run", {name: found.get(name) for name in key}, key)
+    if error := damage(folder.path):
+        raise FolderError(f"{folder.path} is damaged: {error}: convert it again with --overwrite")
+    return True

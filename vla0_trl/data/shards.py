@@ -17,9 +17,9 @@ from vla0_trl.config import VLAConfig
 from vla0_trl.data.card import sampled_frames, write_card
 from vla0_trl.data.chat_dataset import SCHEMA, chat_rows, with_statistics
 from vla0_trl.data.episodes import EpisodeError
-from vla0_trl.data.staging import ConversionError, Staging
+from vla0_trl.data.staging import ConversionError, Staging, parquet_writer
+from vla0_trl.run_folder import CONVERSION_NAME, files_of
 
-CONVERSION_NAME = "conversion.json"
 ROW_GROUP_ROWS = 100  # what a reader must decompress to get at one row
 SHARD_BYTES = 400_000_000  # of staged episodes; with the text columns a shard stays below the Hub's usual 500 MB
 
@@ -87,12 +87,15 @@ def write_dataset(final: Path, staging: Staging, result: Sorted, key: dict[str, 
         name = f"train-{number:05d}-of-{len(shards):05d}.parquet"
         episodes = tqdm(shard, desc=f"writing {name}", unit="episode")
         _write_shard(final / "data" / name, (rows for index in episodes for rows in staging.rows(index)), config)
+    rows = sum(pq.read_metadata(path).num_rows for path in (final / "data").iterdir())
+    if rows != result.frames:
+        raise ConversionError(f"{rows} rows were written instead of {result.frames}: run the same command again")
     config.save_pretrained(final)
     first = result.kept[0]
     sample = sampled_frames(staging.rows(first, ["images"]), staging.info(first).frames)
     left_out = sorted([*result.rejected, *result.skipped])
     write_card(final, sample, config, staging.source.info, len(result.kept), result.frames, left_out, command)
-    record = key | {"rejected": result.rejected, "skipped": result.skipped}
+    record = key | {"rejected": result.rejected, "skipped": result.skipped, "files": files_of(final)}
     (final / CONVERSION_NAME).write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -114,7 +117,7 @@ def _write_shard(path: Path, pieces: Iterator[pa.Table], config: VLAConfig) -> N
     rest = SCHEMA.empty_table()
     # Without a list, the smallest and largest image of every row group would go into the footer, too.
     with_stats = ["episode_index", "frame_index"]
-    with pq.ParquetWriter(path, SCHEMA, compression="zstd", write_statistics=with_stats) as writer:
+    with parquet_writer(path, SCHEMA, compression="zstd", write_statistics=with_stats) as writer:
         for raw in pieces:
             rest = pa.concat_tables([rest, chat_rows(raw, config)])
             whole = len(rest) // ROW_GROUP_ROWS * ROW_GROUP_ROWS

@@ -10,10 +10,11 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,6 +42,20 @@ class StagedInfo(NamedTuple):
     name: str
     error: str
     sizes: str  # of each camera's frames
+
+
+@contextmanager
+def parquet_writer(path: Path, schema: pa.Schema, **options: Any) -> Iterator[pq.ParquetWriter]:
+    """A writer whose file is gone after an error: pyarrow's own would end half of the rows with a valid footer."""
+    writer = pq.ParquetWriter(path, schema, **options)
+    try:
+        yield writer
+        writer.close()
+    except BaseException:
+        with suppress(OSError):  # of a disk that is still full
+            writer.close()
+        path.unlink(missing_ok=True)
+        raise
 
 
 @dataclass
@@ -119,7 +134,7 @@ class Staging:
 
     def _write(self, path: Path, pieces: Iterable[dict[str, list]], name: str = "", error: str = "") -> None:
         sizes = {}
-        with pq.ParquetWriter(path, RAW_SCHEMA, **_PLAIN) as writer:
+        with parquet_writer(path, RAW_SCHEMA, **_PLAIN) as writer:
             for piece in pieces:
                 writer.write_table(pa.table(piece, RAW_SCHEMA))
                 first = [Image.open(io.BytesIO(image["bytes"])).size for image in piece["images"][0]]
