@@ -26,7 +26,6 @@ from vla0_trl.config import VLAConfig
 from vla0_trl.envs.libero import protocol
 from vla0_trl.envs.libero.perturb import NAMES, parse_perturbation
 from vla0_trl.envs.libero.setup import check_mujoco, find_assets
-from vla0_trl.evaluation.episode_log import RESULTS
 from vla0_trl.evaluation.libero import (
     benchmark_envs,
     environment_factory,
@@ -104,7 +103,7 @@ def main() -> None:
         folders.append(Path(args.output_dir) / ("" if name is None else f"perturbed/{name.replace(':', '_')}"))
         run = base | {"protocol": run_protocol(config, args, name, str(dtype))}
         try:
-            log = open_log(folders[-1], run, args)
+            log = open_log(folders[-1], run, episodes, args)
         except (ValueError, OSError) as error:
             parser.exit(2, f"error: {error}\n")
         with log, stopping_well(parser, log):
@@ -114,8 +113,7 @@ def main() -> None:
                 policy.config = config
                 make_env = environment_factory(config, args, perturbation)
                 crashed += run_missing(policy, log, missing, make_env, args)
-            if not (log.folder / RESULTS).exists():
-                unfinished |= not finish(log, episodes, str(device), protocol.PACKAGES, suite_results)
+            unfinished |= not finish(log, episodes, str(device), protocol.PACKAGES, suite_results)
     for episode in crashed:
         print(f"crashed twice, so without a result: {episode.seed}")
     if unfinished:

@@ -34,6 +34,7 @@ from vla0_trl.evaluation.runner import (
     open_log,
     run_episodes,
     run_identity,
+    simulator_version,
     stopping_well,
 )
 from vla0_trl.models.loading import checkpoint_folder
@@ -77,11 +78,13 @@ def main() -> None:
         protocol = {
             "env": "gym_pusht/PushT-v0",
             "state": state,
+            "simulator": simulator_version("gym-pusht", "pymunk", "shapely"),
+            "seed": args.seed,
             "max_steps": args.max_steps,
             "success_coverage": SUCCESS_COVERAGE,
             **execution_protocol(config, args, str(dtype)),
         }
-        log = open_log(Path(args.output_dir), run_identity(args, checkpoint, protocol), args)
+        log = open_log(Path(args.output_dir), run_identity(args, checkpoint, protocol), seeds, args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
 
@@ -91,7 +94,7 @@ def main() -> None:
             policy = VLAPolicy.from_pretrained(checkpoint, device, dtype, load_in_4bit=args.load_in_4bit)
             policy.config = config
             run_missing(policy, log, missing, state, args)
-        if not (log.folder / RESULTS).exists() and not finish(log, seeds, str(device), PACKAGES):
+        if not finish(log, seeds, str(device), PACKAGES):
             parser.exit(0, NOT_ALL)
     results = json.loads((log.folder / RESULTS).read_text())
     print(format_table(summary_table([(args.model_name_or_path, results)])))

@@ -63,7 +63,10 @@ def test_the_second_command_is_told_who_is_at_work(tmp_path, monkeypatch):
 
 def test_processes_of_one_launch_share_and_keep_others_out(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "_SHORT_WAIT", 0.1)
-    first, second = RunFolder(tmp_path / "out", "a"), RunFolder(tmp_path / "out", "a")
+    first = RunFolder(tmp_path / "out", "a")
+    first.share()
+    second = RunFolder(tmp_path / "out", "a")
+    assert first.first and not second.first
     first.close()
     for other in (None, "b"):
         with pytest.raises(FolderError, match="another command is at work"):

@@ -60,10 +60,12 @@ class RunFolder:
 
     Args:
         path (`str` or `Path`): where the result will be; a link is followed.
-        launch (`str`, *optional*): processes that give the same word share the folder, all others are kept out.
+        launch (`str`, *optional*): processes that give the same word share the folder once the first of them calls
+            [`share`]; all others are kept out.
 
     Attributes:
         path (`Path`): absolute.
+        first (`bool`): whether no other process of this launch is here.
         partial (`Path`): beside it, for unfinished work; inside it where nothing can be renamed to `path`.
 
     Raises:
@@ -78,38 +80,42 @@ class RunFolder:
         self.partial = self.path / ".partial" if self.inside else beside / f"{self.path.name}.partial"
         self._lock_path = self.path / ".lock" if self.inside else beside / f".{self.path.name}.lock"
         self._lock_path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = self._acquire(launch)
+        self._launch = launch
+        self._lock = self._acquire()
 
-    def _acquire(self, launch: str | None) -> Any:
+    def _acquire(self) -> Any:
         deadline = time.monotonic() + _SHORT_WAIT
         while True:
             file = self._lock_path.open("a+b")
             _open_locks.add(file)
-            first = _try_lock(file, fcntl.LOCK_EX)
-            if first and _same_file(file, self._lock_path):
-                self._write_record(file, launch)
-                if launch is None or _try_lock(file, fcntl.LOCK_SH):  # the other processes of this launch come in
-                    return file
-            elif not first:
-                holder = _read_record(self._lock_path)
-                joins = launch is not None and _try_lock(file, fcntl.LOCK_SH)
-                if joins and _same_file(file, self._lock_path) and _read_record(self._lock_path)["launch"] == launch:
-                    return file
+            self.first = _try_lock(file, fcntl.LOCK_EX)
+            if self.first and _same_file(file, self._lock_path):
+                self._write_record(file)
+                return file
+            holder = _read_record(self._lock_path)
+            ours = self._launch is not None and holder["launch"] == self._launch
+            if not self.first and ours and _try_lock(file, fcntl.LOCK_SH) and _same_file(file, self._lock_path):
+                return file
             file.close()
-            if not first and time.monotonic() > deadline:
+            if not self.first and not ours and time.monotonic() > deadline:
                 raise FolderError(
                     f"another command is at work in {self.path}: pid {holder['pid']} on {holder['host']} since "
                     f"{holder['since']}: {holder['command']}: wait for it, or stop it"
                 )
             time.sleep(0.02)
 
-    def _write_record(self, file: Any, launch: str | None) -> None:
+    def _write_record(self, file: Any) -> None:
         record = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        record |= {"command": shlex.join(sys.argv), "launch": launch}
+        record |= {"command": shlex.join(sys.argv), "launch": self._launch}
         with contextlib.suppress(OSError):  # a full disk: it still locks, others learn less
             file.truncate(0)
             file.write(json.dumps(record).encode())
             file.flush()
+
+    def share(self) -> None:
+        """Let the other processes of this launch in."""
+        if self._launch is not None and self.first and not _try_lock(self._lock, fcntl.LOCK_SH):
+            raise FolderError(f"another command has taken {self.path} at this very moment: run this again")
 
     def close(self) -> None:
         """Let others in."""

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from support.episodes import RUN, small_result
 
+from vla0_trl import run_folder
 from vla0_trl.evaluation import episode_log as results
 from vla0_trl.evaluation import metrics
 from vla0_trl.evaluation.episode_log import EpisodeLog, read_episodes
 from vla0_trl.evaluation.metrics import aggregate, wilson_interval
 from vla0_trl.models.fingerprint import checkpoint_hash
+from vla0_trl.run_folder import FolderError
 
 
 @pytest.mark.parametrize(("successes", "n"), [(50, 64), (1, 2), (0, 16), (16, 16)])
@@ -84,17 +86,18 @@ def test_a_half_line_is_dropped_and_not_glued_to_the_next(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"checkpoint": "runs/b", "checkpoint_hash": "bb" * 32}, [r"runs/a \(aaaaaaaa\)", r"runs/b \(bbbbbbbb\)"]),
-        ({"protocol": {"env": "PushT", "n_action_steps": 1}}, ["n_action_steps=5", "n_action_steps=1"]),
+        (
+            {"checkpoint": "runs/b", "checkpoint_hash": "bb" * 32},
+            r"checkpoint: runs/a \(aaaaaaaa\) there, runs/b \(bbbbbbbb\) here",
+        ),
+        ({"protocol": {"env": "PushT", "n_action_steps": 1}}, r"n_action_steps: 5 there, 1 here"),
     ],
 )
 def test_the_folder_of_another_run_is_refused_and_kept(tmp_path, change, words):
     with EpisodeLog(tmp_path, RUN) as log:
         log.append(small_result(1))
     before = (tmp_path / "episodes.jsonl").read_bytes()
-    with pytest.raises(
-        ValueError, match=f"1 episodes of another run: .*{words[0]}; this run: .*{words[1]}.*--overwrite"
-    ):
+    with pytest.raises(FolderError, match=rf"belongs to another run \({words}\): .*--overwrite"):
         EpisodeLog(tmp_path, RUN | change)
     assert (tmp_path / "episodes.jsonl").read_bytes() == before
 
@@ -119,9 +122,55 @@ def test_overwrite_deletes_the_evaluation_and_nothing_else(tmp_path):
     assert kept == ["episodes.jsonl", "notes.txt"]
 
 
-def test_two_processes_cannot_write_into_one_folder(tmp_path):
-    with EpisodeLog(tmp_path, RUN), pytest.raises(ValueError, match="another process is evaluating into"):
-        EpisodeLog(tmp_path, RUN, overwrite=True)
+def test_two_commands_cannot_write_into_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "_SHORT_WAIT", 0.1)
+    for first, second in ((None, None), (None, "b"), ("a", None), ("a", "b")):
+        with (
+            EpisodeLog(tmp_path / "out", RUN, launch=first, rank=0),
+            pytest.raises(FolderError, match="is at work in"),
+        ):
+            EpisodeLog(tmp_path / "out", RUN, overwrite=True, launch=second, rank=1)
+
+
+def test_the_processes_of_a_launch_delete_what_was_there_once_all_shards_of_it(tmp_path):
+    """With 4 processes, then 2 of another checkpoint: an old shard left over was counted with the new ones."""
+    for rank in range(4):
+        with EpisodeLog(tmp_path, RUN, launch="old", rank=rank) as log:
+            log.append(small_result(rank, success=True))
+    film = tmp_path / "videos" / "episode_000003_success.mp4"
+    film.parent.mkdir()
+    film.write_text("")
+    (tmp_path / "videos" / "episode_000009_success.mp4").write_text("a stranger's")
+    other = RUN | {"checkpoint_hash": "bb" * 32}
+    for rank in (1, 0):  # 1 is through before 0 begins
+        with EpisodeLog(tmp_path, other, overwrite=True, launch="new", rank=rank) as log:
+            log.append(small_result(rank))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "episodes-new-0.jsonl",
+        "episodes-new-1.jsonl",
+        "videos",
+    ]
+    assert [path.name for path in film.parent.iterdir()] == ["episode_000009_success.mp4"]
+    assert [(row["seed"], row["success"]) for row in read_episodes(tmp_path)] == [(0, False), (1, False)]
+
+
+def test_every_line_is_checked_not_the_first_alone(tmp_path):
+    with EpisodeLog(tmp_path, RUN) as log:
+        log.append(small_result(1))
+    with (tmp_path / "episodes.jsonl").open("a") as file:
+        file.write(json.dumps(read_episodes(tmp_path)[0] | {"seed": 2, "checkpoint_hash": "cc" * 32}) + "\n")
+    with pytest.raises(FolderError, match="belongs to another run"):
+        EpisodeLog(tmp_path, RUN)
+
+
+def test_ranges_of_seeds_choose_the_episodes_that_were_asked_for(tmp_path):
+    with EpisodeLog(tmp_path, RUN) as log:
+        for seed in range(4):
+            log.append(small_result(seed))
+    assert results.seed_ranges([0, 1]) == {"": [0, 1]}
+    assert [row["seed"] for row in read_episodes(tmp_path, {"": [0, 1]})] == [0, 1]
+    pairs = [("libero_10", 3, 0), ("libero_10", 3, 1), ("libero_10", 4, 0)]
+    assert results.seed_ranges(pairs) == {"libero_10 3": [0, 1], "libero_10 4": [0, 0]}
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from support.general import REPOSITORY, check_user_error, load_script
 from vla0_trl.actions import NormStats
 from vla0_trl.config import VLAConfig
 from vla0_trl.envs.pusht.env import PushTEnv
+from vla0_trl.evaluation.report.summary import load_runs
 from vla0_trl.evaluation.runner import execution_config, execution_protocol
 from vla0_trl.internals import FallbackWarning
 from vla0_trl.models.nano import NanoConfig, build_nano
@@ -94,6 +96,8 @@ def test_an_evaluation_leaves_episodes_results_and_videos(evaluate, checkpoint, 
     assert results["protocol"] == {
         "env": "gym_pusht/PushT-v0",
         "state": "agent",
+        "simulator": ", ".join(f"{name} {version(name)}" for name in ("gym-pusht", "pymunk", "shapely")),
+        "seed": 100000,
         "max_steps": 6,
         "success_coverage": 0.95,
         "n_action_steps": 2,
@@ -189,6 +193,19 @@ def test_seeds_may_grow(evaluate):
     folder = evaluate("--num_episodes", "3", "--num_envs", "1")
     assert _rows(folder)[:2] == first
     assert _results(folder)["num_episodes"] == 3
+
+
+def test_an_evaluation_counts_what_was_asked(evaluate, capsys):
+    folder = evaluate("--num_episodes", "3")
+    evaluate("--num_episodes", "2")
+    results = _results(folder)
+    assert (results["num_episodes"], results["seeds"]) == (2, {"": [100000, 100001]})
+    assert [episode["seed"] for episode in load_runs([folder])[0].episodes] == [100000, 100001]
+    assert len(_rows(folder)) == 3, "what was run stays"
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        evaluate("--seed", "100001", "--num_episodes", "2")
+    assert "belongs to another run (seed: 100000 there, 100001 here)" in capsys.readouterr().err
 
 
 def test_results_are_made_again_if_a_kill_came_just_before(evaluate):
@@ -303,7 +320,7 @@ def test_the_folder_of_another_checkpoint_is_refused_until_overwritten(evaluate,
     with pytest.raises(SystemExit) as exit_info:
         evaluate("--model_name_or_path", other)
     assert exit_info.value.code == 2
-    assert "episodes of another run" in capsys.readouterr().err
+    assert "belongs to another run (checkpoint: " in capsys.readouterr().err
     assert (tmp_path / "out" / "episodes.jsonl").read_bytes() == before
     folder = evaluate("--model_name_or_path", other, "--num_episodes", "1", "--overwrite")
     assert [row["checkpoint"] for row in _rows(folder)] == [other]

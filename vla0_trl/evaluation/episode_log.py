@@ -1,11 +1,10 @@
 """What an evaluation leaves behind: a line an episode, results.json, videos, and what each number needs beside it.
 
 An output folder belongs to one run: one checkpoint (by the hash of its weights and configs) under one protocol.
-`episodes.jsonl` is the truth: what is in it is never run again, and `results.json` follows from it. Several processes
-write a file each, `episodes-RANK.jsonl`, which the last of them puts together.
+`episodes.jsonl` is the truth: what is in it is never run again, and `results.json` follows from it. The processes of a
+launch write a file each, `episodes-LAUNCH-RANK.jsonl`, which the last of them puts together.
 """
 
-import fcntl
 import json
 import os
 import platform
@@ -24,7 +23,8 @@ import numpy as np
 
 from vla0_trl.evaluation.metrics import identity
 from vla0_trl.evaluation.rollout import EpisodeResult, Seed
-from vla0_trl.files import write_whole
+from vla0_trl.files import delete_leftovers, write_whole
+from vla0_trl.run_folder import RunFolder, belongs_to_another
 
 EPISODES = "episodes.jsonl"
 _SHARDS = "episodes-*.jsonl"
@@ -42,15 +42,38 @@ def video_name(row: dict[str, Any]) -> str:
     return f"episode_{'_'.join(words)}_{'success' if row['success'] else 'failure'}.mp4"
 
 
-def read_episodes(folder: Path) -> list[dict[str, Any]]:
-    """The finished episodes of an output folder, each once, in order; a half line left by a kill is no episode."""
+def read_episodes(folder: Path, seeds: dict[str, list[int]] | None = None) -> list[dict[str, Any]]:
+    """The finished episodes of an output folder, each once, in order; a half line left by a kill is no episode.
+
+    Args:
+        seeds (`dict`, *optional*): only those in what [`seed_ranges`] gave.
+    """
     rows = {}
     for path in [*sorted(folder.glob(_SHARDS)), folder / EPISODES]:
         with suppress(FileNotFoundError):  # another process may have merged it into EPISODES, which comes last
             for line in path.read_bytes().split(b"\n")[:-1]:
                 row = json.loads(line)
                 rows[identity(row)] = row
-    return [rows[key] for key in sorted(rows)]
+    return [rows[key] for key in sorted(rows) if seeds is None or _in_ranges(key, seeds)]
+
+
+def seed_ranges(seeds: Sequence[Seed]) -> dict[str, list[int]]:
+    """The first and the last seed of each task, in few words: `{"libero_object 0": [0, 49]}`; of PushT, `{"": …}`."""
+    ranges: dict[str, list[int]] = {}
+    for seed in seeds:
+        key = seed if isinstance(seed, tuple) else (seed,)
+        low, high = ranges.get(_group(key), (key[-1], key[-1]))
+        ranges[_group(key)] = [min(low, key[-1]), max(high, key[-1])]
+    return ranges
+
+
+def _in_ranges(key: tuple, ranges: dict[str, list[int]]) -> bool:
+    low, high = ranges.get(_group(key), (0, -1))
+    return low <= key[-1] <= high
+
+
+def _group(key: tuple) -> str:
+    return " ".join(map(str, key[:-1]))
 
 
 def merge_shards(folder: Path) -> None:
@@ -64,7 +87,7 @@ def merge_shards(folder: Path) -> None:
 
 
 class EpisodeLog:
-    """The episodes of one run in one output folder, open for appending. A context manager: one process at a time.
+    """The episodes of one run in one output folder, open for appending. A context manager.
 
     Args:
         folder (`Path`):
@@ -73,54 +96,54 @@ class EpisodeLog:
             The run's identity: `checkpoint`, `checkpoint_hash`, `protocol`; becomes part of every line.
         overwrite (`bool`, *optional*, defaults to `False`):
             Delete the evaluation that is there.
-        rank (`int`, *optional*):
-            Which of several processes this is; each has a file of its own. Process 0 deletes for all.
+        launch (`str`, *optional*), rank (`int`, *optional*):
+            A word that several processes share, and which of them this is: each has a file of its own.
 
     Raises:
-        `ValueError`: the folder holds another run, or another process is writing to it.
+        `FolderError`: the folder holds another run, or another command is writing to it.
     """
 
-    def __init__(self, folder: Path, run: dict[str, Any], overwrite: bool = False, rank: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        run: dict[str, Any],
+        overwrite: bool = False,
+        launch: str | None = None,
+        rank: int | None = None,
+    ):
         self.folder = folder
         self.run = run
-        self.path = folder / (EPISODES if rank is None else _SHARDS.replace("*", str(rank)))
-        folder.mkdir(parents=True, exist_ok=True)
-        # unbuffered: after a full disk, a buffer would try the same line again when it is closed
-        self._file = self.path.open("ab", buffering=0)
+        self.path = folder / (EPISODES if launch is None else _SHARDS.replace("*", f"{launch}-{rank}"))
+        self._held = RunFolder(folder, launch)
         try:
-            self._claim(overwrite, rank)
-        except ValueError:
-            self.close()
+            self._held.path.mkdir(parents=True, exist_ok=True)
+            if self._held.first:
+                delete_leftovers(folder)
+                if overwrite:
+                    self._delete_all(launch)
+            self.episodes = read_episodes(folder)
+            self.check(self.episodes)
+            # unbuffered: after a full disk, a buffer would try the same line again when it is closed
+            self._file = self.path.open("ab", buffering=0)
+            text = self.path.read_bytes()
+            self._file.truncate(text.rfind(b"\n") + 1)  # or the next line would be glued to half a one
+            self._held.share()
+        except BaseException:
+            self._held.close()
             raise
 
-    def _claim(self, overwrite: bool, rank: int | None) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel, however we end
-        except BlockingIOError:
-            raise ValueError(f"another process is evaluating into {self.folder}: wait for it, or stop it") from None
-        if overwrite:
-            self._file.truncate(0)
-            if not rank:
-                self._delete_all(keep_shards=rank is not None)
-            self.episodes: list[dict[str, Any]] = []  # process 0 may not have deleted the rest yet
-            return
-        text = self.path.read_bytes()
-        self._file.truncate(text.rfind(b"\n") + 1)  # or the next line would be glued to half a one
-        self.episodes = read_episodes(self.folder)
-        for row in self.episodes[:1]:
+    def check(self, rows: list[dict[str, Any]]) -> None:
+        """`FolderError` if one of these episodes is another run's."""
+        for row in rows:
             if any(row[key] != self.run[key] for key in ("checkpoint_hash", "protocol")):
-                raise ValueError(
-                    f"{self.folder} holds {len(self.episodes)} episodes of another run: {_describe(row, self.run)}; "
-                    f"this run: {_describe(self.run, row)}. Give another --output_dir, or --overwrite to delete them"
-                )
+                raise belongs_to_another(self.folder, "run", _described(row), _described(self.run))
 
-    def _delete_all(self, keep_shards: bool) -> None:
-        """All that an evaluation left here but our own file, and those of processes that run beside us."""
-        doomed = [*(self.folder / VIDEOS).glob("episode_*.mp4"), self.folder / RESULTS, self.folder / EPISODES]
-        doomed += [] if keep_shards else self.folder.glob(_SHARDS)
-        for path in doomed:
-            if path != self.path:
-                path.unlink(missing_ok=True)
+    def _delete_all(self, launch: str | None) -> None:
+        """All that earlier evaluations left here: their lines say which films are theirs."""
+        doomed = [self.folder / VIDEOS / video_name(row) for row in read_episodes(self.folder)]
+        shards = [path for path in self.folder.glob(_SHARDS) if not path.match(f"episodes-{launch}-*")]
+        for path in (*doomed, self.folder / RESULTS, self.folder / EPISODES, *shards):
+            path.unlink(missing_ok=True)
 
     def append(self, episode: EpisodeResult, **more: Any) -> dict[str, Any]:
         """Add a line, with `more` in it, that survives a kill from now on, or raise [`WriteError`]."""
@@ -154,6 +177,7 @@ class EpisodeLog:
 
     def close(self) -> None:
         self._file.close()
+        self._held.close()
 
     def __enter__(self) -> "EpisodeLog":
         return self
@@ -164,16 +188,8 @@ class EpisodeLog:
         self.close()
 
 
-def _describe(run: dict[str, Any], other: dict[str, Any]) -> str:
-    """A run in the words in which it differs from the other."""
-    words = [f"checkpoint {run['checkpoint']} ({run['checkpoint_hash'][:8]})"]
-    keys = run["protocol"].keys() | other["protocol"].keys()
-    words += [
-        f"{key}={run['protocol'].get(key)}"
-        for key in sorted(keys)
-        if run["protocol"].get(key) != other["protocol"].get(key)
-    ]
-    return ", ".join(words)
+def _described(run: dict[str, Any]) -> dict[str, Any]:
+    return {"checkpoint": f"{run['checkpoint']} ({run['checkpoint_hash'][:8]})", **run["protocol"]}
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,12 @@ from vla0_trl.config import VLAConfig
 from vla0_trl.envs.libero import protocol
 from vla0_trl.envs.libero.env import LiberoTasks, Perturbation
 from vla0_trl.envs.libero.protocol import LiberoEpisode
-from vla0_trl.envs.libero.setup import choose_renderer
+from vla0_trl.envs.libero.setup import assets_fingerprint, choose_renderer
 from vla0_trl.evaluation.env_runner import EnvRunner
 from vla0_trl.evaluation.episode_log import EpisodeLog
 from vla0_trl.evaluation.metrics import aggregate_suites, aggregate_tasks, mean_rate
 from vla0_trl.evaluation.rollout import EpisodeResult, rollout
-from vla0_trl.evaluation.runner import execution_config, execution_protocol, run_episodes
+from vla0_trl.evaluation.runner import execution_config, execution_protocol, run_episodes, simulator_version
 from vla0_trl.evaluation.workers import worker_pool
 from vla0_trl.policy.policy import VLAPolicy
 
@@ -41,6 +42,8 @@ def run_protocol(config: VLAConfig, args: argparse.Namespace, perturbation: str 
     return {
         "env": "LIBERO",
         "renderer": choose_renderer(),
+        "simulator": simulator_version("hf-libero", "robosuite", "mujoco"),
+        "assets": assets_fingerprint(Path(args.assets_dir)),
         "max_steps": args.max_steps or protocol.MAX_STEPS,
         "settling_steps": protocol.SETTLING_STEPS,
         "image_size": protocol.IMAGE_SIZE,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import uuid
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 
 from vla0_trl.config import ENSEMBLE_WEIGHTS, VLAConfig
 from vla0_trl.evaluation.env_runner import Environment, EnvRunner, EpisodeCrash, Seed
@@ -21,6 +25,7 @@ from vla0_trl.evaluation.episode_log import (
     merge_shards,
     provenance,
     read_episodes,
+    seed_ranges,
     video_name,
     write_json,
     write_video,
@@ -29,6 +34,7 @@ from vla0_trl.evaluation.metrics import aggregate
 from vla0_trl.evaluation.rollout import EpisodeResult, rollout
 from vla0_trl.models.fingerprint import checkpoint_hash
 from vla0_trl.policy.policy import VLAPolicy
+from vla0_trl.run_folder import FolderError, read_json
 
 NOT_ALL = "not all episodes are there: other processes go on, or run this again\n"
 
@@ -73,9 +79,22 @@ class EvaluationParser(argparse.ArgumentParser):
         """With `rank` and `num_processes`, as `accelerate launch` sets them, and a GPU of its own for each process."""
         parsed = super().parse_args(*args, **kwargs)
         parsed.rank, parsed.num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        parsed.launch = None
+        if parsed.num_processes > 1:
+            parsed.store, parsed.launch = self._meet(parsed.rank)
         if parsed.device is None and torch.cuda.is_available():
             parsed.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
         return parsed
+
+    def _meet(self, rank: int) -> tuple[torch.distributed.Store, str]:
+        """A word that this launch's processes share, and no other launch; and the store, to be kept until they end."""
+        try:
+            store, _, _ = next(torch.distributed.rendezvous("env://"))
+        except ValueError as error:
+            self.exit(2, f"error: RANK and WORLD_SIZE are set, but {error}: start it with accelerate launch\n")
+        if rank == 0:
+            store.set("launch", uuid.uuid4().hex[:8])
+        return store, store.get("launch").decode()
 
     def check_positive(self, args: argparse.Namespace, *names: str) -> None:
         """`ValueError` for the first of these flags that is below 1."""
@@ -96,6 +115,11 @@ def execution_config(config: VLAConfig, args: argparse.Namespace) -> VLAConfig:
     elif changes.get("ensemble_size", 1) > 1:
         changes["n_action_steps"] = None
     return config.replace(**changes)
+
+
+def simulator_version(*packages: str) -> str:
+    """For the protocol: scores move with the simulator."""
+    return ", ".join(f"{package} {version(package)}" for package in packages)
 
 
 def execution_protocol(config: VLAConfig, args: argparse.Namespace, dtype: str) -> dict[str, Any]:
@@ -119,9 +143,11 @@ def run_identity(args: argparse.Namespace, checkpoint: Path, protocol: dict[str,
     }
 
 
-def open_log(folder: Path, run: dict[str, Any], args: argparse.Namespace) -> EpisodeLog:
+def open_log(folder: Path, run: dict[str, Any], seeds: Sequence[Seed], args: argparse.Namespace) -> EpisodeLog:
     """This process's log of a run; see [`EpisodeLog`] for what it raises."""
-    return EpisodeLog(folder, run, args.overwrite, args.rank if args.num_processes > 1 else None)
+    # A process without a share may come after the others have finished: it must not delete what they did.
+    overwrite = args.overwrite and bool(seeds[args.rank :: args.num_processes])
+    return EpisodeLog(folder, run, overwrite, args.launch, args.rank)
 
 
 def missing_share(log: EpisodeLog, seeds: Sequence[Seed], args: argparse.Namespace) -> list[Seed]:
@@ -161,17 +187,26 @@ def finish(
     packages: tuple[str, ...],
     more: Callable[[list[dict[str, Any]]], dict[str, Any]] = lambda rows: {},
 ) -> bool:
-    """Write results.json if all of these episodes are there, whichever process ran them; whether they are.
+    """Write results.json of exactly these episodes if all are there, whichever process ran them; whether they are.
 
     Args:
         more (`Callable`, *optional*): what to write beside `aggregate`'s numbers, from the rows of all episodes.
+
+    Raises:
+        FolderError: a line is of another run.
     """
-    rows = log.episodes = read_episodes(log.folder)
+    log.episodes = read_episodes(log.folder)
     if log.missing(seeds):
         return False
+    asked = seed_ranges(seeds)
+    rows = read_episodes(log.folder, asked)
+    log.check(rows)
     merge_shards(log.folder)
-    results = log.run | aggregate(rows) | more(rows) | ways_of_decoding(rows)
-    write_json(log.folder / RESULTS, results | provenance(device, packages))
+    results = log.run | aggregate(rows) | more(rows) | ways_of_decoding(rows) | {"seeds": asked}
+    results = json.loads(json.dumps(results))
+    there = read_json(log.folder / RESULTS) or {}
+    if there | results != there:
+        write_json(log.folder / RESULTS, results | provenance(device, packages))
     return True
 
 
@@ -189,7 +224,5 @@ def stopping_well(parser: argparse.ArgumentParser, log: EpisodeLog) -> Iterator[
         yield
     except KeyboardInterrupt:
         parser.exit(130, f"\nstopped: {len(log.episodes)} {kept}; run it again to go on\n")
-    except WriteError as error:
-        parser.exit(1, f"error: {error}; {len(log.episodes)} {kept}\n")
-    except EpisodeCrash as error:
+    except (WriteError, EpisodeCrash, FolderError) as error:
         parser.exit(1, f"error: {error}; {len(log.episodes)} {kept}\n")

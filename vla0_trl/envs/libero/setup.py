@@ -12,6 +12,7 @@ hf-libero is used as installed; what it can't be told otherwise is set from outs
 from __future__ import annotations
 
 import ctypes.util
+import hashlib
 import importlib.util
 import logging
 import os
@@ -81,6 +82,13 @@ def find_assets(assets_dir: str | Path | None = None, download: bool = True) -> 
             f"no LIBERO assets: neither --assets_dir nor ${ASSETS_VARIABLE} is given, and {ASSETS_REPOSITORY} could "
             f"not be downloaded ({type(error).__name__})"
         ) from error
+
+
+def assets_fingerprint(folder: Path) -> str:
+    """Tells one assets folder from another, by its files' names and sizes; in a fraction of a second."""
+    paths = (path for name in _ASSET_FOLDERS for path in (folder / name).rglob("*.*"))
+    files = sorted((str(path.relative_to(folder)), path.stat().st_size) for path in paths)
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 
 def choose_renderer() -> str:

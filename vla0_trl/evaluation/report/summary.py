@@ -71,7 +71,8 @@ def _load_run(folder: Path, name: str) -> Run:
     # A run's final model lies in its folder, the earlier ones in folders inside it.
     training = checkpoint.parent if checkpoint.name.startswith("checkpoint-") else checkpoint
     energy = _read_if_there(training / ENERGY_FILE)
-    return Run(name, folder, results, read_episodes(folder), offline, state["log_history"] if state else [], energy)
+    episodes = read_episodes(folder, results.get("seeds"))
+    return Run(name, folder, results, episodes, offline, state["log_history"] if state else [], energy)
 
 
 def _read_if_there(path: Path) -> Any:
