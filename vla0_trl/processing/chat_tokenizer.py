@@ -107,7 +107,11 @@ class ChatTokenizer:
     # -- answers
 
     def encode_answer(
-        self, integers: Sequence[int] | np.ndarray, hidden: np.ndarray | None = None, keep_labels: bool = False
+        self,
+        integers: Sequence[int] | np.ndarray,
+        hidden: np.ndarray | None = None,
+        keep_labels: bool = False,
+        targets: Sequence[int] | np.ndarray | None = None,
     ) -> tuple[list[int], list[int]]:
         """Ids and labels of an answer, from the prefix through the end of the turn.
 
@@ -116,18 +120,21 @@ class ChatTokenizer:
             hidden (`np.ndarray`, *optional*): bool (n,): values to replace by one mask token each. Not even their
                 number of digits is left; separators stay.
             keep_labels (`bool`): hidden values are trained on all the same, see `can_keep_labels`.
+            targets (`Sequence[int]`, *optional*): (n,) what is trained on in place of the integers; needs numbers of
+                as many tokens each, see `can_keep_labels`.
         """
+        targets = integers if targets is None else targets
         ids: list[int] = []
         labels: list[int] = []
         for position, number in enumerate(integers):
+            spelled = self._numbers if position else self._first
             if hidden is not None and hidden[position]:
                 space = self._space if position or self.prefix else []
                 ids += [*space, self.mask_id]
-                labels += (self._numbers if position else self._first)[number] if keep_labels else [*space, IGNORED]
+                labels += spelled[targets[position]] if keep_labels else [*space, IGNORED]
             else:
-                piece = (self._numbers if position else self._first)[number]
-                ids += piece
-                labels += piece
+                ids += spelled[number]
+                labels += spelled[targets[position]]
         return ids + self._suffix_ids, labels + self._suffix_ids
 
     @property

@@ -43,6 +43,10 @@ class VLADataCollator:
         mask_full (`float`, *optional*, defaults to `0.0`): share of the other samples of which all values are hidden.
         mask_labels (`str`, *optional*, defaults to `"ignore"`): `"keep"` makes hidden values targets all the same;
             needs a tokenizer that writes every number as one token.
+        label_smoothing_bins (`float`, *optional*, defaults to `0.0`): targets are drawn from a normal distribution of
+            this deviation around the true integer: in the mean over samples, soft targets over its neighbours. Greedy
+            decoding then takes the best of a region instead of the best single integer, which few samples tell apart.
+            Needs one token a number, too.
         train (`bool`, *optional*, defaults to `True`): `False` for evaluation: no masking, central crop.
         mask_unit (`str`, *optional*, defaults to `"value"`): `"character"` hides digits instead, as VLA-0 does.
         seed (`int`, *optional*, defaults to `0`): of crops and masks.
@@ -62,6 +66,7 @@ class VLADataCollator:
         mask_skip: float = 0.1,
         mask_full: float = 0.0,
         mask_labels: str = "ignore",
+        label_smoothing_bins: float = 0.0,
         train: bool = True,
         mask_unit: str = "value",
         seed: int = 0,
@@ -79,7 +84,9 @@ class VLADataCollator:
             raise ValueError(f"mask_labels={mask_labels!r} must be one of {MASK_LABELS}")
         self.processor, self.config = processor, config
         self.mask_max, self.mask_skip, self.mask_full, self.mask_unit = mask_max, mask_skip, mask_full, mask_unit
-        self.keep_labels = mask_labels == "keep"
+        self.keep_labels, self.label_smoothing_bins = mask_labels == "keep", label_smoothing_bins
+        if label_smoothing_bins < 0:
+            raise ValueError(f"label_smoothing_bins={label_smoothing_bins} must not be negative")
         self.train, self.seed, self.defer_images = train, seed, defer_images
         self.stored_cameras = list(stored_cameras or config.cameras)
         self.chat = ChatTokenizer(processor, config)
@@ -87,6 +94,10 @@ class VLADataCollator:
             raise ValueError(
                 "mask_labels='keep' needs whole values of one token each, for one mask token stands in a value's "
                 "place: with digit tokens, or mask_unit='character', use mask_labels='ignore'"
+            )
+        if label_smoothing_bins and not self.chat.can_keep_labels:
+            raise ValueError(
+                "label_smoothing_bins needs numbers of one token each, whose neighbours fit in their place: use 0"
             )
         self.actions = config.action_tokenizer()
         self.states = config.state_quantizer()
@@ -146,7 +157,11 @@ class VLADataCollator:
             hidden = np.zeros(len(action), bool)
             hidden[rng.permutation(len(action))[: round(fraction * len(action))]] = True
         prompt = self.chat.encode_prompt(row["task"], state)
-        answer, labels = self.chat.encode_answer(action, hidden, self.keep_labels)
+        targets = action
+        if rng is not None and self.label_smoothing_bins:
+            noise = np.rint(rng.normal(0, self.label_smoothing_bins, len(action))).astype(np.int64)
+            targets = (action + noise).clip(0, self.config.num_bins)
+        answer, labels = self.chat.encode_answer(action, hidden, self.keep_labels, targets)
         if fraction and self.mask_unit == "character":
             answer, labels = self.chat.hide_characters(answer, labels, fraction, rng)
         return prompt + answer, [IGNORED] * len(prompt) + labels

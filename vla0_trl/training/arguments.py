@@ -128,6 +128,10 @@ class VLASFTConfig(SFTConfig):
             "choices": ["ignore", "keep"],
         },
     )
+    label_smoothing_bins: float = field(
+        default=0.0,
+        metadata={"help": "Draw targets around the true integer with this deviation; needs one token a number."},
+    )
     mask_unit: str = field(
         default="value",
         metadata={"help": "Hide whole values, or single digits as VLA-0.", "choices": ["value", "character"]},

@@ -39,7 +39,7 @@ _IDENTITY = {
     "lora_dropout lora_target_modules use_rslora use_dora",
     VLASFTConfig: "learning_rate lr_scheduler_type warmup_steps weight_decay optim max_grad_norm adam_beta1 "
     "adam_beta2 adam_epsilon bf16 seed nano freeze_vision mask_max mask_skip mask_full mask_labels mask_unit "
-    "muon_adamw_learning_rate",
+    "label_smoothing_bins muon_adamw_learning_rate",
 }
 
 

@@ -24,7 +24,7 @@ from vla0_trl.training.not_finite import RowTrace, TracedCollator
 from vla0_trl.training.observation_gap import ProbeCallback
 from vla0_trl.training.progress import EnergyCallback, SpeedCallback
 
-MASKING = ("mask_max", "mask_skip", "mask_full", "mask_labels", "mask_unit")
+MASKING = ("mask_max", "mask_skip", "mask_full", "mask_labels", "label_smoothing_bins", "mask_unit")
 
 
 class VLATrainer(CheckpointingTrainer):
