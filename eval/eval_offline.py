@@ -76,7 +76,7 @@ def main() -> None:
 
     policy = VLAPolicy.from_pretrained(checkpoint, args.device, args.dtype)
     errors = action_errors(policy, rows, dataset_config.cameras, args.batch_size)
-    accuracy = token_accuracy(policy, rows, args.batch_size)
+    accuracy = token_accuracy(policy, rows, dataset_config.cameras, args.batch_size)
     data = {"dataset": args.dataset_name, "episodes": args.episodes, "num_frames": len(rows)}
     data["decoding"] = policy.decoding
     about = provenance(str(policy.model.device), PACKAGES)

@@ -109,3 +109,29 @@ def test_between_waypoints_a_gripper_keeps_its_last_value():
     stats = NormStats.from_array(np.array([[0.0, -1.0], [100.0, 1.0]]))
     tokenizer = ActionTokenizer(stats, 100, chunk_size=5, written_steps=[0, 3, 4], holds_last_dimension=True)
     assert tokenizer.decode("10 0 40 100 50 0").tolist() == [[10, -1], [20, -1], [30, -1], [40, 1], [50, -1]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_statistics_of_what_is_not_finite_are_refused(value):
+    values = np.zeros((4, 2))
+    values[2, 1] = value
+    with pytest.raises(ValueError, match=f"dimension 1 of vector 2 is {value}, not a finite number"):
+        NormStats.from_array(values)
+
+
+@pytest.mark.parametrize("bounds", [[-np.inf, np.inf], [0.0, np.nan], [-3e38, 3e38], [1.0, 1.0]])
+def test_a_range_that_is_not_finite_never_becomes_action_text(bounds):
+    with pytest.raises(ValueError, match="normalization="):
+        ActionTokenizer(STATS, 1000, 1, bounds)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_actions_relative_to_a_broken_state_are_not_handed_out(value):
+    tokenizer = ActionTokenizer(STATS, 1000, 1, relative=True)
+    with pytest.raises(ValueError, match=r"actions relative to the state .* are not finite"):
+        tokenizer.decode("5 5", np.array([0.0, value]))
+
+
+def test_the_widest_range_decodes_to_finite_actions():
+    tokenizer = ActionTokenizer(STATS, 1000, 1, [-1.7e38, 1.7e38])
+    assert np.isfinite(tokenizer.decode("0 1000")).all()

@@ -30,6 +30,17 @@ def test_saved_and_loaded_is_the_same(tmp_path):
         ({"action_dim": 3, "action_stats": STATS}, "action_stats has 2 dimensions"),
         ({"chunk_size": 0}, "chunk_size=0"),
         ({"gripper": "yes"}, "gripper"),
+        ({"normalization": [-np.inf, np.inf]}, "finite numbers"),
+        ({"normalization": [0.0, np.nan]}, "finite numbers"),
+        ({"normalization": ["a", 1.0]}, "finite numbers"),
+        ({"normalization": [-3e38, 3e38]}, "difference a finite float32"),
+        ({"normalization": [0, 1e39]}, "difference a finite float32"),
+        ({"normalization": [1.0, -1.0]}, "low < high"),
+        ({"fps": np.nan}, "fps=nan must be a positive, finite number"),
+        ({"fps": 0}, "fps=0"),
+        ({"crop_ratio": np.nan}, "crop_ratio"),
+        ({"image_jitter": [0.1, 0.1, np.nan, 0.1]}, "image_jitter"),
+        ({"image_jitter": [0.1, np.inf, 0.1, 0.1]}, "image_jitter"),
         ({"waypoints": [0, 3]}, "waypoints=.* from 0 to 7"),
         ({"waypoints": [1, 7]}, "waypoints"),
         ({"waypoints": [0, 4, 3, 7]}, "increasing"),
@@ -78,6 +89,35 @@ def test_a_folder_without_config_and_unknown_fields_raise(tmp_path):
         VLAConfig.from_pretrained("no/such")
     (tmp_path / "vla_config.json").write_text(json.dumps({"chunk_sise": 3}))
     with pytest.raises(ValueError, match="chunk_sise"):
+        VLAConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.update(normalization=[-np.inf, np.inf]), "normalization=.* finite numbers"),
+        (lambda data: data["action_stats"]["max"].__setitem__(1, np.inf), "max of dimension 1 is inf"),
+        (lambda data: data["action_stats"]["q01"].__setitem__(0, np.nan), "q01 of dimension 0 is nan"),
+        (lambda data: data["action_stats"]["mean"].__setitem__(0, None), "mean of dimension 0 is None"),
+        (lambda data: data["action_stats"].update(min=[-3e38, 0.0], max=[3e38, 1.0]), "dimension 0 runs from -3e"),
+        (lambda data: data["action_stats"].update(std=[1.0]), "std has 1 dimensions, min has 2"),
+        (lambda data: data["action_stats"].pop("q99"), "q99"),
+        (lambda data: data.update(chunk_size=None), "NoneType"),
+    ],
+)
+def test_a_saved_config_whose_numbers_are_not_finite_is_refused(change, message, tmp_path):
+    VLAConfig(action_stats=STATS).save_pretrained(tmp_path)
+    path = tmp_path / "vla_config.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=f"^{path}: .*{message}"):
+        VLAConfig.from_pretrained(tmp_path)
+
+
+def test_a_damaged_config_is_one_line(tmp_path):
+    (tmp_path / "vla_config.json").write_text('{"chunk_size": ')
+    with pytest.raises(ValueError, match=f"^{tmp_path}/vla_config.json: "):
         VLAConfig.from_pretrained(tmp_path)
 
 

@@ -11,7 +11,7 @@ _EXPORTS = {
     "ActionGrammarLogitsProcessor": "policy.grammar",
     "ActionParseError": "actions",
     "ActionTokenizer": "actions",
-    "NormStats": "actions",
+    "NormStats": "stats",
     "TemporalEnsembler": "policy.execution",
     "VLAConfig": "config",
     "VLADataCollator": "processing.collator",

@@ -1,4 +1,4 @@
-"""Continuous vectors <-> text integers, and the statistics that set the scale.
+"""Continuous vectors <-> text integers; the scale is set by the statistics in `stats.py`.
 
 An action chunk of `chunk_size` steps and `action_dim` dimensions becomes `chunk_size × action_dim` integers in
 0…`num_bins`, time-major, separated by single spaces: "524 341 892 …" (VLA-0, arXiv:2510.13054, section 3). Fewer, if
@@ -8,123 +8,14 @@ only some of the steps are written and those between them interpolated.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
 
 import numpy as np
 
-# Quantiles come from a histogram of this many cells between minimum and maximum, so a pass over any number of frames
-# needs constant memory; the error is at most one cell, far below any sensible bin width.
-_HISTOGRAM_CELLS = 1 << 16
+from vla0_trl.stats import NormStats
 
 
 class ActionParseError(ValueError):
     """The text is not exactly as many integers in 0…`num_bins` as are meant, separated by single spaces."""
-
-
-@dataclass(frozen=True)
-class NormStats:
-    """Statistics of a vector over a dataset, one number a dimension, in environment units.
-
-    Attributes:
-        min, max, q01, q99, mean, std (`list[float]`): per dimension.
-        count (`int`): vectors seen.
-    """
-
-    min: list[float]
-    max: list[float]
-    q01: list[float]
-    q99: list[float]
-    mean: list[float]
-    std: list[float]
-    count: int
-
-    @classmethod
-    def from_array(cls, values: np.ndarray) -> NormStats:
-        """Statistics of `values` (N, D)."""
-        return cls.from_batches(lambda: [np.asarray(values)])
-
-    @classmethod
-    def from_batches(cls, batches) -> NormStats:
-        """Statistics in constant memory.
-
-        Args:
-            batches (`Callable[[], Iterable[np.ndarray]]`): called twice, each time yields arrays (n, D); the first
-                pass finds range and moments, the second counts a histogram for the quantiles.
-        """
-        low = high = total = squares = None
-        count = 0
-        for batch in batches():
-            batch = np.asarray(batch, np.float64)
-            if batch.ndim != 2:
-                raise ValueError(f"statistics need arrays (n, D), got shape {batch.shape}")
-            if not len(batch):
-                continue
-            if low is None:
-                low, high = batch.min(0), batch.max(0)
-                shift = low  # moments are taken around a data point, or large offsets would eat their digits
-                total = squares = np.zeros_like(low)
-            low, high = np.minimum(low, batch.min(0)), np.maximum(high, batch.max(0))
-            total, squares = total + (batch - shift).sum(0), squares + ((batch - shift) ** 2).sum(0)
-            count += len(batch)
-        if low is None:
-            raise ValueError("no values to take statistics of")
-        mean = total / count
-        std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-
-        width = np.where(high > low, high - low, 1.0)
-        cells = np.zeros((len(low), _HISTOGRAM_CELLS), np.int64)
-        for batch in batches():
-            index = ((np.asarray(batch, np.float64) - low) / width * _HISTOGRAM_CELLS).astype(np.int64)
-            for dim, column in enumerate(index.clip(0, _HISTOGRAM_CELLS - 1).T):
-                cells[dim] += np.bincount(column, minlength=_HISTOGRAM_CELLS)
-        ranks = cells.cumsum(1)
-
-        def quantile(q: float) -> list[float]:
-            cell = np.array([np.searchsorted(rank, q * count) for rank in ranks])
-            return np.clip(low + (cell + 0.5) / _HISTOGRAM_CELLS * width, low, high).tolist()
-
-        return cls(
-            min=low.tolist(),
-            max=high.tolist(),
-            q01=quantile(0.01),
-            q99=quantile(0.99),
-            mean=(mean + shift).tolist(),
-            std=std.tolist(),
-            count=count,
-        )
-
-    @classmethod
-    def from_dict(cls, data: dict) -> NormStats:
-        """The inverse of `dataclasses.asdict`."""
-        return cls(**{field.name: data[field.name] for field in fields(cls)})
-
-    @property
-    def dim(self) -> int:
-        return len(self.min)
-
-    def bounds(self, normalization: str | list[float]) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest representable value, each (D,).
-
-        Args:
-            normalization: `"min_max"`, `"quantile"` (1 to 99 %; values outside are clipped) or a fixed `[low, high]`.
-
-        Raises:
-            ValueError: a dimension never changes, so that integers can't say anything about it.
-        """
-        if normalization == "min_max":
-            low, high = np.array(self.min), np.array(self.max)
-        elif normalization == "quantile":
-            low, high = np.array(self.q01), np.array(self.q99)
-        else:
-            low, high = (np.full(self.dim, float(bound)) for bound in normalization)
-        flat = np.flatnonzero(~(high > low))
-        if len(flat):
-            raise ValueError(
-                f"dimension {flat[0]} has zero range ({low[flat[0]]:g} to {high[flat[0]]:g}) over {self.count} frames "
-                f"with normalization={normalization!r}: drop that dimension, convert more data, or give a fixed range "
-                "such as --normalization -1,1"
-            )
-        return low, high
 
 
 class Quantizer:
@@ -215,7 +106,11 @@ class ActionTokenizer:
         return self.quantizer.encode(actions[self.written_steps] - self._reference(state)).ravel()
 
     def from_integers(self, integers: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
-        """The inverse of `to_integers`: integers (…, num_values) and, if `relative`, one state."""
+        """The inverse of `to_integers`: integers (…, num_values) and, if `relative`, one state.
+
+        Raises:
+            ValueError: the state is not finite, so that the actions would not be.
+        """
         integers = np.asarray(integers)
         steps = (len(self.written_steps), self.action_dim)
         written = self.quantizer.decode(integers.reshape(*integers.shape[:-1], *steps))
@@ -224,7 +119,10 @@ class ActionTokenizer:
             chunk = self._between @ written
             if self._holds_last_dimension:
                 chunk[..., -1] = written[..., self._held, -1]
-        return (chunk + self._reference(state)).astype(np.float32)
+        actions = (chunk + self._reference(state)).astype(np.float32)
+        if not np.isfinite(actions).all():
+            raise ValueError(f"actions relative to the state {np.asarray(state).tolist()} are not finite")
+        return actions
 
     def _reference(self, state: np.ndarray | None) -> np.ndarray | float:
         if not self.relative:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from vla0_trl.actions import ActionTokenizer, NormStats, Quantizer
+from vla0_trl.actions import ActionTokenizer, Quantizer
 from vla0_trl.files import write_whole
+from vla0_trl.stats import NormStats, check_range
 
 CONFIG_NAME = "vla_config.json"
 ENSEMBLE_WEIGHTS = ("uniform", "vla0_v1", "vla0_v2")  # by name; see `policy.execution.TemporalEnsembler`
@@ -112,14 +113,12 @@ class VLAConfig:
         check_ensemble(self.chunk_size, self.ensemble_size, self.ensemble_decay, self.ensemble_weights)
         need(0 < self.crop_ratio <= 1, f"crop_ratio={self.crop_ratio} must be in (0, 1]")
         need(
-            self.image_jitter is None or (len(self.image_jitter) == 4 and min(self.image_jitter) >= 0),
+            self.image_jitter is None
+            or (len(self.image_jitter) == 4 and all(0 <= strength < np.inf for strength in self.image_jitter)),
             f"image_jitter={self.image_jitter} must be four strengths: brightness, contrast, saturation, hue",
         )
-        need(
-            self.normalization in ("min_max", "quantile")
-            or (isinstance(self.normalization, list | tuple) and len(self.normalization) == 2),
-            f"normalization={self.normalization!r} must be min_max, quantile or [low, high]",
-        )
+        check_range(self.normalization)
+        need(0 < self.fps < np.inf, f"fps={self.fps} must be a positive, finite number")
         need(self.gripper in (None, "sign"), f"gripper={self.gripper!r} must be 'sign' or left out")
         need(
             self.state_dim > 0 or not self.use_state,
@@ -199,7 +198,7 @@ class VLAConfig:
         """Write `vla_config.json` into `directory`; in one step, so that its existence means it is whole."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        write_whole(directory / CONFIG_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_whole(directory / CONFIG_NAME, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def from_pretrained(
@@ -209,7 +208,8 @@ class VLAConfig:
 
         Raises:
             FileNotFoundError: the folder or repository has none: it is no dataset or checkpoint of vla0_trl.
-            ValueError: the file has fields that this version does not know.
+            ValueError: the file is damaged, has fields that this version does not know, or values that can't be (also
+                a number that is not finite).
         """
         path = Path(name_or_path) / CONFIG_NAME
         if not Path(name_or_path).is_dir():
@@ -219,11 +219,14 @@ class VLAConfig:
                 f"{name_or_path} has no {CONFIG_NAME}: not a dataset made by data_prep/, nor a checkpoint of "
                 "recipes/sft_*.py (a run that was stopped while writing leaves such a folder: use an earlier one)"
             )
-        data = json.loads(path.read_text())
-        unknown = data.keys() - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"{path}: unknown fields {sorted(unknown)}; written by a newer vla0_trl?")
-        return cls(**data)
+        try:
+            data = json.loads(path.read_text())
+            unknown = data.keys() - {f.name for f in fields(cls)}
+            if unknown:
+                raise ValueError(f"unknown fields {sorted(unknown)}; written by a newer vla0_trl?")
+            return cls(**data)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # no JSON, or values of other types
+            raise ValueError(f"{path}: {error}") from error
 
 
 def check_ensemble(chunk_size: int, ensemble_size: int, decay: float | None, weights: str | None) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.general import load_script
 
 from vla0_trl.data.chat_dataset import load_chat_dataset
@@ -72,6 +73,27 @@ def test_absolute_actions_have_no_position_to_stay_at(dots):
     assert action_errors(Remembering(rows, config, 0.0), rows, ["image"], 8)["baselines"].keys() == {"mean"}
 
 
+def test_a_policy_is_scored_on_its_own_cameras_in_its_own_order(dots, checkpoint):
+    """The dataset stores three; the policy was trained on two of them, the other way round."""
+    stored, own = ["front", "side", "wrist"], ["wrist", "front"]
+    config = dots[1].replace(cameras=own)
+    policy = VLAPolicy(load_model(checkpoint), load_processor(checkpoint, config), config)
+    rng = np.random.default_rng(0)
+    noise = [Image.fromarray(rng.integers(0, 256, (48, 48, 3), np.uint8)) for _ in stored]
+    rows = [{**row, "images": noise} for row in pick_frames(dots[0], 0, 1, 2)]
+    seen, forward = [], policy.model.forward
+
+    def look(pixel_values, **inputs):
+        seen.append(pixel_values)
+        return forward(pixel_values=pixel_values, **inputs)
+
+    policy.model.forward = look
+    token_accuracy(policy, rows, stored, 2)
+    observation = {"images": dict(zip(stored, map(np.asarray, noise), strict=True)), "task": "t"}
+    expected = policy._inputs([observation | {"state": rows[0]["raw_state"]}])["pixel_values"]
+    assert torch.equal(seen[0][:1], expected)
+
+
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_token_accuracy_counts_the_answer_only(dots, checkpoint, batch_size):
     policy = VLAPolicy.from_pretrained(checkpoint, device="cpu")
@@ -90,7 +112,7 @@ def test_token_accuracy_counts_the_answer_only(dots, checkpoint, batch_size):
     # a byte a token; a space before every number, and the end of the turn
     total = sum(len(answer) + 2 for answer in answers)
     expected = 1 - sum(answer.count("7") for answer in answers) / total
-    assert token_accuracy(policy, rows, batch_size) == pytest.approx(expected)
+    assert token_accuracy(policy, rows, ["image"], batch_size) == pytest.approx(expected)
 
 
 def _run(monkeypatch, checkpoint, dot_dataset, folder, *flags):

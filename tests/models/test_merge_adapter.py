@@ -1,17 +1,21 @@
 """Merged adapters act like adapters, and adapters stay with their base model."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.backbones import TINY
+from support.backbones import TINY, observations
 from support.general import load_script
 from support.runs import predicts, run
 
 from vla0_trl import VLAPolicy
+from vla0_trl.models.adapters import merge_adapter
 from vla0_trl.models.fingerprint import fingerprint
+from vla0_trl.models.loading import load_model, load_processor
 from vla0_trl.models.nano import NanoConfig, build_nano
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": [r".*\.(text_model|connector|vision_model)\..*proj"]}
@@ -33,6 +37,51 @@ def test_a_merged_checkpoint_acts_like_the_adapter(flags, dot_dataset, tmp_path,
         "text_model", "connector", "vision_model"
     }  # fmt: skip
     assert all("proj" in name for name in changed)
+
+
+def _random_adapter(base: str, folder, config, **lora):
+    """A large change, so that wrong merges show; no training."""
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(base), LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, **lora))
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    for part in (model, load_processor(base, config), config):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_a_target_that_is_tied_is_not_merged(tiny_nano, example_config, tmp_path):
+    adapter = _random_adapter(tiny_nano, tmp_path / "a", example_config, target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(ValueError, match=r"embed_tokens shares its weight with .*lm_head"):
+        load_script("recipes/merge_adapter.py").merge(str(adapter), tmp_path / "merged", torch.float32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_a_merged_config_says_that_embeddings_are_tied_no_more(saved, tiny_nano, example_config, tmp_path):
+    lora = {"target_modules": ["q_proj"], "modules_to_save": [saved]}
+    adapter, merged = _random_adapter(tiny_nano, tmp_path / "a", example_config, **lora), tmp_path / "merged"
+    load_script("recipes/merge_adapter.py").merge(str(adapter), merged, torch.float32)
+    config = json.loads((merged / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert "lm_head.weight" in load_file(merged / "model.safetensors")
+    chunks = [VLAPolicy.from_pretrained(each).predict_action_chunk(observations(3)) for each in (adapter, merged)]
+    assert np.array_equal(*chunks)
+
+
+def test_a_merged_model_that_answers_differently_is_not_written(tiny_nano, example_config, tmp_path, monkeypatch):
+    adapter = _random_adapter(tiny_nano, tmp_path / "a", example_config, target_modules=["q_proj"])
+
+    def half(model):
+        merged = merge_adapter(model)
+        merged.get_parameter("model.text_model.layers.0.self_attn.q_proj.weight").data *= 0.5
+        return merged
+
+    monkeypatch.setattr("vla0_trl.models.adapters.merge_adapter", half)
+    with pytest.raises(ValueError, match=r"does not answer as the adapter does: logits differ by"):
+        load_script("recipes/merge_adapter.py").merge(str(adapter), tmp_path / "merged", torch.float32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
 @pytest.fixture(scope="module")

@@ -61,9 +61,13 @@ def action_errors(policy: VLAPolicy, rows: Dataset, cameras: list[str], batch_si
 
 
 @torch.no_grad()
-def token_accuracy(policy: VLAPolicy, rows: Dataset, batch_size: int) -> float:
-    """Share of the answers' tokens, end of turn included, that the model finds given all tokens before them."""
-    collator = VLADataCollator(policy.processor, policy.config, train=False)
+def token_accuracy(policy: VLAPolicy, rows: Dataset, cameras: list[str], batch_size: int) -> float:
+    """Share of the answers' tokens, end of turn included, that the model finds given all tokens before them.
+
+    Args:
+        cameras (`list[str]`): the names of the rows' images, of which the policy takes its own, in its own order.
+    """
+    collator = VLADataCollator(policy.processor, policy.config, train=False, stored_cameras=cameras)
     device, dtype = policy.model.device, policy.model.dtype
     right = total = 0
     for batch in _batches(rows, batch_size, "scoring"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -12,18 +12,23 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from vla0_trl.models.loading import SMOLVLM
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 _ATTENTION = "vla0_training"
 _BLOCK = 128  # queries; 64 to 256 are within a fifth of it, up to 1,400 tokens
 blocks_on_cpu = True  # off where a CPU stands in for a GPU: these blocks keep attention weights, flash kernels don't
 
 
-def prepare_for_training(model: PreTrainedModel) -> None:
+def prepare_for_training(model: PreTrainedModel | PeftModel) -> None:
     """Make the forward pass static: no shape that depends on data, and nothing that the host must ask the device.
 
     While gradients are on, attention goes without a mask: our training batches are padded on the right, where causal
     attention does not look, and images not at all. SmolVLM's image features go to their places by an index of known
     size, where transformers first looks for empty images. Both compute what transformers computes.
     """
+    if not isinstance(model, PreTrainedModel):  # an adapter that is trained further
+        model = model.get_base_model()
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(_ATTENTION)
     if model.config.model_type in SMOLVLM:

@@ -21,14 +21,46 @@ def is_adapter(name_or_path: str | Path) -> bool:
 
 
 def base_model_of(adapter: str | Path) -> str:
-    """The base model that an adapter names; if that was a folder and the run has moved, the one beside the adapter."""
-    named = json.loads((Path(adapter) / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-    if not Path(named).is_absolute() or Path(named).is_dir():
-        return named
-    for folder in (Path(adapter), *Path(adapter).resolve().parents[:2]):
-        if (folder / Path(named).name).is_dir():
-            return str(folder / Path(named).name)
-    raise FileNotFoundError(f"{adapter}: its base model {named} is gone; put the folder back, or beside the adapter")
+    """The base model that an adapter names: a folder, or a Hub id.
+
+    A relative path counts from a folder that the adapter is in, whatever the current directory is. If a run has moved,
+    the base model that moved with it is taken: the folder of that name beside the adapter.
+
+    Raises:
+        FileNotFoundError: the folder is gone.
+    """
+    named = _adapter_config(adapter)["base_model_name_or_path"]
+    around = [Path(adapter).resolve(), *Path(adapter).resolve().parents]
+    candidates = [folder / named for folder in around]  # all the same one, if the path is absolute
+    candidates.append(Path(named))
+    is_path = Path(named).is_absolute() or named.startswith(".") or named.count("/") > 1
+    if is_path:
+        candidates += [folder / Path(named).name for folder in around[:3]]
+    for candidate in candidates:
+        if candidate.is_dir():
+            return str(candidate.resolve())
+    if is_path:
+        raise FileNotFoundError(
+            f"{adapter}: its base model {named} is gone; put the folder back, or beside the adapter"
+        )
+    return named
+
+
+def base_revision_of(adapter: str | Path) -> str | None:
+    """The revision of the Hub's base model that an adapter was trained on; None: the newest, or a folder."""
+    return _adapter_config(adapter).get("revision")
+
+
+def _adapter_config(adapter: str | Path) -> dict:
+    return json.loads((Path(adapter) / ADAPTER_CONFIG).read_text())
+
+
+def weight_files(name_or_path: str | Path, revision: str | None = None) -> list[Path]:
+    """The safetensors files of a folder, or of a Hub id that has been downloaded."""
+    if Path(name_or_path).is_dir():
+        return sorted(Path(name_or_path).glob("*.safetensors"))
+    config = cached_file(str(name_or_path), "config.json", revision=revision, local_files_only=True)
+    return sorted(Path(config).parent.glob("*.safetensors"))
 
 
 def checkpoint_hash(folder: Path) -> str:
@@ -44,15 +76,14 @@ def checkpoint_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(name_or_path: str | Path) -> str:
+def fingerprint(name_or_path: str | Path, revision: str | None = None) -> str:
     """Tells one model's weights from another's: a hash of names, shapes and a few thousand values, in milliseconds.
 
     Args:
-        name_or_path: a folder, or a Hub id that has been downloaded.
+        name_or_path, revision: a folder, or a Hub id that has been downloaded.
     """
-    config = Path(cached_file(str(name_or_path), "config.json", local_files_only=True))
     digest = hashlib.sha256()
-    for file in sorted(config.parent.glob("*.safetensors")):
+    for file in weight_files(name_or_path, revision):
         with file.open("rb") as data:
             header = int.from_bytes(data.read(8), "little")
             digest.update(data.read(header))
@@ -65,17 +96,18 @@ def fingerprint(name_or_path: str | Path) -> str:
 
 def save_base_fingerprint(adapter: Path) -> None:
     """Write beside an adapter which weights it is a change of; it would load on others of that shape, and be noise."""
-    name = base_model_of(adapter)
-    (adapter / BASE_FINGERPRINT).write_text(json.dumps({"name": name, "fingerprint": fingerprint(name)}) + "\n")
+    name, revision = base_model_of(adapter), base_revision_of(adapter)
+    base = {"name": name, "fingerprint": fingerprint(name, revision)}
+    (adapter / BASE_FINGERPRINT).write_text(json.dumps(base) + "\n")
 
 
-def check_base(adapter: str | Path, base: str) -> None:
+def check_base(adapter: str | Path, base: str, revision: str | None = None) -> None:
     """`ValueError` if `base` holds other weights than the adapter was trained on; adapters of other programs pass."""
     file = Path(adapter) / BASE_FINGERPRINT
     if not file.is_file():
         return  # made by another program
     trained_on = json.loads(file.read_text())
-    if fingerprint(base) != trained_on["fingerprint"]:
+    if fingerprint(base, revision) != trained_on["fingerprint"]:
         raise ValueError(
             f"{adapter} is an adapter of {trained_on['name']} as it was when it was trained, but {base} holds other "
             f"weights now: an adapter only means something on its own base model. If they are the same in another "

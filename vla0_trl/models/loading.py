@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,6 @@ from PIL import Image
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoModelForImageTextToText,
     AutoProcessor,
     PreTrainedConfig,
     PreTrainedModel,
@@ -19,13 +19,22 @@ from transformers import (
 )
 
 from vla0_trl.config import VLAConfig
-from vla0_trl.models.fingerprint import base_model_of, check_base, is_adapter
+from vla0_trl.models.fingerprint import base_model_of, base_revision_of, check_base, is_adapter
+from vla0_trl.models.weights import check_finite, load_whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 SMOLVLM = ("smolvlm", "idefics3")  # one architecture under two names
-VISION_MODULES = ("vision_model", "visual", "vision_tower")  # the image encoder, as transformers' models name it
+# The image encoder, as transformers' models name it; and what some of them keep inside although it is the connector:
+# the mergers of Qwen and Kimi, GLM's downsample, Llama 4's adapter, Ovis' head.
+_ENCODERS = "vision_model|visual|vision_tower|vision_encoder|image_tower"
+_CONNECTORS = (
+    "merger|merger_list|deepstack_merger_list|downsample|vision_adapter|multi_modal_projector|projector|connector|"
+    "aligner|head_linear|head_norm"
+)
+# A full match with the name of a module or parameter of the image encoder; also as PEFT's `exclude_modules`.
+IMAGE_ENCODER = rf"(.*\.)?({_ENCODERS})\.(?!(.*\.)?({_CONNECTORS})(\.|$)).*"
 
 
 def checkpoint_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
@@ -42,8 +51,9 @@ def load_processor(name_or_path: str | Path, config: VLAConfig, revision: str | 
     # transformers prefers PIL's for SmolVLM where torchvision lacks Lanczos, but that knows neither batches nor GPUs.
     image_processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision, backend="torchvision")
     processor.image_processor = image_processor
-    backbone = base_model_of(name_or_path) if is_adapter(name_or_path) else name_or_path
-    set_image_size(processor, AutoConfig.from_pretrained(backbone, revision=revision), config)
+    if is_adapter(name_or_path):
+        name_or_path, revision = base_model_of(name_or_path), base_revision_of(name_or_path)
+    set_image_size(processor, AutoConfig.from_pretrained(name_or_path, revision=revision), config)
     return processor
 
 
@@ -93,24 +103,33 @@ def load_model(
     dtype: str | torch.dtype = torch.float32,
     attn_implementation: str | None = None,
     quantization_config=None,
+    trainable: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """A backbone, a fully trained checkpoint, or an adapter on the base model that it names."""
+    """A backbone, a fully trained checkpoint, or an adapter on the base model that it names.
+
+    Args:
+        trainable: let an adapter be trained further; whole models always can.
+
+    Raises:
+        ValueError: weights are missing, unexpected, of another shape or not finite, or it is another base model.
+    """
     options = {"dtype": dtype, "attn_implementation": attn_implementation, "quantization_config": quantization_config}
     options = {key: value for key, value in options.items() if value is not None}
     if not is_adapter(name_or_path):
-        return AutoModelForImageTextToText.from_pretrained(name_or_path, revision=revision, **options)
-    from peft import PeftModel  # takes seconds to import, and most checkpoints don't need it
+        return load_whole(name_or_path, revision, **options)
+    from vla0_trl.models.adapters import load_adapter  # PEFT takes seconds to import, and most don't need it
 
-    base_name = base_model_of(name_or_path)
-    base = AutoModelForImageTextToText.from_pretrained(base_name, **options)
-    check_base(name_or_path, base_name)
-    return PeftModel.from_pretrained(base, name_or_path)
+    base_name, base_revision = base_model_of(name_or_path), base_revision_of(name_or_path)
+    base = load_whole(base_name, base_revision, **options)
+    check_base(name_or_path, base_name, base_revision)
+    check_finite(name_or_path)
+    return load_adapter(base, Path(name_or_path), trainable)
 
 
-def freeze_vision(model: PreTrainedModel) -> None:
+def freeze_vision(model: PreTrainedModel | PeftModel) -> None:
     """Stop training the image encoder (not the connector). On PushT this costs VLA-0-Smol 57.8 → 25 % success."""
-    frozen = [p for name, p in model.named_parameters() if set(name.split(".")) & set(VISION_MODULES)]
+    frozen = [p for name, p in model.named_parameters() if re.fullmatch(IMAGE_ENCODER, name)]
     if not frozen:
-        raise ValueError(f"{type(model).__name__} has no image encoder named one of {VISION_MODULES}")
+        raise ValueError(f"{type(model).__name__} has no image encoder named one of {_ENCODERS.replace('|', ', ')}")
     for parameter in frozen:
         parameter.requires_grad_(False)

@@ -6,7 +6,7 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from vla0_trl.config import VLAConfig
 from vla0_trl.models.loading import checkpoint_folder, load_model, load_processor
 from vla0_trl.policy.execution import ChunkExecutor
 from vla0_trl.policy.grammar import ActionGrammar
+from vla0_trl.policy.observation import Observation, check_observation
 from vla0_trl.policy.speculative.decoder import ChunkDecoder, DecodingOptions
 from vla0_trl.policy.speculative.self_check import decode, way_of_decoding
 from vla0_trl.processing.chat_tokenizer import ChatTokenizer
@@ -25,7 +26,6 @@ from vla0_trl.processing.images import crop, model_inputs, stack_cameras
 if TYPE_CHECKING:
     from peft import PeftModel
 
-Observation = dict[str, Any]
 MAX_DRAFTS = 4096  # sessions whose last chunk is remembered: 56 values each in LIBERO
 # What the prompt, the pictures and the answers are made of. A policy is built for one such set.
 _FIXED = (
@@ -37,9 +37,11 @@ _FIXED = (
 class VLAPolicy:
     """A checkpoint that acts.
 
-    An observation is `{"images": {camera: uint8[H, W, 3]}, "state": float32[state_dim] | None, "task": str}`. It may
-    carry an `"episode"`, any key; without one, its place in the batch is the key. The last chunk predicted under a key
-    is a draft of the next one, which makes that come sooner if it is alike, and never changes it.
+    An observation is `{"images": {camera: uint8[H, W, 3]}, "state": float32[state_dim] | None, "task": str}`; other
+    forms of pictures are converted or refused by [`observation.camera_image`].
+
+    It may carry an `"episode"`, any key; without one, its place in the batch is the key. The last chunk predicted
+    under a key is a draft of the next one, which makes that come sooner if it is alike, and never changes it.
 
     Args:
         model: a backbone, full or with adapter; its own generation_config is replaced: evaluation is greedy.
@@ -145,8 +147,9 @@ class VLAPolicy:
         """B observations -> float32 (B, chunk_size, action_dim) in environment units.
 
         Raises:
-            ValueError: an observation lacks a camera or state, or does not fit the config.
+            ValueError: an observation lacks a camera or state, does not fit the config, or could mean two things.
         """
+        observations = [check_observation(observation, self.config) for observation in observations]
         inputs = self._inputs(observations)
         keys = [observation.get("episode", place) for place, observation in enumerate(observations)]
         drafts = [self._draft(key, o) for key, o in zip(keys, observations, strict=True)]
@@ -196,17 +199,8 @@ class VLAPolicy:
         """The batch for `generate`: prompts padded on the left, images on the model's device."""
         prompts, images = [], []
         for observation in observations:
-            missing = set(self.config.cameras) - observation["images"].keys()
-            if missing:
-                raise ValueError(
-                    f"the observation lacks cameras {sorted(missing)}: it has {list(observation['images'])}"
-                )
             images.append([crop(observation["images"][name], self.config.crop_ratio) for name in self.config.cameras])
-            state = ()
-            if self.state_quantizer is not None:
-                if observation["state"] is None:
-                    raise ValueError("this policy reads the state, but the observation has none")
-                state = self.state_quantizer.encode(observation["state"])
+            state = () if self.state_quantizer is None else self.state_quantizer.encode(observation["state"])
             prompts.append(self.chat_tokenizer.encode_prompt(observation["task"], state))
         length = max(map(len, prompts))
         padded = [[self.chat_tokenizer.pad_id] * (length - len(ids)) + ids for ids in prompts]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -21,7 +21,9 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from vla0_trl.config import CONFIG_NAME, VLAConfig
 from vla0_trl.data.chat_dataset import align_config, episode_indices, load_chat_dataset, tasks_of
 from vla0_trl.files import write_whole
-from vla0_trl.models.loading import VISION_MODULES, freeze_vision, load_model, load_processor, set_image_size
+from vla0_trl.models.adapters import check_tied_targets
+from vla0_trl.models.fingerprint import base_model_of, is_adapter
+from vla0_trl.models.loading import IMAGE_ENCODER, freeze_vision, load_model, load_processor, set_image_size
 from vla0_trl.models.nano import NANO, build_nano, nano_from_dict
 from vla0_trl.processing.chat import prompt_messages
 from vla0_trl.run_folder import RUN_FILE, STATE_FILE, last_checkpoint
@@ -119,6 +121,8 @@ def train(run: Run, rollouts: RolloutFactory | None = None) -> bool:
         stored_cameras=run.stored_cameras,
         peft_config=lora_config(run.model_args, training),
     )
+    if isinstance(trainer.model, PeftModel):
+        check_tied_targets(trainer.model)
     if training.rollout_steps:
         trainer.add_callback(rollouts(trainer))
     trainer.accelerator.print(describe_run(trainer, trainer.eval_collator))
@@ -186,12 +190,17 @@ def load_backbone(
             if training.should_save:
                 model.save_pretrained(name)
                 processor.save_pretrained(name)
+    if is_adapter(name):
+        config.base_model = base_model_of(name)
+    elif model_args.use_peft and Path(name).is_dir():
+        name = config.base_model = str(Path(name).resolve())  # its adapter is loaded from any directory
     model = load_model(
         name,
         revision=revision,
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
         quantization_config=get_quantization_config(model_args),
+        trainable=True,
     )
     if training.freeze_vision:
         freeze_vision(model)
@@ -208,11 +217,34 @@ def _built_whole(training: VLASFTConfig) -> Iterator[None]:
 
 
 def lora_config(model_args: ModelConfig, training: VLASFTConfig) -> PeftConfig | None:
-    """PEFT's config for `use_peft`, with a frozen image encoder left out."""
-    peft_config = get_peft_config(model_args)
-    if peft_config is not None and training.freeze_vision:
-        peft_config.exclude_modules = rf".*({'|'.join(VISION_MODULES)})\..*"
+    """PEFT's config for `use_peft`, with a frozen image encoder left out; None for a model that is an adapter already.
+
+    Raises:
+        ValueError: `model_name_or_path` is an adapter, which is trained further, and the settings are of another one.
+    """
+    peft_config, name = get_peft_config(model_args), model_args.model_name_or_path
+    if is_adapter(name):
+        if peft_config is not None:
+            check_same_adapter(peft_config, name)
+        return None
+    if peft_config is not None:
+        if not Path(name).is_dir() and name != NANO:
+            peft_config.revision = model_args.model_revision
+        if training.freeze_vision:
+            peft_config.exclude_modules = IMAGE_ENCODER
     return peft_config
+
+
+def check_same_adapter(asked: PeftConfig, adapter: str) -> None:
+    """`ValueError` if a recipe asks for another adapter than the one that it goes on from."""
+    there = PeftConfig.from_pretrained(adapter)
+    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        wanted, has = getattr(asked, name), getattr(there, name)
+        if wanted != has:
+            raise ValueError(
+                f"{adapter} is an adapter with {name}={has}, which is trained further, so {name}={wanted} would do "
+                "nothing: leave it out, or merge the adapter first (recipes/merge_adapter.py) and train a new one"
+            )
 
 
 def claim_run(data: DataArguments, training: VLASFTConfig, model_args: ModelConfig, config: VLAConfig) -> None:

@@ -1,0 +1,116 @@
+"""Incomplete, foreign or broken weights are refused by name; transformers and PEFT would only warn."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from vla0_trl.models.loading import load_model
+
+VICTIM = "model.text_model.layers.0.mlp.up_proj.weight"
+
+
+def _change(folder: Path, file: str, change) -> None:
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def checkpoint(tiny_nano, example_config, tmp_path) -> Path:
+    """A whole checkpoint of ours."""
+    folder = shutil.copytree(tiny_nano, tmp_path / "checkpoint")
+    example_config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(tiny_nano, example_config, tmp_path) -> Path:
+    model = get_peft_model(
+        load_model(tiny_nano), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["modality_projection"])
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    example_config.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def _set(name: str, index: int, value: float):
+    def change(tensors):
+        tensors[name].view(-1)[index] = value
+
+    return change
+
+
+FAULTS = {
+    "missing": (lambda tensors: tensors.pop(VICTIM), f"1 weights are missing: {VICTIM}"),
+    "unexpected": (lambda tensors: tensors.update(extra=torch.zeros(2)), "1 weights are unexpected: extra"),
+    "nan": (_set(VICTIM, 7, float("nan")), rf"1 weights are not finite \(NaN or infinity\): {VICTIM}"),
+    "infinity": (_set(VICTIM, 0, float("-inf")), f"not finite .*: {VICTIM}"),
+    "shape": (lambda tensors: tensors.update({VICTIM: torch.zeros(3, 64)}), f"of another shape .*: {VICTIM}"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_checkpoint_with_wrong_weights_is_refused_by_name(checkpoint, fault):
+    change, message = FAULTS[fault]
+    _change(checkpoint, "model.safetensors", change)
+    with pytest.raises(ValueError, match=message):
+        load_model(checkpoint)
+
+
+def test_a_base_backbone_may_carry_more_but_not_less(tiny_nano, tmp_path):
+    base = shutil.copytree(tiny_nano, tmp_path / "base")
+    _change(base, "model.safetensors", FAULTS["unexpected"][0])
+    load_model(base)
+    _change(base, "model.safetensors", FAULTS["missing"][0])
+    with pytest.raises(ValueError, match="are missing"):
+        load_model(base)
+
+
+def test_a_cut_off_file_is_one_line(checkpoint):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="a weight file is damaged or cut off"):
+        load_model(checkpoint)
+
+
+def test_large_but_finite_weights_and_tied_ones_are_fine(checkpoint):
+    """Their sum overflows; and the output head is not in the file, because it is the embedding."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    _change(checkpoint, "model.safetensors", lambda tensors: tensors[VICTIM].fill_(3e38))
+    assert load_model(checkpoint).get_parameter(VICTIM).max() == 3e38
+
+
+LORA = "base_model.model.model.text_model.layers.1.self_attn.q_proj.lora_A.weight"
+SAVED = "base_model.model.model.connector.modality_projection.proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(LORA), f"1 weights are missing: {LORA}"),
+        (lambda tensors: tensors.pop(SAVED), f"1 weights are missing: {SAVED}"),
+        (lambda tensors: tensors.update({f"{LORA}.x": torch.zeros(1)}), f"1 weights are unexpected: {LORA}.x"),
+        (_set(LORA, 1, float("nan")), f"not finite .*: {LORA}"),
+        (lambda tensors: tensors.update({LORA: torch.zeros(2, 63)}), "does not fit its base model"),
+    ],
+    ids=["missing", "missing module", "unexpected", "nan", "shape"],
+)
+def test_an_adapter_with_wrong_weights_is_refused_by_name(adapter, change, message):
+    load_model(adapter)
+    _change(adapter, "adapter_model.safetensors", change)
+    with pytest.raises(ValueError, match=message):
+        load_model(adapter)
+
+
+def test_a_broken_base_model_of_an_adapter_is_refused(adapter, tiny_nano, tmp_path):
+    base = shutil.copytree(tiny_nano, tmp_path / "base")
+    _change(base, "model.safetensors", FAULTS["nan"][0])
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(tiny_nano), str(base)))
+    with pytest.raises(ValueError, match=f"not finite .*: {VICTIM}"):
+        load_model(adapter)
