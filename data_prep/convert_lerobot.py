@@ -14,13 +14,21 @@ Needs the extra [convert]: pip install -e ".[convert]".
 from dataclasses import dataclass
 
 from vla0_trl.command_line import option, parse
-from vla0_trl.data.arguments import ConversionArguments, chosen_cameras, chosen_tasks, command_line_errors, names_in
+from vla0_trl.data.arguments import (
+    ConversionArguments,
+    Subset,
+    chosen_cameras,
+    chosen_tasks,
+    command_line_errors,
+    names_in,
+)
+from vla0_trl.data.sources.gripper import CONVENTIONS
 from vla0_trl.data.sources.lerobot import LeRobotSource
 from vla0_trl.data.sources.lerobot_hub import fetch, open_dataset
 
 
 @dataclass(kw_only=True)
-class Arguments(ConversionArguments):
+class Arguments(Subset, ConversionArguments):
     source: str = option(help="USER/NAME on the Hub, or a folder with meta/info.json", metavar="HUB_ID_OR_DIR")
     revision: str | None = option(None, "branch, tag or commit on the Hub (default: main)")
     tasks: str | None = option(
@@ -32,7 +40,10 @@ class Arguments(ConversionArguments):
     )
     action_key: str | None = option(None, "the feature that is the action (default: action or actions)")
     gripper: str | None = option(
-        None, "sign: execute the last action dimension as −1 or +1, as LIBERO needs", choices=["sign"]
+        None,
+        "the last action dimension is a gripper of two values, executed as −1 (open) or +1 (closed), as LIBERO needs; "
+        "sign: it is −1 or +1 in the data, too",
+        choices=list(CONVENTIONS),
     )
     ignore_stats: bool = option(False, "convert values that meta's statistics say there are not")
     trust_timestamps: bool = option(False, "convert frames whose timestamps contradict meta/info.json's fps")
@@ -49,7 +60,7 @@ def main() -> None:
     with command_line_errors(args.output_dir):
         meta = open_dataset(args.source, args.revision)
         keys = names_in(args.image_keys), args.state_key, args.action_key
-        source = LeRobotSource(meta, *keys, not args.ignore_stats, args.trust_timestamps)
+        source = LeRobotSource(meta, *keys, not args.ignore_stats, args.trust_timestamps, args.gripper)
         cameras = chosen_cameras(names_in(args.cameras), list(source.cameras))
         tasks = chosen_tasks(args.tasks, meta.tasks)
         fetch(source, args.selection(tasks), cameras)
@@ -58,7 +69,7 @@ def main() -> None:
             action_dim=source.action_dim,
             state_dim=source.state_dim,
             use_state=source.state_dim > 0 if args.use_state is None else args.use_state,
-            gripper=args.gripper,
+            gripper="sign" if args.gripper else None,
         )
         args.convert(source, config, tasks)
 

@@ -10,19 +10,23 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vla0_trl.command_line import option, parse
-from vla0_trl.data.arguments import command_line_errors
+from vla0_trl.data.arguments import Subset, command_line_errors
 from vla0_trl.data.episodes import Episode, EpisodeError, SourceInfo
 from vla0_trl.data.pusht import PushTArguments
 from vla0_trl.data.staging import ConversionError
 from vla0_trl.envs.pusht.env import CAMERA, FPS, STATE_MODES, TASK
 
+if TYPE_CHECKING:
+    import zarr
+
 
 @dataclass(kw_only=True)
-class Arguments(PushTArguments):
+class Arguments(Subset, PushTArguments):
     source: Path = option(help="the folder pusht_cchi_v7_replay.zarr")
 
 
@@ -43,10 +47,19 @@ class PushTZarr:
             raise ConversionError(f"{path} is no zarr of PushT demonstrations: it has no data/ and meta/ folders")
         self.path = path
         self.state_dim = STATE_MODES[state]
-        group = zarr.open_group(path, mode="r")
-        self._frames = group["data/img"]
-        self._states, self._actions = group["data/state"][:], group["data/action"][:]
-        self._ends = group["meta/episode_ends"][:].tolist()
+        try:
+            group = zarr.open_group(path, mode="r")
+            arrays = [_whole(path, group, f"data/{name}") for name in ("img", "state", "action")]
+            self._frames, self._states, self._actions = arrays[0], arrays[1][:], arrays[2][:]
+            self._ends = _whole(path, group, "meta/episode_ends")[:].tolist()
+        except (ValueError, RuntimeError) as error:  # numcodecs raises both for damaged chunks
+            raise ConversionError(f"{path} is damaged, fetch it again: {error}") from error
+        lengths = {array.shape[0] for array in arrays}
+        if lengths != set(self._ends[-1:]) or sorted({0, *self._ends}) != [0, *self._ends]:
+            raise ConversionError(
+                f"{path}: data/img, state and action have {sorted(lengths)} frames, meta/episode_ends says "
+                f"{self._ends[-1:]}: fetch it again"
+            )
         self._chunk: tuple[int, np.ndarray | None] = (-1, None)
         content = hashlib.sha256(b"".join(a.tobytes() for a in (self._states, self._actions)))
         self.info = SourceInfo(
@@ -86,7 +99,10 @@ class PushTZarr:
         for position in range(start, end):
             number, offset = divmod(position, length)
             if number != self._chunk[0]:
-                self._chunk = number, self._frames[number * length : (number + 1) * length]
+                try:
+                    self._chunk = number, self._frames[number * length : (number + 1) * length]
+                except (ValueError, RuntimeError) as error:
+                    raise EpisodeError(f"{name}: data/img is damaged, fetch it again: {error}") from error
             floats = self._chunk[1][offset]
             with np.errstate(invalid="ignore"):  # a NaN is reported below
                 pixels = floats.astype(np.uint8)
@@ -96,6 +112,19 @@ class PushTZarr:
                     "is damaged, fetch it again"
                 )
             yield pixels
+
+
+def _whole(path: Path, group: "zarr.Group", key: str) -> "zarr.Array":
+    """An array of which every chunk is there: zarr reads absent ones as its fill value, as black frames for one."""
+    array = group.get(key)
+    if array is None or not array.ndim:
+        raise ConversionError(f"{path} has no array {key}: it is no zarr of PushT demonstrations")
+    if array.nchunks_initialized < array.nchunks:
+        raise ConversionError(
+            f"{path}: {key} has {array.nchunks_initialized} of its {array.nchunks} chunks, absent ones would read as "
+            "zeros: the copy is not complete, fetch it again"
+        )
+    return array
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from support.runs import run_main
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import load_chat_dataset
-from vla0_trl.data.sources.libero_hdf5 import instruction_of, moves
+from vla0_trl.data.sources.libero_hdf5 import moves
 
 SOUP = "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5"
 BOWL = "KITCHEN_SCENE10_put_the_black_bowl_in_the_drawer_demo.hdf5"
@@ -26,7 +26,7 @@ FRAMES = 9
 
 
 def demo(file: int, number: int) -> dict[str, np.ndarray]:
-    """One demonstration; frames 0, 3 and 4 are no-ops, frame 6 only closes the gripper."""
+    """One demonstration; actions 0, 3 and 4 are no-ops, 6 only closes the gripper. obs[t] is after actions[t]."""
     rng = np.random.default_rng([file, number])
     actions = rng.uniform(-1, 1, (FRAMES, 7))
     actions[:, 6] = np.where(np.arange(FRAMES) < 6, -1, 1)
@@ -69,36 +69,38 @@ def script():
     return load_script("data_prep/convert_libero_hdf5.py")
 
 
-def test_everything_is_where_evaluation_has_it(tmp_path, script, files, monkeypatch):
+def test_row_t_is_what_was_seen_before_action_t(tmp_path, script, files, monkeypatch):
     run_main(script, monkeypatch, "--source", files, "--output_dir", tmp_path / "out")
     rows, config = load_chat_dataset(tmp_path / "out")
-    assert len(rows) == 2 * DEMOS * FRAMES
+    assert len(rows) == 2 * DEMOS * (FRAMES - 1)
     for row in rows:
         wanted = demo(*divmod(row["episode_index"], DEMOS))
-        frame = row["frame_index"]
+        seen, action = row["frame_index"], row["frame_index"] + 1
         for image, key in zip(row["images"], ("agentview_rgb", "eye_in_hand_rgb"), strict=True):
-            assert np.array_equal(image, wanted[f"obs/{key}"][frame][::-1, ::-1])
-        state = np.concatenate([wanted["obs/ee_states"][frame], wanted["obs/gripper_states"][frame]])
+            assert np.array_equal(image, wanted[f"obs/{key}"][seen][::-1, ::-1])
+        state = np.concatenate([wanted["obs/ee_states"][seen], wanted["obs/gripper_states"][seen]])
         assert row["raw_state"] == state.astype(np.float32).tolist()
-        assert row["raw_action"][:7] == wanted["actions"][frame].astype(np.float32).tolist()
-    tasks = ["put the black bowl in the drawer", "pick up the soup"]
-    assert rows["task"] == [task for task in tasks for _ in range(DEMOS * FRAMES)]
+        assert row["raw_action"][:7] == wanted["actions"][action].astype(np.float32).tolist()
+    tasks = ["put the black bowl in the drawer", "pick up the alphabet soup and place it in the basket"]
+    assert rows["task"] == [task for task in tasks for _ in range(DEMOS * (FRAMES - 1))]
     assert (config.cameras, config.fps, config.gripper) == (["image", "image2"], 20, "sign")
     assert (config.action_dim, config.state_dim, config.use_state, config.chunk_size) == (7, 8, True, 8)
     assert (config.relative_actions, config.crop_ratio) == (False, 230 / 256)
-    assert "license: cc-by-4.0" in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "license: cc-by-4.0" in card
+    assert "a demonstration's first action, for which the files hold no picture, is left out" in card
 
 
-def test_noops_are_dropped_with_their_frames(tmp_path, script, files, monkeypatch):
+def test_noops_are_dropped_after_actions_are_paired(tmp_path, script, files, monkeypatch):
     flags = ["--source", files / SOUP, "--drop_noops", "--episodes", "2:3"]
     run_main(script, monkeypatch, *flags, "--output_dir", tmp_path / "out")
     rows = load_dataset(str(tmp_path / "out"), split="train")
     wanted = demo(1, 2)
     kept = [1, 2, 5, 6, 7, 8]
     assert rows["frame_index"] == list(range(len(kept)))
-    for row, frame in zip(rows, kept, strict=True):
-        assert np.array_equal(row["images"][0], wanted["obs/agentview_rgb"][frame][::-1, ::-1])
-        assert row["raw_action"][:7] == wanted["actions"][frame].astype(np.float32).tolist()
+    for row, action in zip(rows, kept, strict=True):
+        assert np.array_equal(row["images"][0], wanted["obs/agentview_rgb"][action - 1][::-1, ::-1])
+        assert row["raw_action"][:7] == wanted["actions"][action].astype(np.float32).tolist()
     card = (tmp_path / "out/README.md").read_text()
     assert "stand still are left out" in card
     assert "  --drop_noops\n" in card
@@ -118,29 +120,16 @@ def test_rule_of_noops_is_openvlas():
         assert moves(actions).tolist() == kept
 
 
-@pytest.mark.parametrize(
-    ("name", "instruction"),
-    [
-        (SOUP, "pick up the alphabet soup and place it in the basket"),
-        (BOWL, "put the black bowl in the drawer"),
-        ("LIVING_ROOM_SCENE2_put_both_in_the_basket_demo.hdf5", "put both in the basket"),
-        ("STUDY_SCENE1_pick_up_the_book.hdf5", "pick up the book"),
-    ],
-)
-def test_instruction_from_the_file_name(name, instruction):
-    assert instruction_of(name) == instruction
-
-
 def test_tasks_are_chosen(tmp_path, script, files, monkeypatch):
     flags = ["--source", files, "--max_episodes_per_task", "3"]
     for tasks in ("1", "SOUP"):
         run_main(script, monkeypatch, *flags, "--tasks", tasks, "--output_dir", tmp_path / tasks)
         rows = load_dataset(str(tmp_path / tasks), split="train")
-        assert set(rows["task"]) == {"pick up the soup"}
-        assert len(rows) == 3 * FRAMES
+        assert set(rows["task"]) == {"pick up the alphabet soup and place it in the basket"}
+        assert len(rows) == 3 * (FRAMES - 1)
         assert min(rows["episode_index"]) >= DEMOS
     with pytest.raises(
-        SystemExit, match=r"(?s)the source has these.*\n  0 put the black bowl in the drawer\n  1 pick up"
+        SystemExit, match=r"(?s)the source has these.*\n  0 put the black bowl in the drawer\n  1 pick up the al"
     ):
         run_main(script, monkeypatch, *flags, "--tasks", "2", "--output_dir", tmp_path / "out")
 

@@ -19,7 +19,6 @@ from vla0_trl.actions import NormStats
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import load_chat_dataset
 from vla0_trl.data.convert import convert
-from vla0_trl.data.staging import ConversionError
 from vla0_trl.data.viewer import PICTURE_SIDE, decoding_error, row_picture, token_spans
 from vla0_trl.envs.pusht.env import PushTEnv
 from vla0_trl.envs.pusht.expert import PushTExpert, record_episode
@@ -83,27 +82,6 @@ def test_zarr_defaults_are_the_recipe(human):
     for row in rows.select(range(0, len(rows), 7)).select_columns(["action", "raw_action", "raw_state"]):
         chunk = tokenizer.decode(row["action"], np.array(row["raw_state"]))
         assert (np.abs(chunk - np.reshape(row["raw_action"], (10, 2))) <= half_bin + 1e-3).all()
-
-
-def test_zarr_with_a_damaged_frame(tmp_path, zarr_script, monkeypatch, capsys):
-    import zarr
-
-    group = zarr.create_group(tmp_path / "bad.zarr")
-    frames = np.zeros((6, 8, 8, 3), np.float32)
-    frames[4, 2, 2, 1] = np.nan
-    vectors = np.arange(12, dtype=np.float32).reshape(6, 2)
-    for name, values in (("img", frames), ("state", np.hstack([vectors, vectors])), ("action", vectors)):
-        group.create_array(f"data/{name}", data=values, chunks=(4, *values.shape[1:]))
-    group.create_array("meta/episode_ends", data=np.array([3, 6]))
-    with pytest.raises(SystemExit) as error:
-        run_main(zarr_script, monkeypatch, "--source", tmp_path / "bad.zarr", "--output_dir", tmp_path / "out")
-    assert "error: bad.zarr, episode 1, frame 1: img holds values" in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_zarr_source_that_is_none(tmp_path, zarr_script, monkeypatch):
-    with pytest.raises(SystemExit, match="no zarr of PushT demonstrations"):
-        run_main(zarr_script, monkeypatch, "--source", tmp_path, "--output_dir", tmp_path / "out")
 
 
 def test_flags_reach_the_config(tmp_path, zarr_script, monkeypatch):
@@ -300,10 +278,3 @@ def test_inspect_bad_flags(human, inspector, monkeypatch, capsys, flags, message
     with pytest.raises(SystemExit):
         run_main(inspector, monkeypatch, "--dataset", human, *flags)
     assert message in capsys.readouterr().err
-
-
-def test_zarr_missing_says_how_to_install(tmp_path, zarr_script, monkeypatch):
-    monkeypatch.setitem(sys.modules, "zarr", None)
-    shutil.copytree(shared_path(PUSHT_ZARR) / "meta", tmp_path / "z.zarr/meta")
-    with pytest.raises(ConversionError, match=r"pip install -e \"\.\[convert\]\""):
-        zarr_script.PushTZarr(tmp_path / "z.zarr", "agent")

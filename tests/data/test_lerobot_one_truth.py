@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import load_dataset
+from support.general import load_script
 from support.lerobot_files import (
     FPS,
     LENGTHS,
@@ -20,6 +22,7 @@ from support.lerobot_files import (
     rewrite,
     source,
 )
+from support.runs import run_main
 
 from vla0_trl.data.convert import Selection
 from vla0_trl.data.episodes import EpisodeError
@@ -194,3 +197,28 @@ def test_a_task_index_with_two_texts_is_refused(v2):
         ConversionError, match=r"tasks\.jsonl: task_index 0 is both 'pick up the red cube' and 'open the"
     ):
         read_meta(v2)
+
+
+# -- a subset
+
+
+def test_num_episodes_are_drawn_from_all_that_is_left_whatever_their_tasks(v2):
+    episodes = source(v2)
+    drawn = [Selection(slice(1, None), seed=seed, num_episodes=3).indices(episodes) for seed in range(8)]
+    assert drawn == [Selection(slice(1, None), seed=seed, num_episodes=3).indices(episodes) for seed in range(8)]
+    assert all(len(set(indices)) == 3 and min(indices) >= 1 and indices == sorted(indices) for indices in drawn)
+    assert len(set(map(tuple, drawn))) > 3
+    assert len({sum(index % 2 for index in indices) for indices in drawn}) > 1
+    with pytest.raises(ConversionError, match="--num_episodes 8: there are 7 to draw from"):
+        Selection(num_episodes=8).indices(episodes)
+
+
+def test_every_converter_takes_num_episodes(tmp_path, v2, monkeypatch):
+    script = load_script("data_prep/convert_lerobot.py")
+    run_main(script, monkeypatch, "--source", v2, "--num_episodes", "3", "--seed", "1", "--output_dir", tmp_path / "o")
+    rows = load_dataset(str(tmp_path / "o"), split="train")
+    assert sorted(set(rows["episode_index"])) == Selection(seed=1, num_episodes=3).indices(source(v2))
+    assert "--num_episodes 3" in (tmp_path / "o/README.md").read_text()
+    for name in ("convert_libero_hdf5", "convert_pusht_zarr"):
+        arguments = load_script(f"data_prep/{name}.py").Arguments(source=[v2], output_dir=tmp_path, num_episodes=2)
+        assert arguments.selection().num_episodes == 2

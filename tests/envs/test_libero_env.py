@@ -211,12 +211,43 @@ def test_the_renderer_is_what_the_machine_has(variable, driver, libraries, rende
 
 def test_each_process_of_a_launcher_draws_on_its_own_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "DEVICES", tmp_path)
-    for gpu in ("nvidia0", "nvidia1", "nvidiactl"):
-        (tmp_path / gpu).touch()
-    for visible, rank, device in (("", 0, "0"), ("", 1, "1"), ("", 2, "0"), ("4,6", 1, "6")):
+    monkeypatch.setattr(setup, "NVIDIA_GPUS", tmp_path / "gpus")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert setup.egl_device() == "0"  # Mesa's, without an NVIDIA device
+    for number in range(12):
+        (tmp_path / f"nvidia{number}").touch()
+        folder = tmp_path / f"gpus/0000:{number}:00.0"
+        folder.mkdir(parents=True)
+        (folder / "information").write_text(f"Model: \t H100\nGPU UUID: \t GPU-{number}a\nDevice Minor: \t {number}\n")
+    (tmp_path / "nvidiactl").touch()
+    for visible, rank, device in (
+        ("", 0, "0"),
+        ("", 2, "2"),
+        ("", 13, "1"),
+        ("4,6", 1, "6"),
+        ("GPU-3a, GPU-11a", 1, "11"),
+        ("GPU-unknown", 0, "0"),
+    ):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         assert setup.egl_device() == device
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variables", [{}, {"MUJOCO_EGL_DEVICE_ID": "0"}, {"CUDA_VISIBLE_DEVICES": "GPU-12f3-aabb"}])
+def test_egl_draws_what_osmesa_draws_without_an_nvidia_device(assets, variables):
+    if setup.ctypes.util.find_library("EGL") is None or Path("/dev/nvidiactl").exists():
+        pytest.skip("needs Mesa's EGL, and no NVIDIA driver")
+    code = (
+        "import sys; from vla0_trl.envs.libero.env import LiberoEnv; env = LiberoEnv('libero_object', 0, "
+        "assets_dir=sys.argv[1]); env.reset(0); print(env.observe()['images']['image'].sum()); env.close()"
+    )
+    sums = []
+    for renderer in ({"MUJOCO_GL": "osmesa"}, {"MUJOCO_GL": "egl"} | variables):
+        environment = {key: value for key, value in os.environ.items() if key != "PYOPENGL_PLATFORM"} | renderer
+        command = [sys.executable, "-c", code, assets]
+        sums.append(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    assert sums[0] == sums[1] != ""
 
 
 def test_initial_states_unpickle_arrays_only(tmp_path, monkeypatch):

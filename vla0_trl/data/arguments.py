@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -96,6 +96,22 @@ class ConversionArguments:
         """A command that makes the same dataset, for its card."""
         script = f"python data_prep/{Path(sys.argv[0]).name} --output_dir DATASET"
         return " \\\n  ".join([script, *map(shlex.join, as_flags(self, _NOT_CONTENT))])
+
+
+@dataclass(kw_only=True)
+class Subset:
+    """What a converter of recorded episodes can be told, too; the first of its arguments' bases."""
+
+    num_episodes: int | None = option(
+        None, "only N of all that other flags leave, drawn with --seed, whatever their tasks", metavar="N"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "num_episodes")
+
+    def selection(self, tasks: list[str] | None = None) -> Selection:
+        return replace(super().selection(tasks), num_episodes=self.num_episodes)
 
 
 @contextmanager

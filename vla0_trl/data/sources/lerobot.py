@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from vla0_trl.data.episodes import Episode, EpisodeError, SourceInfo
+from vla0_trl.data.sources.gripper import as_sign
 from vla0_trl.data.sources.lerobot_frames import FIX, EpisodeRows, Frames, read_columns, vectors
 from vla0_trl.data.sources.lerobot_meta import IMAGE_TYPES, EpisodeMeta, LeRobotMeta
 from vla0_trl.data.sources.parquet_images import ImageColumn
@@ -32,6 +33,7 @@ class LeRobotSource:
         state_key, action_key (`str`, *optional*): features. There may be no state.
         check_stats (`bool`): compare what is read with the dataset's own statistics.
         trust_timestamps (`bool`): accept timestamps that contradict fps.
+        gripper (`str`, *optional*): the last action dimension is one, by one of [`gripper.CONVENTIONS`].
 
     Raises:
         ConversionError: a feature that there is not, no camera or no action at all.
@@ -45,8 +47,9 @@ class LeRobotSource:
         action_key: str | None = None,
         check_stats: bool = True,
         trust_timestamps: bool = False,
+        gripper: str | None = None,
     ):
-        self.meta, self.check_stats = meta, check_stats
+        self.meta, self.check_stats, self.gripper = meta, check_stats, gripper
         pictures = [key for key, feature in meta.features.items() if feature["dtype"] in IMAGE_TYPES]
         known = [key for key in pictures if not _is_depth_map(meta.features[key])]
         images = self._found("--image_keys", image_keys or [], known, "camera")
@@ -71,7 +74,13 @@ class LeRobotSource:
             robot=robot,
             fps=float(meta.info["fps"]),
             how=f"Converted from a LeRobotDataset, format {meta.info['codebase_version']}, recorded with {robot}.",
-            options={"action": self.action_key, "state": self.state_key, "cameras": self.cameras},
+            options={
+                "action": self.action_key,
+                "state": self.state_key,
+                "cameras": self.cameras,
+                "trust_timestamps": trust_timestamps,
+                "gripper": gripper,
+            },
         )
         self.frames = Frames(meta, trust_timestamps)
         self._listed: dict[int, str] = {}  # tasks by which episodes were chosen before their frames were fetched
@@ -104,6 +113,7 @@ class LeRobotSource:
         self._compare_task(rows.task, index, name)
         table = self._vectors_of(meta, rows.rows, name)
         actions = self._vectors(table, self.action_key, meta, name)
+        actions = as_sign(actions, self.gripper, name) if self.gripper else actions
         states = self._vectors(table, self.state_key, meta, name) if self.state_key else None
         images = {
             camera: self._frames(f"{name}, camera {camera!r}", camera, key, meta, rows)

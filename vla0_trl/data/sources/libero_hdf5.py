@@ -1,12 +1,17 @@
 """LIBERO's official demonstrations: an HDF5 file a task, `data/demo_i/{actions, obs/…}`.
 
-Liu et al., "LIBERO" (2023), https://libero-project.github.io; written by its `scripts/create_dataset.py`.
+Liu et al., "LIBERO" (2023), https://libero-project.github.io; written by its `scripts/create_dataset.py`. That appends
+what `env.step(actions[t])` returned as `obs[t]`: what was seen before an action is `obs[t - 1]`, and what was seen
+before the first was not kept. Files that OpenVLA's `regenerate_libero_dataset.py` made have the same layout, and in
+`obs[t]` what was seen before `actions[t]`. `states`, which both take before the action, tells them apart.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vla0_trl.data.episodes import Episode, EpisodeError, SourceInfo
+from vla0_trl.data.sources.gripper import as_sign
 from vla0_trl.data.staging import ConversionError
+from vla0_trl.envs.libero.setup import instruction
 
 if TYPE_CHECKING:
     import h5py
@@ -27,6 +34,10 @@ STATE = {"ee_states": 6, "gripper_states": 2}  # position and axis-angle of the 
 ACTION_DIM, STATE_DIM = 7, 8
 FPS = 20.0  # robosuite's control_freq in LIBERO's environments
 NOOP_NORM = 1e-4  # OpenVLA, experiments/robot/libero/regenerate_libero_dataset.py, is_noop
+# How LIBERO's file stores pictures (robosuite.macros.IMAGE_CONVENTION) -> what makes them those of its evaluation,
+# which turns robosuite's own, upside-down ones by 180°: upright, and mirrored.
+TURNS = {"opengl": np.s_[:, ::-1, ::-1], "opencv": np.s_[:, :, ::-1]}
+_ARM = slice(1, 8)  # of a simulator state (time, positions, velocities): the arm's joints
 _BLOCK_FRAMES = 64  # in memory at once
 _FIX = "fetch it again, or leave the episode out with --skip_bad_episodes"
 
@@ -36,6 +47,7 @@ class _Demo:
     path: Path
     key: str
     task: str
+    turn: tuple[slice, ...]
 
 
 class LiberoDemos:
@@ -44,13 +56,14 @@ class LiberoDemos:
     Args:
         paths (`list[Path]`): .hdf5 files, or folders with them.
         drop_noops (`bool`): leave out frames that do nothing, as OpenVLA's data has them left out; see [`moves`].
+        gripper (`str`): one of [`gripper.CONVENTIONS`].
 
     Raises:
         ConversionError: no file there, or one that is no LIBERO HDF5.
     """
 
-    def __init__(self, paths: list[Path], drop_noops: bool):
-        self.drop_noops = drop_noops
+    def __init__(self, paths: list[Path], drop_noops: bool, gripper: str = "sign"):
+        self.drop_noops, self.gripper = drop_noops, gripper
         files = [file for path in paths for file in (sorted(path.rglob("*.hdf5")) if path.is_dir() else [path])]
         if not files:
             raise ConversionError(f"{', '.join(map(str, paths))}: no .hdf5 files there")
@@ -70,9 +83,11 @@ class LiberoDemos:
             fps=FPS,
             how=(
                 "The demonstrations that [LIBERO](https://libero-project.github.io) publishes, recorded by people; "
-                f"both cameras are rotated by 180°, as in its usual evaluation{noops}."
+                "an action is paired with what was seen before it, and a demonstration's first action, for which the "
+                "files hold no picture, is left out; both cameras are rotated by 180°, as in LIBERO's usual "
+                f"evaluation{noops}."
             ),
-            options={"drop_noops": drop_noops},
+            options={"drop_noops": drop_noops, "gripper": gripper, "pairs": "action with the frame before it"},
         )
 
     def __len__(self) -> int:
@@ -86,17 +101,22 @@ class LiberoDemos:
         name = f"{demo.path}, {demo.key}"
         with _opened(demo.path, name) as file:
             group = file["data"][demo.key]
-            actions = _dataset(group, "actions", name, ACTION_DIM)[:]
+            actions = as_sign(_dataset(group, "actions", name, ACTION_DIM)[:], self.gripper, name)
             frames = len(actions)
             state = [_dataset(group, f"obs/{key}", name, dim, frames)[:] for key, dim in STATE.items()]
             for key in CAMERAS.values():
                 _dataset(group, f"obs/{key}", name, frames=frames)
-        states = np.concatenate(state, axis=1)
-        kept = moves(actions) if self.drop_noops else np.arange(len(actions))
+            late = 0 if _seen_before(group) else 1
+        kept = moves(actions) if self.drop_noops else np.arange(frames)
+        kept = kept[kept >= late]
+        seen = kept - late
+        if not len(kept):
+            raise EpisodeError(f"{name}: no frame is left of {frames}: leave it out with --skip_bad_episodes")
         images = {
-            camera: _frames(demo.path, f"data/{demo.key}/obs/{key}", kept, name) for camera, key in CAMERAS.items()
+            camera: _frames(demo.path, f"data/{demo.key}/obs/{key}", seen, demo.turn, name)
+            for camera, key in CAMERAS.items()
         }
-        return Episode(demo.task, actions[kept], images, states[kept], name)
+        return Episode(demo.task, actions[kept], images, np.concatenate(state, axis=1)[seen], name)
 
 
 def moves(actions: np.ndarray) -> np.ndarray:
@@ -112,22 +132,22 @@ def moves(actions: np.ndarray) -> np.ndarray:
     return np.array(kept, np.int64)
 
 
-def instruction_of(file_name: str) -> str:
-    """The instruction that LIBERO reads off a task's file name, for "KITCHEN_SCENE1_open_the_drawer_demo.hdf5" too."""
-    stem = Path(file_name).stem.removesuffix("_demo")
-    if stem[:1].isupper():  # LIBERO-100's begin with their scene
-        scene = stem.find("SCENE")
-        stem = stem[stem.find("_", scene) + 1 :] if scene >= 0 else stem
-    return stem.replace("_", " ").strip()
+def _seen_before(group: h5py.Group) -> bool:
+    """Whether `obs[t]` is from before `actions[t]`, as `states[t]` is: not in LIBERO's own, nor if nothing tells."""
+    if "states" not in group or "joint_states" not in group["obs"]:
+        return False
+    arm, seen = group["states"][:, _ARM], group["obs/joint_states"][:]
+    if arm.shape != seen.shape or len(arm) < 2:
+        return False
+    before, after = np.abs(seen - arm)[1:].mean(), np.abs(seen[:-1] - arm[1:]).mean()
+    return bool(before < after / 4)  # one of the two is about 0
 
 
-def _frames(path: Path, key: str, kept: np.ndarray, name: str) -> Iterator[np.ndarray]:
-    """A camera's frames `kept`, upright."""
+def _frames(path: Path, key: str, seen: np.ndarray, turn: tuple[slice, ...], name: str) -> Iterator[np.ndarray]:
+    """A camera's frames `seen`, as evaluation shows them."""
     with _opened(path, name) as file:
-        for start in range(0, len(kept), _BLOCK_FRAMES):
-            # robosuite renders upside down, and LIBERO stores it so. The data that policies are trained on, and the
-            # evaluation protocol, have it rotated by 180°, which mirrors it as well.
-            yield from file[key][kept[start : start + _BLOCK_FRAMES]][:, ::-1, ::-1]
+        for start in range(0, len(seen), _BLOCK_FRAMES):
+            yield from file[key][seen[start : start + _BLOCK_FRAMES]][turn]
 
 
 @contextmanager
@@ -148,25 +168,71 @@ def _opened(path: Path, name: str) -> Iterator[h5py.File]:
 
 def _demos(path: Path) -> list[_Demo]:
     with _opened(path, str(path)) as file:
-        if "data" not in file or not len(file["data"]):
+        data = file.get("data")
+        # what else lies beside them is none, whatever it is
+        keys = [key for key in (data if _is_group(data) else ()) if re.fullmatch(r"demo_\d+", key)]
+        if not keys:
             raise ConversionError(f"{path} has no data/demo_*: it is no file of LIBERO demonstrations")
-        problem = json.loads(file["data"].attrs.get("problem_info", "{}"))
-        task = "".join(problem.get("language_instruction", "")).strip().strip('"') or instruction_of(path.name)
-        keys = sorted(file["data"], key=lambda key: (len(key), key))  # demo_2 before demo_10
-    return [_Demo(path, key, task) for key in keys]
+        convention = _text(data.attrs.get("macros_image_convention", "opengl"))
+        if convention not in TURNS:
+            raise ConversionError(
+                f"{path}: macros_image_convention is {convention!r}, wanted {' or '.join(TURNS)}: which way up its "
+                "pictures are is not known"
+            )
+        task = _task(path, data)
+    return [_Demo(path, key, task, TURNS[convention]) for key in sorted(keys, key=lambda key: int(key[5:]))]
+
+
+def _task(path: Path, data: h5py.Group) -> str:
+    """What evaluation says, which is in the file's name: `problem_info` words most tasks otherwise, as the BDDL does.
+
+    Of a file that was renamed, the name of its BDDL file; of one that does not tell that either, `problem_info`.
+    """
+    if path.stem.endswith("_demo"):
+        return instruction(path.stem.removesuffix("_demo"))
+    bddl = _text(data.attrs.get("bddl_file_name", ""))
+    if bddl.endswith(".bddl"):
+        return instruction(Path(bddl).stem)
+    try:
+        problem = json.loads(_text(data.attrs.get("problem_info", "{}")))
+    except json.JSONDecodeError:
+        problem = {}
+    text = problem.get("language_instruction") if isinstance(problem, dict) else None
+    if isinstance(text, list) and all(isinstance(letter, str) for letter in text):
+        text = "".join(text)  # some of LIBERO's files hold it as a list of letters
+    return (text.strip().strip('"') if isinstance(text, str) else "") or instruction(path.stem)
+
+
+def _text(attribute: object) -> str:
+    return attribute.decode(errors="replace") if isinstance(attribute, bytes) else str(attribute)
+
+
+def _is_group(item: object) -> bool:
+    import h5py
+
+    return isinstance(item, h5py.Group)
 
 
 def _dataset(
     group: h5py.Group, key: str, name: str, dim: int | None = None, frames: int | None = None
 ) -> h5py.Dataset:
     """`key` of a demonstration, checked to be (`frames`, `dim`), where they are given."""
-    if key not in group:
-        raise EpisodeError(
-            f"{name}: has no {key}, it has {sorted(group)} and obs/{sorted(group.get('obs', []))}: {_FIX}"
-        )
-    dataset = group[key]
-    if frames not in (None, len(dataset)):
-        raise EpisodeError(f"{name}: {key} has {len(dataset)} frames, actions has {frames}: {_FIX}")
-    if dim is not None and dataset.shape[1:] != (dim,):
-        raise EpisodeError(f"{name}: {key} has shape {dataset.shape}, expected (frames, {dim}): {_FIX}")
-    return dataset
+    import h5py
+
+    found = group.get(key) if _is_group(group) else None
+    if not isinstance(found, h5py.Dataset):
+        there = f"{sorted(group)} and obs/{sorted(group.get('obs', []))}" if _is_group(group) else "no group"
+        raise EpisodeError(f"{name}: has no {key}, it has {there}: {_FIX}")
+    if frames not in (None, len(found)):
+        raise EpisodeError(f"{name}: {key} has {len(found)} frames, actions has {frames}: {_FIX}")
+    if dim is not None and found.shape[1:] != (dim,):
+        raise EpisodeError(f"{name}: {key} has shape {found.shape}, expected (frames, {dim}): {_FIX}")
+    if found.chunks and found.id.get_num_chunks() < math.prod(map(_ceil, found.shape, found.chunks)):
+        raise EpisodeError(f"{name}: {key} lacks blocks, which would read as zeros: {_FIX}")
+    if not found.chunks and found.size and not found.id.get_storage_size():
+        raise EpisodeError(f"{name}: {key} was never written, and would read as zeros: {_FIX}")
+    return found
+
+
+def _ceil(size: int, part: int) -> int:
+    return -(-size // part)

@@ -1,8 +1,9 @@
 """The LIBERO simulator (Liu et al. 2023), as evaluation and recording both use it, by the rules of `libero_protocol`.
 
 An episode depends on its task and initial state alone, not on the episodes before it in the same process. What a
-policy sees is bit-identical to a plain loop around LIBERO's own environment (a test compares them), but drawn only
-when somebody looks: on a CPU, drawing takes nine tenths of the time.
+policy sees is what a plain loop around LIBERO's own environment gives, bit by bit where no fixture stands open (a test
+compares them); an open drawer or door may stand up to 1.3 cm elsewhere, because in LIBERO's own loop its place depends
+on what ran before. It is drawn only when somebody looks: on a CPU, drawing takes nine tenths of the time.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ import runpy
 import tempfile
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,6 +31,7 @@ import numpy as np
 from vla0_trl.envs.libero.protocol import MAX_STEPS, NUM_TASKS, TESTED_MUJOCO
 
 DEVICES = Path("/dev")
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each, with its UUID and number
 ASSETS_VARIABLE = "LIBERO_ASSETS"
 ASSETS_REPOSITORY = "lerobot/libero-assets"  # hf-libero: HF_ASSETS_REPO_ID
 _ASSET_FOLDERS = (
@@ -109,15 +112,23 @@ def choose_renderer() -> str:
 def egl_device() -> str:
     """The GPU to draw on: of several processes of a launcher, each its own; robosuite takes the first for all.
 
-    Raises:
-        LiberoError: there is none.
+    The first of EGL's devices, which is Mesa's, where there is no NVIDIA driver.
     """
-    gpus = [path.name.removeprefix("nvidia") for path in sorted(DEVICES.glob("nvidia[0-9]*"))]
-    if os.environ.get("CUDA_VISIBLE_DEVICES"):
-        gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
-    if not gpus:
-        raise LiberoError(f"egl draws on an NVIDIA GPU, and there is no {DEVICES}/nvidia0: use osmesa on a CPU")
-    return gpus[int(os.environ.get("LOCAL_RANK", 0)) % len(gpus)]
+    gpus = sorted((path.name.removeprefix("nvidia") for path in DEVICES.glob("nvidia[0-9]*")), key=int)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if gpus and visible != [""]:
+        by_uuid = _gpus_by_uuid()
+        gpus = [gpu if gpu.isdigit() else by_uuid.get(gpu, "0") for gpu in map(str.strip, visible)]
+    return gpus[int(os.environ.get("LOCAL_RANK", 0)) % len(gpus)] if gpus else "0"
+
+
+def _gpus_by_uuid() -> dict[str, str]:
+    """What CUDA_VISIBLE_DEVICES may hold instead of a number -> the number."""
+    gpus = {}
+    for path in NVIDIA_GPUS.glob("*/information"):
+        told = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+        gpus[told.get("GPU UUID", "").strip()] = told.get("Device Minor", "0").strip()
+    return gpus
 
 
 def prepare_simulator(assets_dir: str | Path | None = None) -> None:
@@ -131,23 +142,32 @@ def prepare_simulator(assets_dir: str | Path | None = None) -> None:
     os.environ["MUJOCO_GL"] = choose_renderer()
     if os.environ["MUJOCO_GL"] in ("egl", "osmesa"):
         os.environ["PYOPENGL_PLATFORM"] = os.environ["MUJOCO_GL"]
-    if os.environ["MUJOCO_GL"] == "egl":
-        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", egl_device())
+    if os.environ["MUJOCO_GL"] == "egl" and not os.environ.get("MUJOCO_EGL_DEVICE_ID"):
+        os.environ["MUJOCO_EGL_DEVICE_ID"] = egl_device()
     os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa draws small pictures faster without threads of its own
     # robosuite tells every process that it found no file with private settings; that is how it is meant to be
     logging.getLogger("robosuite_logs").addFilter(lambda record: "macro" not in record.getMessage())
-    before = os.environ.get("LIBERO_CONFIG_PATH")
-    with tempfile.TemporaryDirectory() as folder:
+    if os.environ["MUJOCO_GL"] == "egl":
+        with _variable("CUDA_VISIBLE_DEVICES", ""):  # it refuses a device that is not spelt in there, as of a UUID
+            import robosuite.utils.binding_utils  # noqa: F401
+    with tempfile.TemporaryDirectory() as folder, _variable("LIBERO_CONFIG_PATH", folder):
         (Path(folder) / "config.yaml").write_text("{}\n")
-        os.environ["LIBERO_CONFIG_PATH"] = folder
-        try:
-            import libero.libero
-        finally:
-            if before is None:
-                del os.environ["LIBERO_CONFIG_PATH"]
-            else:
-                os.environ["LIBERO_CONFIG_PATH"] = before
+        import libero.libero
     libero.libero._assets_path_cache = str(assets)
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """An environment variable, for a moment."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def check_mujoco() -> None:
@@ -173,14 +193,16 @@ def task_names(suite: str) -> list[str]:
 
 
 def instruction(name: str) -> str:
-    """What a policy is told: the name in words, without the scene; as LIBERO's benchmark and all datasets have it.
+    """What a policy is told, in training as in evaluation: a task's name in words, without the scene.
 
-    The BDDL files word it differently ("Pick the akita black bowl …"); policies are trained and tested on this.
+    So have it LIBERO's benchmark and all datasets on the Hub. The BDDL files, and with them `problem_info` in LIBERO's
+    HDF5 files, word 25 of the 40 tasks differently ("Pick the akita black bowl …").
     """
     words = name.split("_")
-    if name[0].isupper():  # KITCHEN_SCENE3_turn_on_…, LIVING_ROOM_SCENE2_put_…
-        words = words[1 + next(i for i, word in enumerate(words) if word.startswith("SCENE")) :]
-    return " ".join(words)
+    if name[:1].isupper():  # KITCHEN_SCENE3_turn_on_…, LIVING_ROOM_SCENE2_put_…
+        scene = next((at for at, word in enumerate(words) if word.startswith("SCENE")), -1)
+        words = words[scene + 1 :]
+    return " ".join(words).strip()
 
 
 def initial_states(suite: str, name: str) -> np.ndarray:
