@@ -80,7 +80,6 @@ def main() -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     device, dtype = resolve_device(args.device, args.dtype)
     try:
-        parser.check_positive(args, "num_envs", "max_steps", "num_episodes_per_task")
         episodes = protocol.select_episodes(args.suites, args.task_ids, args.num_episodes_per_task)
         conditions = {None: None} | {name: parse_perturbation(name) for name in args.perturb}
         checkpoint = checkpoint_folder(args.model_name_or_path)

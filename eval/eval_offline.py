@@ -8,6 +8,7 @@ that the policy generates from the stored frames, as on a robot, beside that of 
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from vla0_trl.config import VLAConfig
@@ -15,6 +16,7 @@ from vla0_trl.data.chat_dataset import load_chat_dataset
 from vla0_trl.evaluation.episode_log import provenance, write_json
 from vla0_trl.evaluation.open_loop import action_errors, pick_frames, token_accuracy
 from vla0_trl.evaluation.report.summary import OFFLINE
+from vla0_trl.manifest import trained_on
 from vla0_trl.models.fingerprint import checkpoint_hash
 from vla0_trl.models.loading import checkpoint_folder
 from vla0_trl.policy.policy import VLAPolicy
@@ -76,8 +78,14 @@ def main() -> None:
 
     policy = VLAPolicy.from_pretrained(checkpoint, args.device, args.dtype)
     errors = action_errors(policy, rows, dataset_config.cameras, args.batch_size)
+    known = trained_on(checkpoint)
+    same_dataset = known.get("dataset") == args.dataset_name
+    seen = set(known["episodes"]) & set(range(*episodes)) if same_dataset else set()
+    if seen:
+        print(f"warning: {len(seen)} of these episodes were trained on", file=sys.stderr)
     accuracy = token_accuracy(policy, rows, dataset_config.cameras, args.batch_size)
     data = {"dataset": args.dataset_name, "episodes": args.episodes, "num_frames": len(rows)}
+    data |= {"num_trained_on": len(seen)} if seen else {}
     data["decoding"] = policy.decoding
     about = provenance(str(policy.model.device), PACKAGES)
     write_json(args.output_dir / OFFLINE, run | data | {"token_accuracy": accuracy} | errors | about)

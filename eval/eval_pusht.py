@@ -71,7 +71,6 @@ def main() -> None:
     seeds = list(range(args.seed, args.seed + args.num_episodes))
     device, dtype = resolve_device(args.device, args.dtype)
     try:
-        parser.check_positive(args, "num_episodes", "num_envs", "max_steps")
         checkpoint = checkpoint_folder(args.model_name_or_path)
         config = evaluation_config(VLAConfig.from_pretrained(checkpoint), args)
         state = state_mode(config.state_dim)

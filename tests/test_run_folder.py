@@ -13,18 +13,8 @@ from support.general import contents
 
 from vla0_trl import run_folder
 from vla0_trl.files import write_whole
-from vla0_trl.run_folder import (
-    CHECKPOINT_FILE,
-    CONVERSION_NAME,
-    FolderError,
-    RunFolder,
-    checkpoints,
-    damage,
-    delete_claimed,
-    files_of,
-    last_checkpoint,
-    replace_folder,
-)
+from vla0_trl.manifest import CHECKPOINT_FILE, CONVERSION_NAME, damage, delete_claimed, files_of, replace_folder
+from vla0_trl.run_folder import FolderError, RunFolder, checkpoints, last_checkpoint
 
 WORK = {"format": 2, "source": {"name": "a"}}
 

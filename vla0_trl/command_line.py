@@ -17,6 +17,8 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from trl import TrlParser
 
+from vla0_trl.limits import check_limits
+
 T = TypeVar("T")
 
 
@@ -64,6 +66,7 @@ class ScriptParser(TrlParser):
         words = separated(sys.argv[1:] if words is None else words)
         try:
             arguments, others, unknown = self.parse_args_and_config(words, return_remaining_strings=True)
+            check_limits(vars(arguments) | vars(others))
         except (ValueError, OSError) as error:
             self.error(str(error))
         if unknown and not unknown_allowed:

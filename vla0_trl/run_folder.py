@@ -24,27 +24,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vla0_trl.config import CONFIG_NAME
 from vla0_trl.files import delete_leftovers, write_whole
+from vla0_trl.manifest import CONVERSION_NAME, damage, delete_claimed, move_files, read_json
 
 RUN_FILE = "run.json"  # every setting that changes what is learnt; `training.run` writes it
 STATE_FILE = "trainer_state.json"  # steps and logs: transformers' TRAINER_STATE_NAME, without importing its trainer
+BEST = "best"  # the policy that did best in the rollouts during training
 ENERGY_FILE = "energy.json"  # what the training took; `training.progress` writes it, `report` reads it
-CONVERSION_NAME = "conversion.json"  # a dataset's manifest
-CHECKPOINT_FILE = "checkpoint.json"  # a checkpoint's manifest
 
-_MANIFESTS = (CONVERSION_NAME, CHECKPOINT_FILE)
-# What versions before manifests listed files wrote beside these files.
-_BEFORE_MANIFESTS = {
-    CONVERSION_NAME: ("data/train-*.parquet", "README.md", "sample.png", CONFIG_NAME),
-    CONFIG_NAME: (
-        *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
-        *("*processor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-        *("merges.txt", "chat_template.*", "base_model.json", "README.md", "training_args.bin", STATE_FILE),
-        *("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "latest", "zero_to_fp32.py"),
-        *("global_step*/*", "optimizer_0/*", "pytorch_model_fsdp_0/*"),
-    ),
-}
 _NOT_OURS_TO_MIND = ("lost+found", ".lock", ".partial")  # an empty disk has the first, the others are the lock's own
 _SHORT_WAIT = 2.0  # seconds, for a process that is just letting go of the lock
 
@@ -179,7 +166,7 @@ class RunFolder:
         if whole.exists() and self.inside:
             if (whole / CONVERSION_NAME).exists() and (self.path / CONVERSION_NAME).exists():  # the old one's
                 delete_claimed(self.path)
-            _move_files(whole, self.path)
+            move_files(whole, self.path)
         elif whole.exists():
             if self.path.exists():
                 self.path.rename(replaced)
@@ -188,7 +175,7 @@ class RunFolder:
             return
         if replaced.exists():
             delete_claimed(replaced)
-            _move_files(replaced, self.path)
+            move_files(replaced, self.path)
         self.discard()
 
 
@@ -222,72 +209,6 @@ def differences(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "")
             yield f"{prefix}{name}: {str(there)[:60]} there, {str(here)[:60]} here"
 
 
-# -- manifests
-
-
-def files_of(folder: Path) -> dict[str, int]:
-    """The size of every file below a folder, by its relative name."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def damage(folder: Path) -> str | None:
-    """What keeps a dataset or checkpoint from being whole, in words; None if it is whole."""
-    manifest = next((folder / name for name in _MANIFESTS if (folder / name).is_file()), None)
-    if manifest is None:  # by an earlier version, which wrote this file last
-        return None if (folder / CONFIG_NAME).is_file() else "it was never finished"
-    listed = (read_json(manifest) or {}).get("files")
-    if listed is None:
-        return None if manifest.name == CONVERSION_NAME else f"{manifest.name} is damaged"
-    for name, size in listed.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            there = f"has {path.stat().st_size} bytes instead of {size}" if path.is_file() else "is missing"
-            return f"{name} {there}"
-    return None
-
-
-def claimed(folder: Path) -> list[Path]:
-    """The files of a dataset or checkpoint that we wrote, its manifest last; none of any other folder."""
-    for name, patterns in ((name, _BEFORE_MANIFESTS.get(name, ())) for name in (*_MANIFESTS, CONFIG_NAME)):
-        record = read_json(folder / name)
-        if record is not None:
-            listed = [folder / file for file in record.get("files", ())] if name in _MANIFESTS else []
-            files = listed or [path for pattern in patterns for path in folder.glob(pattern)]
-            home = folder.resolve()  # a manifest from elsewhere may name anything
-            return [path for path in files if path.resolve().is_relative_to(home)] + [folder / name]
-    return []
-
-
-def delete_claimed(folder: Path) -> None:
-    """Delete a dataset or checkpoint; what was put there beside it stays, the folder too then."""
-    for path in claimed(folder):
-        if not path.is_dir():
-            path.unlink(missing_ok=True)
-    _delete_empty_folders(folder)
-
-
-def replace_folder(fresh: Path, target: Path) -> None:
-    """Put a whole folder in another's place; after a kill in between the next call goes on from `target.old`."""
-    old = target.with_name(f"{target.name}.old")
-    if target.exists() and not old.exists():
-        target.rename(old)
-    elif target.exists():
-        delete_claimed(target)
-        _move_files(target, old)
-    fresh.rename(target)
-    restore_replaced(target)
-
-
-def restore_replaced(target: Path) -> None:
-    """What a kill inside [`replace_folder`] left: the old folder comes back, or its rest is tidied up."""
-    old = target.with_name(f"{target.name}.old")
-    if old.exists() and not target.exists():
-        old.rename(target)
-    elif old.exists():
-        delete_claimed(old)
-        _move_files(old, target)
-
-
 def checkpoints(output_dir: Path) -> list[Path]:
     """A run's folders checkpoint-N, the newest first, whole or not; other names are not ours."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
@@ -297,34 +218,6 @@ def checkpoints(output_dir: Path) -> list[Path]:
 def last_checkpoint(output_dir: Path) -> Path | None:
     """The newest whole checkpoint-N of a run."""
     return next((path for path in checkpoints(output_dir) if damage(path) is None), None)
-
-
-# -- small parts
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is none that can be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _move_files(source: Path, target: Path) -> None:
-    """Move all files, those that say that the folder is whole last; what is in `target` already stays."""
-    for path in sorted(source.rglob("*"), key=lambda path: (path.name in _MANIFESTS, path.name == CONFIG_NAME)):
-        place = target / path.relative_to(source)
-        if not path.is_dir() and not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(place)
-    _delete_empty_folders(source)
-
-
-def _delete_empty_folders(folder: Path) -> None:
-    for parent, _, _ in os.walk(folder, topdown=False):
-        with contextlib.suppress(OSError):
-            os.rmdir(parent)
 
 
 def _try_lock(file: Any, how: int) -> bool:

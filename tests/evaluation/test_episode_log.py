@@ -231,19 +231,18 @@ def test_aggregate():
     assert metrics.aggregate_tasks([*rows, rows[0] | {"task": "lift"}])["lift"]["num_episodes"] == 1
 
 
-def test_checkpoint_hash_covers_weights_and_configs_only(tmp_path):
-    for name in (
-        "config.json",
-        "vla_config.json",
-        "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors",
-    ):
+def test_checkpoint_hash_covers_all_that_decides_an_answer_and_no_more(tmp_path):
+    decide = ["config.json", "vla_config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    decide += ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"]
+    decide += ["processor_config.json", "special_tokens_map.json", "merges.txt"]
+    for name in decide:
         (tmp_path / name).write_text(name)
     first = checkpoint_hash(tmp_path)
     (tmp_path / "trainer_state.json").write_text("{}")
     (tmp_path / "optimizer.pt").write_text("")
+    (tmp_path / "checkpoint.json").write_text("{}")
     assert checkpoint_hash(tmp_path) == first
-    for name in ("config.json", "vla_config.json", "model-00002-of-00002.safetensors"):
+    for name in decide:
         (tmp_path / name).write_text("changed")
         assert checkpoint_hash(tmp_path) != first
         (tmp_path / name).write_text(name)

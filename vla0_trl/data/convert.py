@@ -24,15 +24,8 @@ from vla0_trl.config import VLAConfig
 from vla0_trl.data.episodes import EpisodeError, ImageFormat, Source
 from vla0_trl.data.shards import sorted_out, write_dataset
 from vla0_trl.data.staging import ConversionError, Staging
-from vla0_trl.run_folder import (
-    CONVERSION_NAME,
-    FolderError,
-    RunFolder,
-    belongs_to_another,
-    damage,
-    is_free,
-    read_json,
-)
+from vla0_trl.manifest import CONVERSION_NAME, damage, read_json
+from vla0_trl.run_folder import FolderError, RunFolder, belongs_to_another, is_free
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

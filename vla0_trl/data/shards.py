@@ -18,7 +18,7 @@ from vla0_trl.data.card import sampled_frames, write_card
 from vla0_trl.data.chat_dataset import SCHEMA, chat_rows, with_statistics
 from vla0_trl.data.episodes import EpisodeError
 from vla0_trl.data.staging import ConversionError, Staging, parquet_writer
-from vla0_trl.run_folder import CONVERSION_NAME, files_of
+from vla0_trl.manifest import CONVERSION_NAME, files_of
 
 ROW_GROUP_ROWS = 100  # what a reader must decompress to get at one row
 SHARD_BYTES = 400_000_000  # of staged episodes; with the text columns a shard stays below the Hub's usual 500 MB

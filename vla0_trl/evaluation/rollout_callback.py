@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +11,12 @@ from trl import SFTTrainer
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.evaluation.rollout import Environment, rollout
+from vla0_trl.manifest import replace_folder
 from vla0_trl.policy.policy import VLAPolicy
+from vla0_trl.run_folder import BEST
 
 # Rollouts during training choose checkpoints, so final evaluations use other seeds (eval_pusht.py starts at 100000).
 ROLLOUT_SEED = 50_000
-BEST = "best"
 
 
 class RolloutCallback(TrainerCallback):
@@ -61,12 +61,7 @@ class RolloutCallback(TrainerCallback):
 
     def _keep(self, output_dir: Path) -> None:
         """Replace `best` in one step, so that a kill leaves the old one or the new one."""
-        fresh, best, old = (output_dir / f"{BEST}{suffix}" for suffix in (".partial", "", ".old"))
-        if self.trainer.args.should_save:
-            shutil.rmtree(fresh, ignore_errors=True)  # half written when an earlier session was killed
+        fresh = output_dir / f"{BEST}.partial"
         self.trainer.save_policy(fresh)
         if self.trainer.args.should_save:
-            if best.exists():
-                best.rename(old)
-            fresh.rename(best)
-            shutil.rmtree(old, ignore_errors=True)
+            replace_folder(fresh, output_dir / BEST)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import uuid
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,9 +33,12 @@ from vla0_trl.evaluation.episode_log import (
 )
 from vla0_trl.evaluation.metrics import aggregate
 from vla0_trl.evaluation.rollout import EpisodeResult, rollout
+from vla0_trl.limits import check_limits
+from vla0_trl.manifest import read_json, trained_on
 from vla0_trl.models.fingerprint import checkpoint_hash
+from vla0_trl.models.loading import checkpoint_folder
 from vla0_trl.policy.policy import VLAPolicy
-from vla0_trl.run_folder import FolderError, read_json
+from vla0_trl.run_folder import FolderError
 
 NOT_ALL = "not all episodes are there: other processes go on, or run this again\n"
 
@@ -78,6 +82,10 @@ class EvaluationParser(argparse.ArgumentParser):
     def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
         """With `rank` and `num_processes`, as `accelerate launch` sets them, and a GPU of its own for each process."""
         parsed = super().parse_args(*args, **kwargs)
+        try:
+            check_limits(vars(parsed))
+        except ValueError as error:
+            self.error(str(error))
         parsed.rank, parsed.num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         parsed.launch = None
         if parsed.num_processes > 1:
@@ -96,11 +104,9 @@ class EvaluationParser(argparse.ArgumentParser):
             store.set("launch", uuid.uuid4().hex[:8])
         return store, store.get("launch").decode()
 
-    def check_positive(self, args: argparse.Namespace, *names: str) -> None:
-        """`ValueError` for the first of these flags that is below 1."""
-        for name in names:
-            if vars(args)[name] is not None and vars(args)[name] < 1:
-                raise ValueError(f"--{name} {vars(args)[name]} must be at least 1")
+    def error(self, message: str) -> None:
+        """One line, exit status 2."""
+        self.exit(2, f"error: {message}\n")
 
 
 def execution_config(config: VLAConfig, args: argparse.Namespace) -> VLAConfig:
@@ -147,7 +153,16 @@ def open_log(folder: Path, run: dict[str, Any], seeds: Sequence[Seed], args: arg
     """This process's log of a run; see [`EpisodeLog`] for what it raises."""
     # A process without a share may come after the others have finished: it must not delete what they did.
     overwrite = args.overwrite and bool(seeds[args.rank :: args.num_processes])
-    return EpisodeLog(folder, run, overwrite, args.launch, args.rank)
+    log = EpisodeLog(folder, run, overwrite, args.launch, args.rank)
+    if count := num_trained_on(checkpoint_folder(args.model_name_or_path), seeds):
+        print(f"warning: {count} of {len(seeds)} episodes begin as ones that were trained on", file=sys.stderr)
+    return log
+
+
+def num_trained_on(checkpoint: Path, seeds: Sequence[Seed]) -> int:
+    """How many of these episodes have a seed that the checkpoint's training data was recorded on."""
+    seen = {tuple(seed) if isinstance(seed, list) else seed for seed in trained_on(checkpoint).get("seeds", ())}
+    return sum(seed in seen for seed in seeds)
 
 
 def missing_share(log: EpisodeLog, seeds: Sequence[Seed], args: argparse.Namespace) -> list[Seed]:
@@ -203,6 +218,8 @@ def finish(
     log.check(rows)
     merge_shards(log.folder)
     results = log.run | aggregate(rows) | more(rows) | ways_of_decoding(rows) | {"seeds": asked}
+    if count := num_trained_on(checkpoint_folder(log.run["checkpoint"]), seeds):
+        results["num_trained_on"] = count
     results = json.loads(json.dumps(results))
     there = read_json(log.folder / RESULTS) or {}
     if there | results != there:

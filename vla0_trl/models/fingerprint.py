@@ -12,6 +12,8 @@ from vla0_trl.config import CONFIG_NAME
 
 ADAPTER_CONFIG = "adapter_config.json"
 BASE_FINGERPRINT = "base_model.json"  # beside an adapter: of which weights it is a change
+_DECIDE = ("*.safetensors", CONFIG_NAME, "config.json", ADAPTER_CONFIG, "*processor_config.json", "tokenizer*")
+_DECIDE += ("chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 _PROBES, _PROBE_BYTES = 64, 4096
 
 
@@ -64,9 +66,8 @@ def weight_files(name_or_path: str | Path, revision: str | None = None) -> list[
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """sha256 over what decides a checkpoint's answers: its configs and weights, in the order of their names."""
-    names = {CONFIG_NAME, "config.json", "adapter_config.json"}
-    paths = sorted(path for path in folder.iterdir() if path.name in names or path.suffix == ".safetensors")
+    """sha256 over all that decides a checkpoint's answers: weights, configs, processor, tokenizer, chat template."""
+    paths = sorted({path for pattern in _DECIDE for path in folder.glob(pattern)})
     if not any(path.suffix == ".safetensors" for path in paths):
         raise FileNotFoundError(f"{folder} has no *.safetensors: not a whole checkpoint")
     digest = hashlib.sha256()

@@ -1,54 +1,143 @@
-"""Checkpoints that are whole: what a kill leaves half written is never taken for a policy."""
+"""Checkpoints that are whole: what a kill leaves half written is never taken for a policy, and never resumed from."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from vla0_trl.config import CONFIG_NAME, VLAConfig
+from vla0_trl.manifest import (
+    CHECKPOINT_FILE,
+    claimed,
+    damage,
+    delete_claimed,
+    files_of,
+    read_json,
+    trained_on,
+    write_manifest,
+)
 from vla0_trl.models.fingerprint import is_adapter, save_base_fingerprint
+from vla0_trl.run_folder import STATE_FILE, FolderError, checkpoints
+from vla0_trl.training.arguments import VLASFTConfig
+
+# Files of a checkpoint that only a training needs, by how their names begin.
+_FOR_RESUMING = ("optimizer", "scheduler", "scaler", "rng_state", "latest", "zero_to_fp32")
 
 
 class CheckpointingTrainer(SFTTrainer):
-    """`SFTTrainer` that saves `vla_config` with every checkpoint, as the last file: if it exists, all of it does."""
+    """`SFTTrainer` that saves `vla_config` with every checkpoint, and a list of its files, as the last one."""
 
     vla_config: VLAConfig
+    trained_on: dict[str, Any]
 
-    def save_policy(self, directory: Path) -> None:
-        """Save a self-sufficient checkpoint; all processes call it."""
+    def save_policy(self, directory: Path, with_state: bool = False) -> None:
+        """Save a self-sufficient checkpoint, with the state of a finished run beside it; all processes call it."""
         with self._marked_whole(directory):
             self.save_model(str(directory))
+            if with_state:
+                self.save_state()  # into output_dir
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         # Old checkpoints may only go once the new one is whole, or a kill in between would leave none.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         try:
-            checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            if self.args.should_save and checkpoint.exists() and not (checkpoint / CONFIG_NAME).exists():
-                shutil.rmtree(checkpoint)  # half written when an earlier session was killed
-            self.accelerator.wait_for_everyone()
             with self._marked_whole(checkpoint):
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        if self.args.should_save:
-            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+        if self.args.should_save and limit:
+            best = Path(self.state.best_model_checkpoint or "").name
+            whole = [path for path in checkpoints(Path(self.args.output_dir)) if damage(path) is None]
+            for path in [path for path in whole if path.name != checkpoint.name][limit - 1 :]:
+                if path.name != best:
+                    delete_claimed(path)
 
     @contextmanager
     def _marked_whole(self, directory: Path) -> Iterator[None]:
-        """`vla_config.json` is gone while a checkpoint is written, and back once all processes have written theirs."""
+        """The manifest is gone while a checkpoint is written, and back once all processes have written theirs."""
+        not_ours: set[str] = set()
         if self.args.should_save:
-            (directory / CONFIG_NAME).unlink(missing_ok=True)
+            delete_claimed(directory, unfinished=True)  # half written when an earlier session was killed, perhaps
+            not_ours = set(files_of(directory))
+        self.accelerator.wait_for_everyone()
         yield
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             if is_adapter(directory):
                 save_base_fingerprint(directory)
             self.vla_config.save_pretrained(directory)
+            files = files_of(directory)
+            files = {name: size for name, size in files.items() if name not in not_ours}
+            write_manifest(directory, files, self.trained_on)
+
+
+def resume_point(output_dir: Path, asked: str | None, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from: the newest that is whole and has an optimizer's state; None: from the beginning.
+
+    Args:
+        asked (`str`, *optional*): `resume_from_checkpoint`.
+        say (`Callable`): prints what is passed over, and why.
+
+    Raises:
+        FolderError: only checkpoints without an optimizer's state are left, so losses would be other ones.
+    """
+    problem = None
+    for checkpoint in [Path(asked)] if asked else checkpoints(output_dir):
+        problem = damage(checkpoint)
+        if problem is None and any("optim" in str(path.relative_to(checkpoint)) for path in claimed(checkpoint)):
+            return checkpoint
+        lacks_optimizer = problem is None
+        problem = problem or "it has no optimizer's state (save_only_model?)"
+        if asked or lacks_optimizer:
+            raise FolderError(
+                f"{checkpoint} can't be resumed from: {problem}. Start again with --overwrite, or begin another run "
+                f"from its weights: --model_name_or_path {checkpoint}"
+            )
+        say(f"warning: {checkpoint} is passed over: {problem}")
+    return None
+
+
+def finish_from_checkpoint(training: VLASFTConfig) -> bool:
+    """Make the final policy of a run that was killed after its last step, while it saved; whether it was so."""
+    output_dir = Path(training.output_dir)
+    last = next((path for path in checkpoints(output_dir) if damage(path) is None), None)
+    state = read_json(last / STATE_FILE) if last else None
+    if state is None or not _is_trained(state, training):
+        return False
+    if training.should_save:
+        delete_claimed(output_dir, unfinished=True)
+        files = [path for path in claimed(last) if path.parent == last and not path.name.startswith(_FOR_RESUMING)]
+        copies = [shutil.copy2(path, output_dir) for path in files if path.name != CHECKPOINT_FILE]
+        sizes = {Path(copy).name: Path(copy).stat().st_size for copy in copies}
+        write_manifest(output_dir, sizes, trained_on(last))
+    return True
+
+
+def is_finished(training: VLASFTConfig) -> bool:
+    """Whether `output_dir` holds the final policy of a run at least as long as this one."""
+    folder = Path(training.output_dir)
+    state = read_json(folder / STATE_FILE)
+    if state is None or not (folder / CONFIG_NAME).is_file() or damage(folder) is not None:
+        return False
+    if training.max_steps > 0:
+        return state["max_steps"] >= training.max_steps
+    return state["num_train_epochs"] >= training.num_train_epochs
+
+
+def _is_trained(state: dict[str, Any], training: VLASFTConfig) -> bool:
+    """Whether a checkpoint with this state is of the last step that this run would take."""
+    threshold = training.stop_at_token_accuracy
+    logged = [entry["mean_token_accuracy"] for entry in state["log_history"] if "loss" in entry]
+    if threshold is not None and logged and logged[-1] >= threshold:
+        return True
+    if training.max_steps > 0:
+        return state["global_step"] >= training.max_steps
+    return state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= training.num_train_epochs

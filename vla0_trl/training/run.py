@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,36 +17,30 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from vla0_trl.config import CONFIG_NAME, VLAConfig
+from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import align_config, episode_indices, load_chat_dataset, tasks_of
-from vla0_trl.files import write_whole
+from vla0_trl.limits import check_limits
 from vla0_trl.models.adapters import check_tied_targets
 from vla0_trl.models.fingerprint import base_model_of, is_adapter
 from vla0_trl.models.loading import IMAGE_ENCODER, freeze_vision, load_model, load_processor, set_image_size
 from vla0_trl.models.nano import NANO, build_nano, nano_from_dict
 from vla0_trl.processing.chat import prompt_messages
-from vla0_trl.run_folder import RUN_FILE, STATE_FILE, last_checkpoint
+from vla0_trl.run_folder import FolderError, RunFolder
 from vla0_trl.training.arguments import DataArguments, VLASFTConfig, parse_recipe
+from vla0_trl.training.checkpoints import finish_from_checkpoint, is_finished, resume_point
+from vla0_trl.training.claim import BASE_MODEL, begin_run, episodes_trained_on, hold_run, run_identity
 from vla0_trl.training.not_finite import NotFiniteError
-from vla0_trl.training.progress import describe_run, global_batch_size
+from vla0_trl.training.progress import describe_run
 from vla0_trl.training.trainer import VLATrainer
 
-BASE_MODEL = "base_model"
-# What a run is: change one of these, and it is another run. How long it goes on, what is logged, and on how many GPUs
-# the same batch is spread may change.
-_IDENTITY = {
-    DataArguments: "dataset_name dataset_revision num_eval_episodes",
-    ModelConfig: "model_name_or_path model_revision dtype load_in_4bit load_in_8bit use_peft lora_r lora_alpha "
-    "lora_dropout lora_target_modules use_rslora use_dora",
-    VLASFTConfig: "learning_rate lr_scheduler_type warmup_steps weight_decay optim max_grad_norm adam_beta1 "
-    "adam_beta2 adam_epsilon bf16 seed nano freeze_vision mask_max mask_skip mask_full mask_labels mask_unit "
-    "label_smoothing_bins muon_adamw_learning_rate",
-}
+
+class SetupError(ValueError):
+    """A trainer can't be built from these settings; the message says what to change."""
 
 
 @dataclass
 class Run:
-    """A run that may begin: arguments that fit the dataset, and an output folder that is ours."""
+    """A run that may begin: arguments that fit the dataset, and an output folder that nobody else has."""
 
     data: DataArguments
     training: VLASFTConfig
@@ -55,6 +48,16 @@ class Run:
     dataset: Dataset
     stored_cameras: list[str]
     config: VLAConfig
+    identity: dict[str, Any]
+    folder: RunFolder | None  # held by one process of all
+    begun: bool = False
+
+    def begin(self) -> None:
+        """Make the folder this run's; all processes call it, before anything is written there."""
+        with self.training.main_process_first(local=False, desc="claiming the output folder"):
+            if self.folder is not None and not self.begun:
+                begin_run(self.folder, self.identity, self.training.overwrite)
+        self.begun = True
 
 
 RolloutFactory = Callable[[VLATrainer], TrainerCallback]
@@ -74,27 +77,29 @@ def main(default_config: Path, description: str, rollouts: RolloutFactory | None
         sys.exit(f"error: {error}")
     try:
         finished = train(run, rollouts)
-    except NotFiniteError as error:
+    except (NotFiniteError, SetupError, FolderError) as error:
         sys.exit(f"error: {error}")
     if not finished:
         sys.exit(130)
 
 
 def prepare(data: DataArguments, training: VLASFTConfig, model_args: ModelConfig) -> Run:
-    """Read the dataset, fit its config to the recipe's changes, and claim the output folder.
+    """Read the dataset, fit its config to the recipe's changes, and hold the output folder; nothing is written yet.
 
     Raises:
         ValueError: the dataset can't give what the recipe asks for, or the folder belongs to another run.
         FileNotFoundError: there is no such dataset.
     """
+    check_limits(vars(data) | vars(training) | vars(model_args))
     dataset, stored = load_chat_dataset(data.dataset_name, revision=data.dataset_revision)
     config = align_config(dataset, stored, **data.overrides())
     config.base_model = model_args.model_name_or_path
+    identity, folder = run_identity(data, training, model_args, config), None
     # One process of all machines: their output_dir is on storage that they share.
-    with training.main_process_first(local=False, desc="claiming the output folder"):
+    with training.main_process_first(local=False, desc="holding the output folder"):
         if training.should_save:
-            claim_run(data, training, model_args, config)
-    return Run(data, training, model_args, dataset, stored.cameras, config)
+            folder = hold_run(identity, training.output_dir, training.overwrite)
+    return Run(data, training, model_args, dataset, stored.cameras, config, identity, folder)
 
 
 def train(run: Run, rollouts: RolloutFactory | None = None) -> bool:
@@ -103,53 +108,65 @@ def train(run: Run, rollouts: RolloutFactory | None = None) -> bool:
     Returns:
         Whether the run is finished; False after Ctrl-C, with a checkpoint to go on from.
     """
+    try:
+        return _train(run, rollouts)
+    finally:
+        if run.folder is not None:
+            run.folder.close()
+
+
+def _train(run: Run, rollouts: RolloutFactory | None) -> bool:
     training, output_dir = run.training, Path(run.training.output_dir)
-    if is_finished(training):
+    if is_finished(training) and not training.overwrite:
         print(f"already trained: {output_dir} (--overwrite to start again, a larger --max_steps to go on)")
         return True
-    train_set, eval_set = hold_out(run.dataset, run.data.num_eval_episodes)
-    messages = [message for task in tasks_of(run.dataset) for message in prompt_messages(run.config, task)]
-    prompts = [message["content"] for message in messages]
-    model, processor = load_backbone(run.model_args, training, run.config, prompts)
-    trainer = VLATrainer(
-        model=model,
-        args=training,
-        vla_config=run.config,
-        processing_class=processor,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        stored_cameras=run.stored_cameras,
-        peft_config=lora_config(run.model_args, training),
-    )
-    if isinstance(trainer.model, PeftModel):
-        check_tied_targets(trainer.model)
-    if training.rollout_steps:
-        trainer.add_callback(rollouts(trainer))
-    trainer.accelerator.print(describe_run(trainer, trainer.eval_collator))
-    resume = training.resume_from_checkpoint or last_checkpoint(output_dir)
+    if not training.overwrite and finish_from_checkpoint(training):
+        print(f"policy saved in {output_dir}: its last step was done already")
+        return True
+    try:
+        trainer = build_trainer(run, rollouts)
+    except (ValueError, OSError) as error:
+        raise SetupError(str(error)) from error
+    say = trainer.accelerator.print
+    say(describe_run(trainer, trainer.eval_collator))
+    run.begin()
+    resume = resume_point(output_dir, training.resume_from_checkpoint, say)
     if resume:
-        trainer.accelerator.print(f"continuing from {resume}")
+        say(f"continuing from {resume}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.interrupted:
-        trainer.accelerator.print(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
+        say(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
         return False
-    trainer.save_policy(output_dir)
-    trainer.save_state()
-    trainer.accelerator.print(f"policy saved in {output_dir}")
+    trainer.save_policy(output_dir, with_state=True)
+    say(f"policy saved in {output_dir}")
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=run.data.dataset_name)
     return True
 
 
-def is_finished(training: VLASFTConfig) -> bool:
-    """Whether `output_dir` holds the final policy of a run at least as long as this one."""
-    state = Path(training.output_dir) / STATE_FILE
-    if not (state.is_file() and (state.parent / CONFIG_NAME).is_file()):
-        return False
-    done = json.loads(state.read_text())
-    if training.max_steps > 0:
-        return done["max_steps"] >= training.max_steps
-    return done["num_train_epochs"] >= training.num_train_epochs
+def build_trainer(run: Run, rollouts: RolloutFactory | None = None) -> VLATrainer:
+    """Backbone, processor and trainer of a run, as its arguments say."""
+    train_set, eval_set = hold_out(run.dataset, run.data.num_eval_episodes)
+    messages = [message for task in tasks_of(run.dataset) for message in prompt_messages(run.config, task)]
+    prompts = [message["content"] for message in messages]
+    model, processor = load_backbone(run.model_args, run.training, run.config, prompts, run.begin)
+    trainer = VLATrainer(
+        model=model,
+        args=run.training,
+        vla_config=run.config,
+        processing_class=processor,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        stored_cameras=run.stored_cameras,
+        peft_config=lora_config(run.model_args, run.training),
+    )
+    if isinstance(trainer.model, PeftModel):
+        check_tied_targets(trainer.model)
+    episodes = np.unique(episode_indices(train_set)).tolist()
+    trainer.trained_on = episodes_trained_on(run.data.dataset_name, episodes)
+    if run.training.rollout_steps:
+        trainer.add_callback(rollouts(trainer))
+    return trainer
 
 
 def hold_out(dataset: Dataset, num_eval_episodes: int) -> tuple[Dataset, Dataset | None]:
@@ -165,12 +182,17 @@ def hold_out(dataset: Dataset, num_eval_episodes: int) -> tuple[Dataset, Dataset
 
 
 def load_backbone(
-    model_args: ModelConfig, training: VLASFTConfig, config: VLAConfig, prompts: Sequence[str] = ()
+    model_args: ModelConfig,
+    training: VLASFTConfig,
+    config: VLAConfig,
+    prompts: Sequence[str] = (),
+    begin: Callable[[], None] = lambda: None,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The model to train and its processor, as `model_name_or_path` names it; `nano` is built on the spot.
 
     Args:
         prompts: texts whose words may get tokens of their own in a nano backbone.
+        begin: called before anything is written into `output_dir`.
     """
     name, revision = model_args.model_name_or_path, model_args.model_revision
     if name == NANO:
@@ -178,14 +200,15 @@ def load_backbone(
             nano = nano_from_dict(training.nano)
             model, processor = build_nano(nano, training.seed, config.num_bins, prompts)
             model = model.to(getattr(torch, model_args.dtype))
+        set_image_size(processor, model.config, config)
         if not model_args.use_peft:
-            set_image_size(processor, model.config, config)
             if training.freeze_vision:
                 freeze_vision(model)
             return model, processor
         # An adapter names its base model, so that must exist somewhere: beside the run.
         name, revision = str((Path(training.output_dir) / BASE_MODEL).resolve()), None
         config.base_model = name
+        begin()
         with training.main_process_first(local=False, desc="saving the nano backbone"):
             if training.should_save:
                 model.save_pretrained(name)
@@ -245,31 +268,3 @@ def check_same_adapter(asked: PeftConfig, adapter: str) -> None:
                 f"{adapter} is an adapter with {name}={has}, which is trained further, so {name}={wanted} would do "
                 "nothing: leave it out, or merge the adapter first (recipes/merge_adapter.py) and train a new one"
             )
-
-
-def claim_run(data: DataArguments, training: VLASFTConfig, model_args: ModelConfig, config: VLAConfig) -> None:
-    """Mark `output_dir` as this run's, by a file with every setting that changes what is learnt.
-
-    Raises:
-        ValueError: something else is there; names the settings that differ.
-    """
-    output_dir = Path(training.output_dir)
-    settings = {name: getattr(a, name) for a in (data, model_args, training) for name in _IDENTITY[type(a)].split()}
-    settings |= {"global_batch": global_batch_size(training), "vla_config": config.to_dict()}
-    identity = json.loads(json.dumps(settings, default=str))
-    file = output_dir / RUN_FILE
-    if file.exists() and training.overwrite:
-        shutil.rmtree(output_dir)
-    elif file.exists():
-        other = json.loads(file.read_text())
-        changed = sorted(key for key in identity.keys() | other.keys() if identity.get(key) != other.get(key))
-        if changed:
-            shown = ", ".join(f"{key}: {other.get(key)!r} there, {identity.get(key)!r} here" for key in changed[:3])
-            raise ValueError(
-                f"{output_dir} belongs to another run ({shown}{' …' if len(changed) > 3 else ''}): choose another "
-                "--output_dir, or --overwrite to start again"
-            )
-    elif output_dir.is_dir() and any(output_dir.iterdir()):
-        raise ValueError(f"{output_dir} is not empty and was not made by a recipe: choose another --output_dir")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(identity, indent=2) + "\n")

@@ -46,6 +46,7 @@ class VLATrainer(CheckpointingTrainer):
         eval_dataset: Dataset | None = None,
         peft_config: PeftConfig | None = None,
     ):
+        self.trained_on: dict[str, Any] = {}
         self.vla_config, self.interrupted, self._trace = vla_config, False, RowTrace()
         prepare_for_training(model)
         # Compiled steps want batches of one length, and tensor cores a multiple of 8.

@@ -1,0 +1,79 @@
+"""Every number that a script or a recipe can be told has limits: what lies outside is one line with its name."""
+
+import sys
+from dataclasses import dataclass, fields
+
+import pytest
+from support.general import load_script
+from trl import ModelConfig
+
+from vla0_trl.command_line import option, parse
+from vla0_trl.limits import LIMITS, check_limits
+from vla0_trl.training.arguments import DataArguments, VLASFTConfig
+
+BAD = [
+    ({"num_episodes": 0}, "--num_episodes 0 must be at least 1"),
+    ({"num_envs": -1}, "--num_envs -1 must be at least 1"),
+    ({"batch_sizes": [1, 0]}, "--batch_sizes 0 must be at least 1"),
+    ({"num_videos": -1}, "--num_videos -1 must be at least 0"),
+    ({"max_steps": -1}, "--max_steps -1 must be at least 1"),
+    ({"max_steps": 0, "num_train_epochs": 1.0}, "--max_steps 0 must be at least 1"),
+    ({"max_steps": 10**12}, "--max_steps 1000000000000 must be at most 1000000000"),
+    ({"learning_rate": float("nan")}, "--learning_rate nan must be a finite number"),
+    ({"learning_rate": -1.0}, "--learning_rate -1.0 must be at least 0"),
+    ({"weight_decay": float("inf")}, "--weight_decay inf must be a finite number"),
+    ({"some_other_number": float("nan")}, "--some_other_number nan must be a finite number"),
+    ({"mask_max": 1.5}, "--mask_max 1.5 must be at most 1"),
+    ({"expert_mix": float("nan")}, "--expert_mix nan must be a finite number"),
+    ({"noise_fraction": -0.1}, "--noise_fraction -0.1 must be at least 0"),
+    ({"seed": -1}, "--seed -1 must be at least 0"),
+    ({"seed": 2**32}, "--seed 4294967296 must be at most 4294967295"),
+    ({"save_steps": -0.5}, "--save_steps -0.5 must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD, ids=str)
+def test_a_number_out_of_its_limits_is_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        check_limits(settings)
+
+
+def test_what_lies_inside_passes():
+    check_limits({"max_steps": -1, "num_train_epochs": 3.0, "save_steps": 0.5, "mask_max": 1, "seed": 2**32 - 1})
+    check_limits({"num_episodes": 1, "overwrite": False, "seed": None, "normalization": "nan", "probe_steps": 0})
+
+
+def test_recipes_defaults_lie_inside_and_every_name_is_somebodys(tmp_path):
+    recipe = [VLASFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), DataArguments(dataset_name="a")]
+    check_limits({name: value for part in (*recipe, ModelConfig()) for name, value in vars(part).items()})
+    counts = {f.name for part in (*recipe, ModelConfig()) for f in fields(part) if f.type in (int, "int")}
+    known_otherwise = {"local_rank", "lora_r", "logging_steps", "max_length", "ddp_bucket_cap_mb"}
+    assert counts - LIMITS.keys() - known_otherwise == set(), "a whole number without limits"
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    num_episodes: int = option(3)
+    expert_mix: float = option(0.0)
+
+
+@pytest.mark.parametrize("words", ["--num_episodes 0", "--num_episodes nan", "--expert_mix nan", "--expert_mix 2"])
+def test_every_script_says_it_in_one_line(words, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse(Arguments, "", words.split())
+    printed = capsys.readouterr().err
+    assert exit_info.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
+    assert words.split()[0] in printed
+
+
+@pytest.mark.parametrize("script", ["eval/eval_pusht.py", "eval/eval_libero.py"])
+@pytest.mark.parametrize(
+    "flag", ["--num_envs=0", "--max_steps=-1", "--num_videos=-1", "--ensemble_decay=nan", "--n_action_steps=x"]
+)
+def test_evaluations_say_it_in_one_line(script, flag, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script, "--model_name_or_path", "m", "--output_dir", "o", flag])
+    with pytest.raises(SystemExit) as exit_info:
+        load_script(script).main()
+    printed = capsys.readouterr().err
+    assert exit_info.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
+    assert flag.split("=")[0] in printed

@@ -1,0 +1,54 @@
+"""From where to where a number may go: every count, share, size and seed that a script or a recipe can be told."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+_COUNT, _MAYBE_NONE, _SHARE, _SIZE, _SEED = (1, 10**9), (0, 10**9), (0, 1), (0, math.inf), (0, 2**32 - 1)
+_NAMES = {
+    _COUNT: """
+        per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha
+        rollout_episodes save_total_limit chunk_size n_action_steps ensemble_size image_size num_bins logging_steps
+        eval_steps save_steps dataset_num_proc pad_to_multiple_of dataloader_prefetch_factor max_steps
+        num_episodes num_envs num_proc max_episodes_per_task episodes_per_task num_episodes_per_task num_frames
+        batch_size batch_sizes rows steps turns chunks dagger_episodes
+    """,
+    _MAYBE_NONE: """
+        num_eval_episodes rollout_steps probe_steps dagger_steps dataloader_num_workers warmup_steps eval_delay
+        eval_accumulation_steps torch_empty_cache_steps ddp_timeout num_videos first_init_state warmup jitter
+        num_workers
+    """,
+    _SHARE: """
+        mask_max mask_skip mask_full label_smoothing_factor adam_beta1 adam_beta2 lora_dropout crop_ratio
+        stop_at_token_accuracy dagger_fraction noise_fraction expert_mix
+    """,
+    _SIZE: """
+        learning_rate muon_adamw_learning_rate weight_decay max_grad_norm adam_epsilon neftune_noise_alpha
+        num_train_epochs action_noise ensemble_decay card_gib max_gb peak_tflops
+    """,
+    _SEED: "seed data_seed",
+}
+LIMITS = {name: limits for limits, names in _NAMES.items() for name in names.split()}
+_SHARE_OF_RUN = ("logging_steps", "eval_steps", "save_steps", "warmup_steps")  # below 1, in transformers
+
+
+def check_limits(settings: dict[str, Any]) -> None:
+    """Check the numbers among some settings, by their names; other names only for being finite.
+
+    Raises:
+        ValueError: names the first that is out of its limits, and these.
+    """
+    for name, setting in settings.items():
+        for value in setting if isinstance(setting, list) else [setting]:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            low, high = LIMITS.get(name, (-math.inf, math.inf))
+            if name == "max_steps" and "num_train_epochs" in settings and value == -1:
+                continue  # transformers' way to say that the epochs count
+            if not math.isfinite(value):
+                raise ValueError(f"--{name} {value} must be a finite number")
+            if value < low and not (name in _SHARE_OF_RUN and value > 0):
+                raise ValueError(f"--{name} {value} must be at least {low}")
+            if value > high:
+                raise ValueError(f"--{name} {value} must be at most {high}")

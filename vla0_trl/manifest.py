@@ -1,0 +1,134 @@
+"""What belongs to a dataset or a checkpoint, and whether it is whole: a manifest, written last, lists files and sizes.
+
+Only what a manifest lists is ever deleted. Notes and evaluations that users keep in such a folder stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vla0_trl.config import CONFIG_NAME
+from vla0_trl.files import write_whole
+
+CONVERSION_NAME = "conversion.json"  # a dataset's manifest
+CHECKPOINT_FILE = "checkpoint.json"  # a checkpoint's manifest
+
+_MANIFESTS = (CONVERSION_NAME, CHECKPOINT_FILE)
+# What versions before manifests listed files wrote beside these files.
+_BEFORE_MANIFESTS = {
+    CONVERSION_NAME: ("data/train-*.parquet", "README.md", "sample.png", CONFIG_NAME),
+    CONFIG_NAME: (
+        *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
+        *("*processor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+        *("merges.txt", "chat_template.*", "base_model.json", "README.md", "training_args.bin", "trainer_state.json"),
+        *("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "latest", "zero_to_fp32.py"),
+        *("global_step*/*", "optimizer_0/*", "pytorch_model_fsdp_0/*"),
+    ),
+}
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    """The size of every file below a folder, by its relative name."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def damage(folder: Path) -> str | None:
+    """What keeps a dataset or checkpoint from being whole, in words; None if it is whole."""
+    manifest = next((folder / name for name in _MANIFESTS if (folder / name).is_file()), None)
+    if manifest is None:  # by an earlier version, which wrote this file last
+        return None if (folder / CONFIG_NAME).is_file() else "it was never finished"
+    listed = (read_json(manifest) or {}).get("files")
+    if listed is None:
+        return None if manifest.name == CONVERSION_NAME else f"{manifest.name} is damaged"
+    for name, size in listed.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            there = f"has {path.stat().st_size} bytes instead of {size}" if path.is_file() else "is missing"
+            return f"{name} {there}"
+    return None
+
+
+def claimed(folder: Path, unfinished: bool = False) -> list[Path]:
+    """The files of a dataset or checkpoint that we wrote, its manifest last; none of any other folder.
+
+    Args:
+        unfinished (`bool`): something else says that the folder is ours: it may have no manifest yet.
+    """
+    for name in (*_MANIFESTS, CONFIG_NAME):
+        record = read_json(folder / name)
+        if record is not None or (unfinished and name == CONFIG_NAME):
+            listed = (record or {}).get("files", ()) if name in _MANIFESTS else ()
+            patterns = () if listed else _BEFORE_MANIFESTS.get(name, ())
+            files = [folder / file for file in listed] + [p for pattern in patterns for p in folder.glob(pattern)]
+            home = folder.resolve()  # a manifest from elsewhere may name anything
+            return [path for path in files if path.resolve().is_relative_to(home)] + [folder / name]
+    return []
+
+
+def delete_claimed(folder: Path, unfinished: bool = False) -> None:
+    """Delete a dataset or checkpoint; what was put there beside it stays, the folder too then."""
+    for path in claimed(folder, unfinished):
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+    _delete_empty_folders(folder)
+
+
+def replace_folder(fresh: Path, target: Path) -> None:
+    """Put a whole folder in another's place; after a kill in between the next call goes on from `target.old`."""
+    old = target.with_name(f"{target.name}.old")
+    if target.exists() and not old.exists():
+        target.rename(old)
+    elif target.exists():
+        delete_claimed(target)
+        move_files(target, old)
+    fresh.rename(target)
+    restore_replaced(target)
+
+
+def restore_replaced(target: Path) -> None:
+    """What a kill inside [`replace_folder`] left: the old folder comes back, or its rest is tidied up."""
+    old = target.with_name(f"{target.name}.old")
+    if old.exists() and not target.exists():
+        old.rename(target)
+    elif old.exists():
+        delete_claimed(old)
+        move_files(old, target)
+
+
+def write_manifest(checkpoint: Path, files: dict[str, int], trained_on: dict[str, Any]) -> None:
+    """Say that a checkpoint is whole, by the names and sizes of its files; and what it has learnt from."""
+    write_whole(checkpoint / CHECKPOINT_FILE, json.dumps({"files": files, "trained_on": trained_on}) + "\n")
+
+
+def trained_on(checkpoint: Path) -> dict[str, Any]:
+    """`dataset`, `episodes` and simulator's `seeds` that a policy has learnt from; empty where nothing is known."""
+    return (read_json(checkpoint / CHECKPOINT_FILE) or {}).get("trained_on", {})
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Move all files, those that say that the folder is whole last; what is in `target` already stays."""
+    for path in sorted(source.rglob("*"), key=lambda path: (path.name in _MANIFESTS, path.name == CONFIG_NAME)):
+        place = target / path.relative_to(source)
+        if not path.is_dir() and not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(place)
+    _delete_empty_folders(source)
+
+
+def _delete_empty_folders(folder: Path) -> None:
+    for parent, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(parent)
