@@ -18,7 +18,7 @@ def test_the_forward_pass_is_one_graph_without_syncs_and_equals_transformers():
     """On a batch with padding, of two images a row; compiled, ours and transformers' give the same gradients."""
     theirs, _ = build_nano(NanoConfig(**TINY))
     ours = copy.deepcopy(theirs)
-    forward.prepare_for_training(ours)
+    forward.TrainingForward(ours)
     ids = torch.randint(5, 200, (3, 40), generator=torch.manual_seed(0))
     ids[:, 3:7] = ids[:, 9:13] = ours.config.image_token_id
     kept = (torch.arange(40) < torch.tensor([[40], [33], [28]])).long()

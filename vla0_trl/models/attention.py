@@ -2,37 +2,104 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from vla0_trl.internals import FAST, STOCK, raised
 from vla0_trl.models.loading import SMOLVLM
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 _ATTENTION = "vla0_training"
+# By how much the losses of tokens may differ on average, in float32 and below. Measured: 0 and 0.001; 0.1 with the
+# images of another row.
+_ROUNDING, _ROUNDING_REDUCED = 1e-3, 2e-2
 _BLOCK = 128  # queries; 64 to 256 are within a fifth of it, up to 1,400 tokens
 blocks_on_cpu = True  # off where a CPU stands in for a GPU: these blocks keep attention weights, flash kernels don't
 
 
-def prepare_for_training(model: PreTrainedModel | PeftModel) -> None:
-    """Make the forward pass static: no shape that depends on data, and nothing that the host must ask the device.
+class TrainingForward:
+    """The forward pass in training, made static: no shape depends on data, and the host asks the device for nothing.
 
     While gradients are on, attention goes without a mask: our training batches are padded on the right, where causal
     attention does not look, and images not at all. SmolVLM's image features go to their places by an index of known
-    size, where transformers first looks for empty images. Both compute what transformers computes.
+    size, where transformers first looks for empty images. Both compute what transformers computes, which is checked
+    on the first batch of a run ([`TrainingForward.difference`]).
+
+    Args:
+        model: changed in place; as it is where none of this applies (other attention than `sdpa`).
+
+    Attributes:
+        way (`str`): `"fast"`, or `"stock"`.
+        checked (`bool`): there is nothing to compare, or it has been compared.
     """
-    if not isinstance(model, PreTrainedModel):  # an adapter that is trained further
-        model = model.get_base_model()
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(_ATTENTION)
-    if model.config.model_type in SMOLVLM:
-        model.model.register_forward_pre_hook(_embed_images, with_kwargs=True)
+
+    def __init__(self, model: PreTrainedModel | PeftModel):
+        if not isinstance(model, PreTrainedModel):  # an adapter that is trained further
+            model = model.get_base_model()
+        self.model = model
+        self._attention = model.config._attn_implementation == "sdpa"
+        self._images = model.config.model_type in SMOLVLM
+        self._hook: RemovableHandle | None = None
+        self.way, self.checked = STOCK, not (self._attention or self._images)
+        if not self.checked:
+            self.use_fast()
+
+    def use_fast(self) -> None:
+        """Compute it our way."""
+        self.way = FAST
+        if self._attention:
+            self.model.set_attn_implementation(_ATTENTION)
+        if self._images:
+            self._hook = self.model.model.register_forward_pre_hook(_embed_images, with_kwargs=True)
+
+    def use_stock(self) -> None:
+        """Compute it as transformers does."""
+        self.way = STOCK
+        if self._attention:
+            self.model.set_attn_implementation("sdpa")
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def difference(self, log_probs: Callable[[], torch.Tensor]) -> str | None:
+        """What is wrong with ours, or None if it gives each token the stock loss, within rounding.
+
+        Per token, because in an untrained model the mean hardly depends on what attention sees. Random numbers, as of
+        LoRA's dropout, are the same in both, and in what comes next.
+
+        Args:
+            log_probs: a forward pass on the first batch; (B, L), 0 where there is no label.
+        """
+        self.checked = True
+        device = self.model.device
+        generators = [device] if device.type == "cuda" else []
+        with torch.compiler.set_stance("force_eager"):  # compiling what runs once would take minutes
+            self.use_stock()
+            with torch.random.fork_rng(generators), torch.no_grad():
+                stock = log_probs().float()
+            self.use_fast()
+            try:
+                with torch.random.fork_rng(generators):  # and with gradients, without which attention takes its mask
+                    ours = log_probs().detach().float()
+            # Broad on purpose: what a changed library does to our code can't be told in advance, and the stock forward
+            # pass has just worked without it.
+            except Exception as error:
+                return raised(error)
+        labels = (stock != 0).sum().clamp(min=1)
+        apart, loss = ((ours - stock).abs().sum() / labels).item(), (-stock.sum() / labels).item()
+        reduced = torch.is_autocast_enabled(device.type) or self.model.dtype != torch.float32
+        if apart <= (_ROUNDING_REDUCED if reduced else _ROUNDING):
+            return None
+        return f"gave tokens a loss that is {apart:.3g} from the stock one on average, of {loss:.4g}"
 
 
 def _without_mask(*args, **kwargs) -> torch.Tensor | None:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerControl
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import tasks_of
 from vla0_trl.data.rows_in_memory import RowsInMemory
-from vla0_trl.models.attention import prepare_for_training
+from vla0_trl.internals import disagreement, warn_fallback
+from vla0_trl.models.attention import TrainingForward
 from vla0_trl.processing.collator import VLADataCollator
 from vla0_trl.processing.images import model_inputs
 from vla0_trl.training.arguments import VLASFTConfig
@@ -48,7 +49,7 @@ class VLATrainer(CheckpointingTrainer):
     ):
         self.trained_on: dict[str, Any] = {}
         self.vla_config, self.interrupted, self._trace = vla_config, False, RowTrace()
-        prepare_for_training(model)
+        self.forward = TrainingForward(model)
         # Compiled steps want batches of one length, and tensor cores a multiple of 8.
         tasks = tasks_of(train_dataset, eval_dataset) if args.torch_compile else ()
         multiple = args.pad_to_multiple_of or (8 if args.torch_compile else None)
@@ -130,8 +131,26 @@ class VLATrainer(CheckpointingTrainer):
             inputs |= model_inputs(self.processing_class.image_processor, config=self.vla_config, **pixels)
         return inputs
 
-    def compute_loss(self, *args, **kwargs):
-        loss = super().compute_loss(*args, **kwargs)
+    def check_forward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+        """Compare our forward pass with the stock one on a batch; all processes change over together, and one says so.
+
+        It costs two forward passes of the first batch of a run, and changes no number of it.
+        """
+        arguments = inputs | {"use_cache": False, "fused_lm_head": True}
+        failure = self.forward.difference(lambda: model(**arguments).log_probs)
+        failures = self.accelerator.reduce(torch.tensor(float(failure is not None), device=self.args.device), "sum")
+        if failures.item():
+            self.forward.use_stock()
+            if self.accelerator.is_main_process:
+                found = failure or "failed in another process"
+                packages = ("transformers", "trl", "torch")
+                message = disagreement("fast training", self.accelerator.unwrap_model(model), found, packages)
+                warn_fallback(message, "transformers' forward pass")
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args, **kwargs):
+        if self.model.training and not self.forward.checked:
+            self.check_forward(model, inputs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self.model.training:
             # Here, where TRL's metrics have just waited for the device: behind the backward pass it would wait again.
             self._trace.check(loss, self.state, self.args)
