@@ -53,7 +53,8 @@ def main() -> None:
             continue
         for size in args.batch_sizes:
             table = bench(policy, size, args.chunks, args.warmup, args.jitter)
-            rows += [{"model": name, "batch": size} | row for row in table]
+            rows += [{"model": name, "batch": size, "decoding": policy.decoding} | row for row in table]
+            print(f"{name}: ours decodes the {policy.decoding} way")
             print_table(name, size, table)
         del policy
     by_model = {name: ratios([row for row in rows if row["model"] == name]) for name in {row["model"] for row in rows}}

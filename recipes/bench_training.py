@@ -65,13 +65,15 @@ def main() -> None:
             )
         )
     print_table(table)
+    if not args.skip_steps:
+        print("\nforward pass: " + ", ".join(f"{name} {way}" for name, way in bench.forward_way.items()))
     print("\n" + "  ".join(f"{name} {value:.2f}×" for name, value in ratios.items()))
     if args.trace:
         print("\n" + make_bench(args.model, args).profile(args.trace))
     if args.json:
         settings = {key: str(value) for key, value in vars(args).items()}
         report = {"table": table, "ratios": ratios, "settings": settings}
-        report |= {} if args.skip_steps else {"sample": sample}
+        report |= {} if args.skip_steps else {"sample": sample, "forward": bench.forward_way}
         write_json(args.json, report | provenance("cuda" if torch.cuda.is_available() else "cpu", PACKAGES))
 
 

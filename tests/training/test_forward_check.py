@@ -63,13 +63,15 @@ def test_images_that_do_not_arrive_are_noticed(monkeypatch, stock_losses, dot_da
         assert losses(run(dot_dataset, tmp_path / "run")) == stock_losses
 
 
-@pytest.mark.parametrize("model", [{}, LORA], ids=["full", "LoRA with dropout"])
-def test_the_check_changes_no_number_of_a_run(model, monkeypatch, dot_dataset, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "bf16"), [({}, False), ({}, True), (LORA, False)], ids=["full", "bfloat16", "LoRA with dropout"]
+)
+def test_the_check_changes_no_number_of_a_run(model, bf16, monkeypatch, dot_dataset, tmp_path):
     checks, check = [], TrainingForward.difference
     monkeypatch.setattr(
-        TrainingForward, "difference", lambda self, call: checks.append((check(self, call), self.way)) or checks[-1][0]
+        TrainingForward, "difference", lambda self, *a: checks.append((check(self, *a), self.way)) or checks[-1][0]
     )
-    checked = losses(run(dot_dataset, tmp_path / "checked", model=model))
+    checked = losses(run(dot_dataset, tmp_path / "checked", model=model, bf16=bf16))
     assert checks == [(None, "fast")]
-    monkeypatch.setattr(TrainingForward, "difference", lambda self, call: setattr(self, "checked", True))
-    assert losses(run(dot_dataset, tmp_path / "unchecked", model=model)) == checked
+    monkeypatch.setattr(TrainingForward, "difference", lambda self, *a: setattr(self, "checked", True))
+    assert losses(run(dot_dataset, tmp_path / "unchecked", model=model, bf16=bf16)) == checked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Bench:
         steps (`int`): timed optimizer steps.
         num_workers (`int`): processes that collate beside the training process.
         float32 (`bool`): train without bfloat16, in which TRL and our recipes train by default.
+        forward_way (`dict`): filled by `train`: how ours computed in the end, `"fast"` or `"stock"`.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Bench:
     num_workers: int = 0
     random_weights: bool = False
     float32: bool = False
+    forward_way: dict[str, str] = field(default_factory=dict)
 
     def processor(self, stock: bool = False) -> ProcessorMixin:
         """Ours, or what users of plain TRL load: only the splitting of images into 17 is off, for comparison."""
@@ -140,6 +142,8 @@ class Bench:
             trainer = self.trainer(name, folder)
             trainer.add_callback(clock)
             trainer.train()
+        if isinstance(trainer, VLATrainer):
+            self.forward_way[name] = trainer.forward.way
         speed = self.steps / clock.seconds
         figures = {"steps_per_s": speed, "samples_per_s": speed * self.batch_size}
         if torch.cuda.is_available():
@@ -153,8 +157,10 @@ class Bench:
             batch = next(iter(trainer.get_train_dataloader()))
             ids = batch["input_ids"]
             images = (ids == self.processor().image_token_id).sum().item()
+            inputs = trainer._prepare_inputs(batch)
+            trainer.check_forward(trainer.model, dict(inputs))  # else its passes would count
             with FlopCounterMode(display=False) as counter:
-                trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)).backward()
+                trainer.compute_loss(trainer.model, inputs).backward()
         flop = counter.get_total_flops() / len(ids) / 1e12
         return {"tokens": ids.shape[1], "image_tokens": images // len(ids), "tflop": flop}
 

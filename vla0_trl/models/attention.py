@@ -70,7 +70,7 @@ class TrainingForward:
             self._hook.remove()
             self._hook = None
 
-    def difference(self, log_probs: Callable[[], torch.Tensor]) -> str | None:
+    def difference(self, log_probs: Callable[[], torch.Tensor], autocast: bool = False) -> str | None:
         """What is wrong with ours, or None if it gives each token the stock loss, within rounding.
 
         Per token, because in an untrained model the mean hardly depends on what attention sees. Random numbers, as of
@@ -78,6 +78,7 @@ class TrainingForward:
 
         Args:
             log_probs: a forward pass on the first batch; (B, L), 0 where there is no label.
+            autocast: it computes in bfloat16 or float16, whatever the weights are.
         """
         self.checked = True
         device = self.model.device
@@ -96,7 +97,7 @@ class TrainingForward:
                 return raised(error)
         labels = (stock != 0).sum().clamp(min=1)
         apart, loss = ((ours - stock).abs().sum() / labels).item(), (-stock.sum() / labels).item()
-        reduced = torch.is_autocast_enabled(device.type) or self.model.dtype != torch.float32
+        reduced = autocast or self.model.dtype != torch.float32
         if apart <= (_ROUNDING_REDUCED if reduced else _ROUNDING):
             return None
         return f"gave tokens a loss that is {apart:.3g} from the stock one on average, of {loss:.4g}"

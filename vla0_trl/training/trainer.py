@@ -137,7 +137,8 @@ class VLATrainer(CheckpointingTrainer):
         It costs two forward passes of the first batch of a run, and changes no number of it.
         """
         arguments = inputs | {"use_cache": False, "fused_lm_head": True}
-        failure = self.forward.difference(lambda: model(**arguments).log_probs)
+        autocast = self.accelerator.mixed_precision != "no"
+        failure = self.forward.difference(lambda: model(**arguments).log_probs, autocast)
         failures = self.accelerator.reduce(torch.tensor(float(failure is not None), device=self.args.device), "sum")
         if failures.item():
             self.forward.use_stock()
