@@ -16,7 +16,12 @@ The same command again continues where it was stopped. Fields: TRL's SFTConfig a
 
 from pathlib import Path
 
-from vla0_trl.training.run import main
+from vla0_trl.training.fields import check_recipe_words
+
+CONFIG = Path(__file__).parent / "libero" / "full.yaml"
 
 if __name__ == "__main__":
-    main(Path(__file__).parent / "libero" / "full.yaml", __doc__)
+    check_recipe_words(CONFIG, __doc__)
+    from vla0_trl.training.run import main  # after a look at the flags: torch and TRL take seconds
+
+    main(CONFIG, __doc__)

@@ -15,14 +15,19 @@ The same command again continues where it was stopped. Fields: TRL's SFTConfig a
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import TrainerCallback
+from vla0_trl.training.fields import check_recipe_words
 
-from vla0_trl.training.run import main
-from vla0_trl.training.trainer import VLATrainer
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from vla0_trl.training.trainer import VLATrainer
+
+CONFIG = Path(__file__).parent / "pusht" / "full.yaml"
 
 
-def rollouts(trainer: VLATrainer) -> TrainerCallback:
+def rollouts(trainer: "VLATrainer") -> "TrainerCallback":
     """The simulator is only imported by a run that rolls out during training."""
     from vla0_trl.envs.pusht.env import PushTEnv, state_mode
     from vla0_trl.evaluation.rollout_callback import RolloutCallback
@@ -31,4 +36,7 @@ def rollouts(trainer: VLATrainer) -> TrainerCallback:
 
 
 if __name__ == "__main__":
-    main(Path(__file__).parent / "pusht" / "full.yaml", __doc__, rollouts)
+    check_recipe_words(CONFIG, __doc__)
+    from vla0_trl.training.run import main  # after a look at the flags: torch and TRL take seconds
+
+    main(CONFIG, __doc__, rollouts)

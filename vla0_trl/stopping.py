@@ -5,9 +5,12 @@ The exit status says which it was: 130 after Ctrl-C, 143 after SIGTERM. The seco
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -51,3 +54,20 @@ def raising_stopped() -> Iterator[None]:
 
     with on_first_signal(stop):
         yield
+
+
+@cache
+def leave_signals_to_parent() -> None:
+    """In a worker process: only its parent can end it with SIGINT or SIGTERM.
+
+    Slurm sends SIGTERM to every process of a step; workers must live on while the parent finishes what it does.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo(SIGNALS).si_pid != parent:
+            pass
+        os._exit(exit_status(signal.SIGTERM))
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -1,9 +1,11 @@
 """The recipes as users start them: every YAML is complete, every key is known, and the commands run."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,11 @@ import yaml
 from support.backbones import TINY
 from support.general import REPOSITORY
 from support.runs import ABLATIONS, ENV
+from support.runs import command as command_line
+from trl import ModelConfig
 
-from vla0_trl.training.arguments import parse_recipe
+from vla0_trl.training.arguments import DataArguments, VLASFTConfig, parse_recipe
+from vla0_trl.training.fields import check_recipe_words, recipe_fields
 from vla0_trl.training.run import main
 
 RECIPES = sorted(path for path in (REPOSITORY / "recipes").rglob("*.yaml") if path != ABLATIONS)
@@ -114,42 +119,70 @@ def test_user_errors_are_one_line(dot_dataset, tmp_path, monkeypatch):
         assert "\n" not in str(error.value)
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(dot_dataset, tmp_path):
+@pytest.mark.slow  # several processes
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGTERM, 2)])
+def test_a_signal_saves_and_the_same_command_goes_on(number, workers, dot_dataset, tmp_path):
+    """To the whole group, as Ctrl-C and Slurm do it: workers must not die before the checkpoint is there."""
     out = tmp_path / "run"
-    command = [
-        sys.executable,
-        "recipes/sft_pusht.py",
-        "--config",
-        "recipes/pusht/nano.yaml",
-        "--dataset_name",
-        dot_dataset,
-    ]
-    command += ["--output_dir", out, "--nano", json.dumps(TINY), "--image_size", "48", "--n_action_steps", "2"]
-    command += [
-        "--num_eval_episodes",
-        "0",
-        "--eval_strategy",
-        "no",
-        "--save_initial",
-        "false",
-        "--save_steps",
-        "100000",
-    ]
-    command = [*map(str, command), "--max_steps"]
-    process = subprocess.Popen([*command, "100000"], cwd=REPOSITORY, env=ENV, stdout=subprocess.PIPE, text=True)
+    command = command_line("cpu", 1, dot_dataset, out, "--save_steps", 100000, "--dataloader_num_workers", workers)
+    command = [sys.executable, *command[command.index("recipes/sft_pusht.py") :], "--max_steps"]
+    process = subprocess.Popen(
+        [*command, "100000"], cwd=REPOSITORY, env=ENV, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     for line in process.stdout:
         if "'loss'" in line:
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, number)
             break
-    assert "the same command goes on" in process.communicate(timeout=120)[0] and process.returncode == 130
+    assert "the same command goes on" in process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + number
     (checkpoint,) = out.glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])
     assert not (out / "vla_config.json").exists() and (checkpoint / "vla_config.json").exists()
+    if workers:
+        return
     done = subprocess.run(
         [*command, str(step + 1)], cwd=REPOSITORY, env=ENV, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0 and f"continuing from {checkpoint}" in done.stdout, done.stderr[-2000:]
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == step + 1
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_saves_all_ranks(dot_dataset, tmp_path):
+    """`accelerate launch` of two processes passes SIGTERM on."""
+    out = tmp_path / "run"
+    command = command_line("multi_gpu", 2, dot_dataset, out, "--save_steps", 100000, "--max_steps", 100000)
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    for line in process.stdout:
+        if "'loss'" in line:
+            process.terminate()
+            break
+    assert "the same command goes on" in process.communicate(timeout=120)[0]
+    (checkpoint,) = out.glob("checkpoint-*")
+    assert (checkpoint / "vla_config.json").exists()
+
+
+def test_fields_read_from_sources_are_those_of_the_parser(monkeypatch):
+    known = {f.name for kind in (DataArguments, VLASFTConfig, ModelConfig) for f in fields(kind) if f.init}
+    found = recipe_fields()
+    assert found.keys() == known
+    assert float(found["learning_rate"].default) == VLASFTConfig.learning_rate
+    assert found["mask_unit"].help.startswith("Hide whole values") and found["lora_r"].default == str(
+        ModelConfig.lora_r
+    )
+
+
+def test_mistyped_flags_and_keys_are_found_without_the_parser(tmp_path):
+    config = REPOSITORY / "recipes" / "pusht" / "nano.yaml"
+    check_recipe_words(config, "", ["--learning_rate", "0.5", "--use_peft", "--normalization", "-1,1", "--lora-r=4"])
+    with pytest.raises(SystemExit, match="unknown argument --lerning_rate: did you mean --learning_rate"):
+        check_recipe_words(config, "", ["--lerning_rate", "1"])
+    path = tmp_path / "typo.yaml"
+    path.write_text("chunk_sise: 4\n")
+    with pytest.raises(SystemExit, match="unknown argument chunk_sise: did you mean --chunk_size"):
+        check_recipe_words(config, "", ["--config", str(path)])
 
 
 def test_help_lists_our_fields_and_trls():

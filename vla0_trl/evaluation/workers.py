@@ -106,6 +106,7 @@ def worker_pool(make_env: Callable[[], Environment], count: int) -> Iterator[Seq
 def _serve(pipe: Connection) -> None:
     """A worker's life: run episodes until its owner closes the pipe, or dies."""
     runner: EnvRunner | None = None
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it to every process; this one's owner ends it
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         make_env = pipe.recv()
         while True:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,29 +11,26 @@ import torch
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
+from vla0_trl.stopping import on_first_signal
+
 INITIAL = "initial"
 _ASK_EVERY = 10  # steps
 
 
 @contextmanager
-def finish_on_interrupt(trainer: SFTTrainer) -> Iterator[None]:
-    """The first Ctrl-C sets `trainer.interrupted`, for [`PolicyCallback`] to act on; a second one is as ever."""
+def finish_on_signal(trainer: SFTTrainer) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM sets `trainer.stop_signal`, for [`PolicyCallback`]; the second ends at once."""
 
-    def interrupt(*_):
-        if trainer.interrupted:
-            raise KeyboardInterrupt
-        trainer.interrupted = True
-        print("\nsaving soon; Ctrl-C again to stop without", flush=True)
+    def stop(number: int) -> None:
+        trainer.stop_signal = number
+        print("\nsaving soon; a second signal stops without", flush=True)
 
-    previous = signal.signal(signal.SIGINT, interrupt)
-    try:
+    with on_first_signal(stop):
         yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 class PolicyCallback(TrainerCallback):
-    """Turns the collator's epoch, saves the untrained policy, and stops at the wanted accuracy or at Ctrl-C."""
+    """Turns the collator's epoch, saves the untrained policy, and stops at the wanted accuracy or at a signal."""
 
     def __init__(self, trainer: SFTTrainer):
         self.trainer = trainer
@@ -45,16 +41,16 @@ class PolicyCallback(TrainerCallback):
             self.trainer.save_policy(Path(args.output_dir, INITIAL))
 
     def on_step_end(self, args, state, control, **kwargs):
-        interrupted = self.trainer.interrupted
+        number = self.trainer.stop_signal
         if args.world_size > 1:
-            # Together: a Ctrl-C reaches processes in different steps, and saving needs all of them in one. Not at
-            # every step, because the answer makes the host wait for the device.
+            # Together: a signal reaches processes in different steps, or only one of them, and saving needs all of
+            # them in one. Not at every step, because the answer makes the host wait for the device.
             if state.global_step % _ASK_EVERY:
                 return
-            interrupted = torch.tensor(float(interrupted), device=args.device)
-            interrupted = self.trainer.accelerator.reduce(interrupted, "sum").item() > 0
-        if interrupted:
-            self.trainer.interrupted = control.should_save = control.should_training_stop = True
+            number = int(self.trainer.accelerator.gather(torch.tensor([number], device=args.device)).max())
+        if number:
+            self.trainer.stop_signal = number
+            control.should_save = control.should_training_stop = True
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Before the first step of a run `epoch` is None or 0; after a resume it is a fraction. Rounded: n/n is not 1.

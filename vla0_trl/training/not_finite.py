@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import get_worker_info
 from transformers import TrainerState, TrainingArguments
 
 from vla0_trl.processing.collator import Row, VLADataCollator
+from vla0_trl.stopping import leave_signals_to_parent
 
 _ROWS = "row_indices"
 
@@ -23,6 +25,8 @@ class TracedCollator(VLADataCollator):
     """Says which rows a batch is made of: (B, 2), episode and frame."""
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        if get_worker_info() is not None:
+            leave_signals_to_parent()
         indices = [[row["episode_index"], row["frame_index"]] for row in rows]
         return super().__call__(rows) | {_ROWS: torch.tensor(indices)}
 

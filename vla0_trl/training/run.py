@@ -26,6 +26,7 @@ from vla0_trl.models.loading import IMAGE_ENCODER, freeze_vision, load_model, lo
 from vla0_trl.models.nano import NANO, build_nano, nano_from_dict
 from vla0_trl.processing.chat import prompt_messages
 from vla0_trl.run_folder import FolderError, RunFolder
+from vla0_trl.stopping import Stopped
 from vla0_trl.training.arguments import DataArguments, VLASFTConfig, parse_recipe
 from vla0_trl.training.checkpoints import finish_from_checkpoint, is_finished, resume_point
 from vla0_trl.training.claim import BASE_MODEL, begin_run, episodes_trained_on, hold_run, run_identity
@@ -76,11 +77,11 @@ def main(default_config: Path, description: str, rollouts: RolloutFactory | None
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     try:
-        finished = train(run, rollouts)
+        train(run, rollouts)
     except (NotFiniteError, SetupError, FolderError) as error:
         sys.exit(f"error: {error}")
-    if not finished:
-        sys.exit(130)
+    except Stopped as stopped:
+        sys.exit(stopped.status)
 
 
 def prepare(data: DataArguments, training: VLASFTConfig, model_args: ModelConfig) -> Run:
@@ -102,27 +103,27 @@ def prepare(data: DataArguments, training: VLASFTConfig, model_args: ModelConfig
     return Run(data, training, model_args, dataset, stored.cameras, config, identity, folder)
 
 
-def train(run: Run, rollouts: RolloutFactory | None = None) -> bool:
+def train(run: Run, rollouts: RolloutFactory | None = None) -> None:
     """Fine-tune and save the policy in `output_dir`, from the last whole checkpoint if there is one.
 
-    Returns:
-        Whether the run is finished; False after Ctrl-C, with a checkpoint to go on from.
+    Raises:
+        Stopped: Ctrl-C or SIGTERM came; there is a checkpoint to go on from.
     """
     try:
-        return _train(run, rollouts)
+        _train(run, rollouts)
     finally:
         if run.folder is not None:
             run.folder.close()
 
 
-def _train(run: Run, rollouts: RolloutFactory | None) -> bool:
+def _train(run: Run, rollouts: RolloutFactory | None) -> None:
     training, output_dir = run.training, Path(run.training.output_dir)
     if is_finished(training) and not training.overwrite:
         print(f"already trained: {output_dir} (--overwrite to start again, a larger --max_steps to go on)")
-        return True
+        return
     if not training.overwrite and finish_from_checkpoint(training):
         print(f"policy saved in {output_dir}: its last step was done already")
-        return True
+        return
     try:
         trainer = build_trainer(run, rollouts)
     except (ValueError, OSError) as error:
@@ -134,14 +135,13 @@ def _train(run: Run, rollouts: RolloutFactory | None) -> bool:
     if resume:
         say(f"continuing from {resume}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if trainer.interrupted:
+    if trainer.stop_signal:
         say(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
-        return False
+        raise Stopped(trainer.stop_signal)
     trainer.save_policy(output_dir, with_state=True)
     say(f"policy saved in {output_dir}")
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=run.data.dataset_name)
-    return True
 
 
 def build_trainer(run: Run, rollouts: RolloutFactory | None = None) -> VLATrainer:

@@ -18,7 +18,7 @@ from vla0_trl.models.attention import TrainingForward
 from vla0_trl.processing.collator import VLADataCollator
 from vla0_trl.processing.images import model_inputs
 from vla0_trl.training.arguments import VLASFTConfig
-from vla0_trl.training.callbacks import PolicyCallback, finish_on_interrupt
+from vla0_trl.training.callbacks import PolicyCallback, finish_on_signal
 from vla0_trl.training.checkpoints import CheckpointingTrainer
 from vla0_trl.training.muon import MUON, build_muon
 from vla0_trl.training.not_finite import RowTrace, TracedCollator
@@ -48,7 +48,7 @@ class VLATrainer(CheckpointingTrainer):
         peft_config: PeftConfig | None = None,
     ):
         self.trained_on: dict[str, Any] = {}
-        self.vla_config, self.interrupted, self._trace = vla_config, False, RowTrace()
+        self.vla_config, self.stop_signal, self._trace = vla_config, 0, RowTrace()  # the signal's number
         self.forward = TrainingForward(model)
         # Compiled steps want batches of one length, and tensor cores a multiple of 8.
         tasks = tasks_of(train_dataset, eval_dataset) if args.torch_compile else ()
@@ -73,7 +73,7 @@ class VLATrainer(CheckpointingTrainer):
 
     def train(self, *args, **kwargs):
         """As `Trainer.train`; the first Ctrl-C ends it after the current step, with a checkpoint."""
-        with finish_on_interrupt(self):
+        with finish_on_signal(self):
             return super().train(*args, **kwargs)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
