@@ -75,3 +75,17 @@ def test_the_check_changes_no_number_of_a_run(model, bf16, monkeypatch, dot_data
     assert checks == [(None, "fast")]
     monkeypatch.setattr(TrainingForward, "difference", lambda self, *a: setattr(self, "checked", True))
     assert losses(run(dot_dataset, tmp_path / "unchecked", model=model, bf16=bf16)) == checked
+
+
+def test_where_the_stock_forward_fails_ours_goes_on(monkeypatch, dot_dataset, tmp_path, stock_losses):
+    """As SmolVLM's does under bfloat16 autocast in transformers 5.17."""
+
+    def no_attention(*args, **kwargs):
+        raise RuntimeError("Index put requires the source and destination dtypes match")
+
+    use_stock = TrainingForward.use_stock
+    monkeypatch.setattr(
+        TrainingForward, "use_stock", lambda self: (use_stock(self), self.model.set_attn_implementation("none_there"))
+    )
+    AttentionInterface.register("none_there", no_attention)
+    assert losses(run(dot_dataset, tmp_path / "run")) == pytest.approx(stock_losses, rel=1e-4)
