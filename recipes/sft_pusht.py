@@ -27,16 +27,35 @@ if TYPE_CHECKING:
 CONFIG = Path(__file__).parent / "pusht" / "full.yaml"
 
 
-def rollouts(trainer: "VLATrainer") -> "TrainerCallback":
-    """The simulator is only imported by a run that rolls out during training."""
+def in_simulator(trainer: "VLATrainer") -> "list[TrainerCallback]":
+    """Callbacks that run episodes; the simulator is only imported by a run that needs it."""
+    args, callbacks = trainer.args, []
+    if not (args.rollout_steps or args.dagger_steps):
+        return callbacks
     from vla0_trl.envs.pusht.env import PushTEnv, state_mode
-    from vla0_trl.evaluation.rollout_callback import RolloutCallback
 
-    return RolloutCallback(trainer, lambda config: PushTEnv(state_mode(config.state_dim)))
+    mode = state_mode(trainer.vla_config.state_dim)
+    if args.rollout_steps:
+        from vla0_trl.evaluation.rollout_callback import RolloutCallback
+
+        callbacks.append(RolloutCallback(trainer, lambda: PushTEnv(mode)))
+    if args.dagger_steps:
+        from vla0_trl.data.pusht_rows import rows_from_states
+        from vla0_trl.envs.pusht.teacher import PushTTeacher, mirror_states
+        from vla0_trl.evaluation.dagger_callback import DaggerCallback
+
+        teacher = PushTTeacher.load(args.dagger_teacher)
+
+        def labelled(states):
+            states[1::2] = mirror_states(states[1::2])  # the task is symmetric: what was visited counts for its mirror
+            return rows_from_states(states, teacher, mode)
+
+        callbacks.append(DaggerCallback(trainer, lambda: PushTEnv(mode), labelled))
+    return callbacks
 
 
 if __name__ == "__main__":
     check_recipe_words(CONFIG, __doc__)
     from vla0_trl.training.run import main  # after a look at the flags: torch and TRL take seconds
 
-    main(CONFIG, __doc__, rollouts)
+    main(CONFIG, __doc__, in_simulator)

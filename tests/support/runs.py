@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,14 @@ def launch(*args, **kwargs) -> str:
     return done.stdout
 
 
-def run(dataset: str, output_dir: Path, model: dict | None = None, data: dict | None = None, **training) -> Path:
+def run(
+    dataset: str,
+    output_dir: Path,
+    model: dict | None = None,
+    data: dict | None = None,
+    in_simulator: Callable | None = None,
+    **training,
+) -> Path:
     """A whole run, with defaults for tests."""
     defaults = {"max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 1, "seed": 3}
     defaults |= {"report_to": "none", "use_cpu": True, "bf16": False, "lr_scheduler_type": "constant", "nano": TINY}
@@ -81,7 +89,7 @@ def run(dataset: str, output_dir: Path, model: dict | None = None, data: dict | 
         VLASFTConfig(output_dir=str(output_dir), disable_tqdm=True, **{**defaults, **training}),
         ModelConfig(**{"model_name_or_path": "nano", **(model or {})}),
     )
-    train(plan)
+    train(plan, in_simulator)
     return output_dir
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from vla0_trl.config import VLAConfig
 from vla0_trl.evaluation.rollout import Environment, rollout
 from vla0_trl.manifest import replace_folder
 from vla0_trl.policy.policy import VLAPolicy
@@ -19,16 +18,33 @@ from vla0_trl.run_folder import BEST
 ROLLOUT_SEED = 50_000
 
 
+def drive(trainer: SFTTrainer, envs: Sequence[Environment], seeds: Sequence[int]) -> tuple[float, float]:
+    """Let the model in training act, once per seed; closes the environments.
+
+    Returns:
+        `tuple[float, float]`: success rate and mean of the largest coverage.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    policy = VLAPolicy(model, trainer.processing_class, trainer.vla_config)
+    try:
+        results = [episode.result for episode in rollout(policy, envs, seeds, progress=False)]
+    finally:
+        for env in envs:
+            env.close()
+        model.train()
+    return tuple(sum(float(r[key]) for r in results) / len(results) for key in ("success", "max_coverage"))
+
+
 class RolloutCallback(TrainerCallback):
     """Every `rollout_steps`, lets the policy act in the simulator, and keeps the best one as `output_dir/best`.
 
     Args:
         trainer ([`training.VLATrainer`]): whose policy acts, and which logs `rollout/…`.
-        make_env: builds one environment for a config.
+        make_env: builds one environment.
         num_envs (`int`): environments side by side.
     """
 
-    def __init__(self, trainer: SFTTrainer, make_env: Callable[[VLAConfig], Environment], num_envs: int = 16):
+    def __init__(self, trainer: SFTTrainer, make_env: Callable[[], Environment], num_envs: int = 16):
         self.trainer, self.make_env = trainer, make_env
         self.num_envs = min(num_envs, trainer.args.rollout_episodes)
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
@@ -37,27 +53,16 @@ class RolloutCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.rollout_steps:
             return
-        score = self._evaluate() if state.is_world_process_zero else (0.0, 0.0)
+        score = (0.0, 0.0)
+        if state.is_world_process_zero:
+            envs = [self.make_env() for _ in range(self.num_envs)]
+            score = drive(self.trainer, envs, range(ROLLOUT_SEED, ROLLOUT_SEED + args.rollout_episodes))
         names = ("rollout/success_rate", "rollout/mean_max_coverage")
         scores = self.trainer.accelerator.gather(torch.tensor([score], device=args.device))[0].tolist()
         self.trainer.log_beside_training(control, dict(zip(names, scores, strict=True)))
         earlier = [tuple(entry[name] for name in names) for entry in state.log_history[:-1] if names[0] in entry]
         if tuple(scores) > max(earlier, default=(-1.0, -1.0)):
             self._keep(Path(args.output_dir))
-
-    def _evaluate(self) -> tuple[float, float]:
-        trainer = self.trainer
-        model = trainer.accelerator.unwrap_model(trainer.model).eval()
-        policy = VLAPolicy(model, trainer.processing_class, trainer.vla_config)
-        envs = [self.make_env(trainer.vla_config) for _ in range(self.num_envs)]
-        seeds = range(ROLLOUT_SEED, ROLLOUT_SEED + trainer.args.rollout_episodes)
-        try:
-            results = [episode.result for episode in rollout(policy, envs, seeds)]
-        finally:
-            for env in envs:
-                env.close()
-            model.train()
-        return tuple(sum(float(r[key]) for r in results) / len(results) for key in ("success", "max_coverage"))
 
     def _keep(self, output_dir: Path) -> None:
         """Replace `best` in one step, so that a kill leaves the old one or the new one."""

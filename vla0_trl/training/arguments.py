@@ -156,6 +156,20 @@ class VLASFTConfig(SFTConfig):
         default=0, metadata={"help": "Every so many steps, run episodes in the simulator; 0: never."}
     )
     rollout_episodes: int = field(default=16, metadata={"help": "Episodes of such an evaluation, on fixed seeds."})
+    dagger_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Every so many steps, the policy drives dagger_episodes new episodes; what it saw, "
+            "labelled by dagger_teacher, joins the training rows (DAgger); 0: never."
+        },
+    )
+    dagger_episodes: int = field(default=40, metadata={"help": "Episodes per DAgger round."})
+    dagger_fraction: float = field(
+        default=0.4, metadata={"help": "Share of the rows drawn from what DAgger added, once there is any."}
+    )
+    dagger_teacher: str | None = field(
+        default=None, metadata={"help": "The teacher that labels: a file made by data_prep/teach_pusht.py."}
+    )
     probe_steps: int = field(
         default=0,
         metadata={
@@ -187,6 +201,13 @@ class VLASFTConfig(SFTConfig):
         super().__post_init__()
         if muon:
             self.optim = MUON
+        if self.dagger_steps and not self.dagger_teacher:
+            raise ValueError("dagger_steps is set, but no dagger_teacher labels what the policy sees: name its file")
+        if self.dagger_steps and self.dataloader_num_workers:
+            raise ValueError(
+                "dagger_steps adds rows during training, which dataloader workers would not see: set "
+                "dataloader_num_workers=0"
+            )
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns=True would remove the columns that the collator reads: leave it out"

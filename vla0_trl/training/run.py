@@ -61,23 +61,24 @@ class Run:
         self.begun = True
 
 
-RolloutFactory = Callable[[VLATrainer], TrainerCallback]
+SimulatorCallbacks = Callable[[VLATrainer], list[TrainerCallback]]
 
 
-def main(default_config: Path, description: str, rollouts: RolloutFactory | None = None) -> None:
+def main(default_config: Path, description: str, in_simulator: SimulatorCallbacks | None = None) -> None:
     """A recipe's command line; what a user can mend is one line, without a traceback.
 
     Args:
-        rollouts: makes the callback that runs episodes in a simulator during training (`rollout_steps`).
+        in_simulator: makes the callbacks that run episodes during training, for `rollout_steps` and `dagger_steps`.
     """
     try:
         run = prepare(*parse_recipe(default_config, description))
-        if run.training.rollout_steps and rollouts is None:
-            raise ValueError("rollout_steps is set, but this recipe has no simulator: set rollout_steps=0")
+        wanted = [name for name in ("rollout_steps", "dagger_steps") if getattr(run.training, name)]
+        if wanted and in_simulator is None:
+            raise ValueError(f"{wanted[0]} is set, but this recipe has no simulator: set {wanted[0]}=0")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     try:
-        train(run, rollouts)
+        train(run, in_simulator)
     except (NotFiniteError, SetupError, FolderError) as error:
         sys.exit(f"error: {error}")
     except Stopped as stopped:
@@ -103,20 +104,20 @@ def prepare(data: DataArguments, training: VLASFTConfig, model_args: ModelConfig
     return Run(data, training, model_args, dataset, stored.cameras, config, identity, folder)
 
 
-def train(run: Run, rollouts: RolloutFactory | None = None) -> None:
+def train(run: Run, in_simulator: SimulatorCallbacks | None = None) -> None:
     """Fine-tune and save the policy in `output_dir`, from the last whole checkpoint if there is one.
 
     Raises:
         Stopped: Ctrl-C or SIGTERM came; there is a checkpoint to go on from.
     """
     try:
-        _train(run, rollouts)
+        _train(run, in_simulator)
     finally:
         if run.folder is not None:
             run.folder.close()
 
 
-def _train(run: Run, rollouts: RolloutFactory | None) -> None:
+def _train(run: Run, in_simulator: SimulatorCallbacks | None) -> None:
     training, output_dir = run.training, Path(run.training.output_dir)
     if is_finished(training) and not training.overwrite:
         print(f"already trained: {output_dir} (--overwrite to start again, a larger --max_steps to go on)")
@@ -125,7 +126,7 @@ def _train(run: Run, rollouts: RolloutFactory | None) -> None:
         print(f"policy saved in {output_dir}: its last step was done already")
         return
     try:
-        trainer = build_trainer(run, rollouts)
+        trainer = build_trainer(run, in_simulator)
     except (ValueError, OSError) as error:
         raise SetupError(str(error)) from error
     say = trainer.accelerator.print
@@ -144,7 +145,7 @@ def _train(run: Run, rollouts: RolloutFactory | None) -> None:
         trainer.push_to_hub(dataset_name=run.data.dataset_name)
 
 
-def build_trainer(run: Run, rollouts: RolloutFactory | None = None) -> VLATrainer:
+def build_trainer(run: Run, in_simulator: SimulatorCallbacks | None = None) -> VLATrainer:
     """Backbone, processor and trainer of a run, as its arguments say."""
     train_set, eval_set = hold_out(run.dataset, run.data.num_eval_episodes)
     messages = [message for task in tasks_of(run.dataset) for message in prompt_messages(run.config, task)]
@@ -164,8 +165,8 @@ def build_trainer(run: Run, rollouts: RolloutFactory | None = None) -> VLATraine
         check_tied_targets(trainer.model)
     episodes = np.unique(episode_indices(train_set)).tolist()
     trainer.trained_on = episodes_trained_on(run.data.dataset_name, episodes)
-    if run.training.rollout_steps:
-        trainer.add_callback(rollouts(trainer))
+    for callback in in_simulator(trainer) if in_simulator else ():
+        trainer.add_callback(callback)
     return trainer
 
 

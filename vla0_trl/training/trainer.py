@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +21,14 @@ from vla0_trl.processing.images import model_inputs
 from vla0_trl.training.arguments import VLASFTConfig
 from vla0_trl.training.callbacks import PolicyCallback, finish_on_signal
 from vla0_trl.training.checkpoints import CheckpointingTrainer
+from vla0_trl.training.growing_rows import GrowingRows
 from vla0_trl.training.muon import MUON, build_muon
 from vla0_trl.training.not_finite import RowTrace, TracedCollator
 from vla0_trl.training.observation_gap import ProbeCallback
 from vla0_trl.training.progress import EnergyCallback, SpeedCallback
 
 MASKING = ("mask_max", "mask_skip", "mask_full", "mask_labels", "label_smoothing_bins", "mask_unit")
+DAGGER = "dagger"  # in the run's folder: what the policy visited while it learnt
 
 
 class VLATrainer(CheckpointingTrainer):
@@ -70,6 +73,11 @@ class VLATrainer(CheckpointingTrainer):
         for callback, wanted in [(PolicyCallback, True), (SpeedCallback, True), *optional]:
             if wanted:
                 self.add_callback(callback(self))
+        if args.dagger_steps:
+            folder = Path(args.output_dir, DAGGER)
+            self.growing_rows = GrowingRows(
+                self.train_dataset, args.dagger_fraction, args.seed, folder, args.gradient_accumulation_steps
+            )
 
     def train(self, *args, **kwargs):
         """As `Trainer.train`; the first Ctrl-C ends it after the current step, with a checkpoint."""
@@ -104,9 +112,12 @@ class VLATrainer(CheckpointingTrainer):
             control.should_log = log_training  # which every log switches off
 
     def get_train_dataloader(self) -> DataLoader:
-        if not self.args.rows_in_memory:
-            return super().get_train_dataloader()
-        dataset, self.train_dataset = self.train_dataset, RowsInMemory(self.train_dataset)
+        dataset = self.train_dataset
+        if self.args.rows_in_memory:
+            self.train_dataset = RowsInMemory(dataset)
+        if self.args.dagger_steps:
+            self.growing_rows.dataset = self.train_dataset
+            self.train_dataset = self.growing_rows
         try:
             return super().get_train_dataloader()
         finally:

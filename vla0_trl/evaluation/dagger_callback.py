@@ -1,0 +1,94 @@
+"""DAgger in training (Ross et al. 2011): the policy drives, an expert labels what it saw, and the rows are added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from vla0_trl.evaluation.rollout import Environment
+from vla0_trl.evaluation.rollout_callback import drive
+
+# No other command starts here: recordings count from 0, final evaluations from 100,000 and 3,000,000.
+DAGGER_SEED = 20_000_000
+
+
+class StateRecorder:
+    """An environment that remembers the simulator's state at the start of an episode and after every step.
+
+    Args:
+        env: the simulator; must have `full_state`, float[S].
+        states (`list`): what the states are appended to.
+    """
+
+    def __init__(self, env: Environment, states: list[np.ndarray]):
+        self.env, self.states = env, states
+        self.observe, self.frame, self.result, self.close = env.observe, env.frame, env.result, env.close
+
+    def reset(self, seed: int) -> None:
+        self.env.reset(seed)
+        self.states.append(self.env.full_state)
+
+    def step(self, action: np.ndarray) -> bool:
+        done = self.env.step(action)
+        if not done:
+            self.states.append(self.env.full_state)
+        return done
+
+
+class DaggerCallback(TrainerCallback):
+    """Every `dagger_steps`, drives `dagger_episodes` new episodes and adds the visited states, labelled, to training.
+
+    Logs `dagger/success_rate`, `dagger/mean_max_coverage` and `dagger/rows`: the success of the policy as it grows, on
+    seeds that it has never seen.
+
+    Args:
+        trainer ([`VLATrainer`]): whose policy drives; its `growing_rows` take what was seen.
+        make_env: builds one environment; it has `full_state`.
+        rows_from_states: states (N, S) -> N rows as `RAW_SCHEMA` has them, with images and the expert's chunks.
+        num_envs (`int`): environments side by side.
+    """
+
+    def __init__(
+        self,
+        trainer: SFTTrainer,
+        make_env: Callable[[], Environment],
+        rows_from_states: Callable[[np.ndarray], list[dict[str, Any]]],
+        num_envs: int = 20,
+    ):
+        self.trainer, self.make_env, self.rows_from_states = trainer, make_env, rows_from_states
+        self.num_envs = min(num_envs, trainer.args.dagger_episodes)
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            raise ValueError("dagger_steps needs the whole model in one process: set dagger_steps=0 for sharded runs")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        rows = self.trainer.growing_rows
+        if state.is_world_process_zero:
+            rows.drop_rounds_after(state.global_step)
+        self.trainer.accelerator.wait_for_everyone()
+        rows.begin(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # No round in the last tenth: the learning rate is nearly zero, and what comes then is hardly learnt.
+        if state.global_step % args.dagger_steps or state.global_step > 0.9 * state.max_steps:
+            return
+        success, coverage = (0.0, 0.0)
+        if state.is_world_process_zero:
+            success, coverage = self._round(state.global_step)
+        scores = torch.tensor([[success, coverage]], device=args.device)
+        success, coverage = self.trainer.accelerator.gather(scores)[0].tolist()
+        rows = self.trainer.growing_rows.load()
+        metrics = {"dagger/success_rate": success, "dagger/mean_max_coverage": coverage, "dagger/rows": rows}
+        self.trainer.log_beside_training(control, metrics)
+
+    def _round(self, step: int) -> tuple[float, float]:
+        args, states = self.trainer.args, []
+        first = DAGGER_SEED + step // args.dagger_steps * args.dagger_episodes
+        envs = [StateRecorder(self.make_env(), states) for _ in range(self.num_envs)]
+        scores = drive(self.trainer, envs, range(first, first + args.dagger_episodes))
+        self.trainer.growing_rows.write_round(step, self.rows_from_states(np.stack(states)))
+        return scores
