@@ -86,11 +86,14 @@ def test_wrong_shape_raises():
         ActionTokenizer(STATS, 1000, chunk_size=2).encode(np.zeros((2, 3)))
 
 
-def test_zero_range_names_dimension_and_fix():
+def test_a_dimension_that_never_moves_means_its_value():
     flat = NormStats.from_array(np.array([[1.0, 5.0], [2.0, 5.0]]))
-    with pytest.raises(ValueError, match=r"dimension 1 has zero range.*--normalization"):
-        Quantizer(flat, 511)
+    quantizer = Quantizer(flat, 511)
+    assert quantizer.encode([[1.0, 5.0], [2.0, 9.0]]).tolist() == [[0, 0], [511, 0]]
+    assert quantizer.decode(np.array([[511, 0], [0, 511]])).tolist() == [[2, 5], [1, 5]]
     assert Quantizer(flat, 10, [0.0, 10.0]).encode([[1.0, 5.0]]).tolist() == [[1, 5]]
+    rare = NormStats.from_array(np.array([[0.0]] * 999 + [[1.0]]))  # both quantiles are 0
+    assert Quantizer(rare, 100, "quantile").encode([[0.0], [1.0]]).tolist() == [[0], [100]]
 
 
 def test_waypoints_are_written_and_the_steps_between_interpolated():

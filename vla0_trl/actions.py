@@ -39,8 +39,14 @@ class Quantizer:
             raise ValueError(f"expected vectors of {self.dim} dimensions, got shape {values.shape}")
         if not np.isfinite(values).all():
             raise ValueError(f"not a finite number at index {tuple(np.argwhere(~np.isfinite(values))[0].tolist())}")
-        scaled = (values - self.low) / (self.high - self.low) * self.num_bins
+        width = self.high - self.low
+        scaled = np.where(width > 0, (values - self.low) / np.where(width > 0, width, 1) * self.num_bins, 0)
         return np.rint(scaled.clip(0, self.num_bins)).astype(np.int64)
+
+    def clipped(self, values: np.ndarray) -> np.ndarray:
+        """float (N, D) -> int64 (D,): how many values of each dimension lie outside of the range."""
+        slack = 1e-6 * (self.high - self.low) + 1e-6 * np.abs(self.high)  # float32's rounding is no clipping
+        return ((values < self.low - slack) | (values > self.high + slack)).sum(0)
 
     def decode(self, integers: np.ndarray) -> np.ndarray:
         """int (…, D) -> float32 (…, D), at most half a bin from what was encoded, if that was inside the range."""

@@ -114,24 +114,19 @@ class NormStats:
         Args:
             normalization: `"min_max"`, `"quantile"` (1 to 99 %; values outside are clipped) or a fixed `[low, high]`.
 
+        A dimension that never moves, as of a robot's idle arm, has a range of nothing: its integer is 0, and means its
+        value whatever the integer. One whose quantiles are equal is taken from its least to its largest value.
+
         Raises:
-            ValueError: a dimension never changes, so that integers can't say anything about it; or `normalization` is
-                no range.
+            ValueError: `normalization` is no range.
         """
-        if normalization == "min_max":
-            low, high = np.array(self.min), np.array(self.max)
-        elif normalization == "quantile":
-            low, high = np.array(self.q01), np.array(self.q99)
-        else:
+        low, high = np.array(self.min), np.array(self.max)
+        if normalization == "quantile":
+            q01, q99 = np.array(self.q01), np.array(self.q99)
+            low, high = np.where(q99 > q01, q01, low), np.where(q99 > q01, q99, high)
+        elif normalization != "min_max":
             check_range(normalization)
             low, high = (np.full(self.dim, float(bound)) for bound in normalization)
-        flat = np.flatnonzero(~(high > low))
-        if len(flat):
-            raise ValueError(
-                f"dimension {flat[0]} has zero range ({low[flat[0]]:g} to {high[flat[0]]:g}) over {self.count} frames "
-                f"with normalization={normalization!r}: drop that dimension, convert more data, or give a fixed range "
-                "such as --normalization -1,1"
-            )
         return low, high
 
 

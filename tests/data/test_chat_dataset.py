@@ -149,15 +149,6 @@ def test_all_rejected(tmp_path):
         convert(SmallSource(count=2, rejected=(0, 1)), small_config(), tmp_path / "dataset")
 
 
-def test_zero_range_keeps_what_was_read_for_another_normalization(tmp_path, capsys):
-    still = replace(small_episode(), actions=np.zeros((7, 2), np.float32))
-    source = SmallSource(count=1, broken=still, broken_index=0)
-    with pytest.raises(ConversionError, match=r"action: dimension 0 has zero range .* --normalization -1,1"):
-        convert(source, small_config(), tmp_path / "dataset")
-    convert(source, small_config(normalization=[-1, 1], use_state=False), tmp_path / "dataset")
-    assert "0 of 1 read now" in capsys.readouterr().out
-
-
 def test_finished_dataset_is_reused_or_left_alone(tmp_path, capsys):
     output_dir = convert(SmallSource(), small_config(), tmp_path / "dataset")
     before = {path: path.stat().st_mtime_ns for path in output_dir.rglob("*")}

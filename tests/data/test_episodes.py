@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+from datasets import Image as HubImage
 from PIL import Image
 from support.episodes import small_config, small_episode
 
@@ -15,6 +16,8 @@ from vla0_trl.actions import parse_integers
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import FEATURES, RAW_SCHEMA, chat_rows, with_statistics
 from vla0_trl.data.episodes import Episode, EpisodeError, action_windows, raw_rows
+from vla0_trl.processing.collator import _as_array
+from vla0_trl.processing.images import upright
 
 
 def encoded(pixels: np.ndarray, form: str = "PNG") -> bytes:
@@ -134,13 +137,39 @@ def test_state_is_written_but_not_prompted_without_use_state():
     assert columns["prompt"][0] == [{"role": "user", "content": "task 0"}]
 
 
-def test_state_that_never_moves_matters_only_where_it_is_used():
+def test_state_that_never_moves_is_written_as_0():
     episode = small_episode()
     episode.states[:, 2] = 1
-    config, columns = converted(small_config(use_state=False), episode)
-    assert columns["state"] == [""] * 7
-    with pytest.raises(ValueError, match="dimension 2 has zero range"):
-        converted(config.replace(use_state=True), episode)
+    config, columns = converted(small_config(), episode)
+    assert {text.split()[2] for text in columns["state"]} == {"0"}
+    assert config.state_quantizer().decode(np.array([[0, 0, 0], [1, 1, 300]]))[:, 2].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_exif_orientation_is_the_same_for_every_reader(tmp_path, form):
+    """Stored upright and without EXIF; what was stored with it before is turned by all alike."""
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[:8, :8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, form, exif=exif, **({"quality": 100} if form == "JPEG" else {}))
+    turned = np.rot90(pixels, -1)
+    episode = replace(small_episode(), images={"front": [buffer.getvalue()] * 7, "wrist": [encoded(pixels)] * 7})
+    raw = raw_table(episode, small_config())
+    stored = Image.open(io.BytesIO(raw["images"][0].as_py()[0]["bytes"]))
+    assert stored.format == form and not stored.getexif() and stored.size == (16, 24)
+    assert np.abs(np.asarray(stored).astype(int) - turned).max() < 12
+    before = {"bytes": buffer.getvalue(), "path": None}
+    decoded = HubImage().decode_example(before)
+    for image in (_as_array(before), _as_array(decoded), np.asarray(upright(Image.open(buffer)))):
+        assert np.abs(image.astype(int) - turned).max() < 12
+
+
+def test_a_tiff_says_what_it_is():
+    images = small_episode().images | {"front": [encoded(np.full((8, 8), 1234, np.uint16), "TIFF")] * 7}
+    with pytest.raises(EpisodeError, match="camera 'front' is TIFF, expected PNG or JPEG"):
+        raw_table(replace(small_episode(), images=images), small_config())
 
 
 def test_without_a_state():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from support.runs import run_main
 
 from vla0_trl.data.convert import Selection
 from vla0_trl.data.episodes import EpisodeError
+from vla0_trl.data.sources.lerobot import LeRobotSource
 from vla0_trl.data.sources.lerobot_meta import read_meta
 from vla0_trl.data.staging import ConversionError
 
@@ -197,6 +199,20 @@ def test_a_task_index_with_two_texts_is_refused(v2):
         ConversionError, match=r"tasks\.jsonl: task_index 0 is both 'pick up the red cube' and 'open the"
     ):
         read_meta(v2)
+
+
+def test_of_the_hub_an_episode_is_chosen_by_its_listed_task_and_refused_if_its_frames_have_another(v2):
+    edit_lines(v2 / EPISODES_2, LISTED["another"])
+    edit_lines(v2 / EPISODES_2, LISTED["null"], 2)
+    hub = LeRobotSource(replace(read_meta(v2), hub_id="me/data"))
+    assert [hub.listed_task(index) for index in range(3)] == [TASKS[0], TASKS[0], None]
+    with pytest.warns(UserWarning, match="meta/episodes says"):
+        hub.episode(1)
+    assert Selection(tasks=[TASKS[0]]).indices(hub) == [0, 1, 2, 4, 6]  # 2 by its frames
+    with pytest.raises(
+        EpisodeError, match=f"frames' task is '{TASKS[1]}', meta/episodes, by which it was chosen, says"
+    ):
+        hub.episode(1)
 
 
 # -- a subset

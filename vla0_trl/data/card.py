@@ -31,6 +31,7 @@ def write_card(
     episodes: int,
     frames: int,
     left_out: list[int],
+    clipped: list[str],
     command: str,
 ) -> None:
     """Write README.md and the sample picture.
@@ -38,6 +39,7 @@ def write_card(
     Args:
         sample (`list[list[bytes]]`): image files of all cameras, frame by frame.
         episodes, frames (`int`): in the dataset.
+        clipped (`list[str]`): which values the text does not reach.
         command (`str`): how the conversion was called.
     """
     sample_picture(sample).save(directory / SAMPLE_NAME)
@@ -55,6 +57,7 @@ def write_card(
         info=info,
         config=config,
         left_out=left_out,
+        clipped=clipped,
         command=command or "vla0_trl.data.convert(…)",
         statistics=[(action, _per_dimension(config.action_stats)), ("state", _per_dimension(config.state_stats))],
         config_name=CONFIG_NAME,

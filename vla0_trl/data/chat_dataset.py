@@ -47,18 +47,12 @@ def with_statistics(config: VLAConfig, batches: Callable[[], Iterable[pa.Table]]
         batches (`Callable`): each call gives all rows, some at a time; only their raw columns are needed.
 
     Raises:
-        ValueError: a dimension that is to be written never changes.
+        ValueError: there are no rows, or `normalization` is no range.
     """
     states = None
     if config.state_dim:
         states = NormStats.from_batches(lambda: (_vectors(rows, "raw_state") for rows in batches()))
-    config = config.replace(action_stats=_action_stats(config, batches), state_stats=states)
-    for name, codec in (("action", config.action_tokenizer), ("state", config.state_quantizer)):
-        try:
-            codec()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    return config
+    return config.replace(action_stats=_action_stats(config, batches), state_stats=states)
 
 
 def chat_rows(raw: pa.Table, config: VLAConfig) -> pa.Table:
@@ -148,15 +142,35 @@ def align_config(dataset: Dataset, dataset_config: VLAConfig, **overrides: Any) 
     return config
 
 
-def _action_stats(config: VLAConfig, batches: Callable[[], Iterable[pa.Table]]) -> NormStats:
-    def written(rows: pa.Table) -> np.ndarray:
-        """What the action text will hold, (rows · written steps, action_dim)."""
-        windows = _vectors(rows, "raw_action").reshape(len(rows), -1, config.action_dim)[:, config.written_steps]
-        if config.relative_actions:
-            windows = windows - _vectors(rows, "raw_state")[:, None, : config.action_dim].astype(np.float64)
-        return windows.reshape(-1, config.action_dim)
+def clipped_shares(config: VLAConfig, batches: Callable[[], Iterable[pa.Table]]) -> dict[str, np.ndarray]:
+    """The share of the values that the text clips, per dimension (D,), of the action and of a state in the prompt.
 
-    return NormStats.from_batches(lambda: map(written, batches()))
+    Args:
+        config (`VLAConfig`): with the statistics of these rows.
+        batches (`Callable`): see [`with_statistics`].
+    """
+    if config.normalization == "min_max":
+        return {}
+    codecs = {"action": (config.action_tokenizer().quantizer, lambda rows: _written(config, rows))}
+    if config.use_state:
+        codecs["state"] = (config.state_quantizer(), lambda rows: _vectors(rows, "raw_state"))
+    shares = {}
+    for name, (quantizer, values) in codecs.items():
+        counts = [(quantizer.clipped(written), len(written)) for written in map(values, batches())]
+        shares[name] = sum(clipped for clipped, _ in counts) / sum(count for _, count in counts)
+    return shares
+
+
+def _action_stats(config: VLAConfig, batches: Callable[[], Iterable[pa.Table]]) -> NormStats:
+    return NormStats.from_batches(lambda: (_written(config, rows) for rows in batches()))
+
+
+def _written(config: VLAConfig, rows: pa.Table) -> np.ndarray:
+    """What the action text will hold, (rows · written steps, action_dim)."""
+    windows = _vectors(rows, "raw_action").reshape(len(rows), -1, config.action_dim)[:, config.written_steps]
+    if config.relative_actions:
+        windows = windows - _vectors(rows, "raw_state")[:, None, : config.action_dim].astype(np.float64)
+    return windows.reshape(-1, config.action_dim)
 
 
 def _vectors(rows: pa.Table, column: str) -> np.ndarray:
@@ -170,7 +184,4 @@ def _state_quantizer(config: VLAConfig) -> Quantizer | None:
         return config.state_quantizer()
     if not config.state_dim:
         return None
-    try:
-        return Quantizer(config.state_stats, config.num_bins, config.normalization)
-    except ValueError:  # a dimension that never moves has no scale, and no prompt needs it
-        return None
+    return Quantizer(config.state_stats, config.num_bins, config.normalization)

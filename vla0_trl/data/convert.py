@@ -169,6 +169,8 @@ def convert(
         f"look at it: python data_prep/inspect_dataset.py --dataset {output_dir} --output inspect.html\n"
         f"train on it: accelerate launch {recipe} --dataset_name {output_dir}"
     )
+    if result.clipped:
+        print("clipped:", *result.clipped, sep="\n  ")
     if result.skipped:
         print(f"{len(result.skipped)} episodes skipped as bad:", *result.skipped.values(), sep="\n  ")
     return output_dir

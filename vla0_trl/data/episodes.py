@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from vla0_trl.config import VLAConfig
 
@@ -201,14 +201,23 @@ def _encoded_frames(episode: Episode, camera: str, image_format: ImageFormat) ->
 
 
 def _checked_bytes(data: bytes, where: str) -> tuple[bytes, tuple[int, int]]:
-    """The bytes themselves and (width, height), after decoding them once."""
+    """The bytes themselves and (width, height), after decoding them once.
+
+    Turned first where EXIF says so: not every reader heeds that, so that what is stored must not need it.
+    """
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format not in ("PNG", "JPEG"):
+                raise EpisodeError(f"{where} is {image.format}, expected PNG or JPEG: choose other cameras")
             image.load()
     except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three for damaged files
+        if isinstance(error, EpisodeError):
+            raise
         raise EpisodeError(f"{where} does not decode as PNG or JPEG ({error}): the file is damaged") from error
     if image.mode != "RGB":
         raise EpisodeError(f"{where} is an image of mode {image.mode}, expected RGB")
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        return _encoded(np.asarray(ImageOps.exif_transpose(image)), where, image.format.lower())
     return data, image.size
 
 

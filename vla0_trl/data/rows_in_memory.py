@@ -11,6 +11,8 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from vla0_trl.processing.images import upright
+
 
 class RowsInMemory(torch.utils.data.Dataset):
     """The rows of a chat dataset as a collator takes them, kept from their first use on.
@@ -40,7 +42,7 @@ class RowsInMemory(torch.utils.data.Dataset):
         missing = [index for index in indices if self._rows[index] is None]
         if missing:
             for index, row in zip(missing, self._encoded[missing].to_pylist(), strict=True):
-                images = [np.asarray(Image.open(_source(image)).convert("RGB")) for image in row["images"]]
+                images = [np.asarray(upright(Image.open(_source(image)))) for image in row["images"]]
                 vectors = {name: np.asarray(row[name], np.float32) for name in ("raw_state", "raw_action")}
                 self._rows[index] = row | vectors | {"images": images}
         return [self._rows[index] for index in indices]

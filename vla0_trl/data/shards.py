@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.card import sampled_frames, write_card
-from vla0_trl.data.chat_dataset import SCHEMA, chat_rows, with_statistics
+from vla0_trl.data.chat_dataset import SCHEMA, chat_rows, clipped_shares, with_statistics
 from vla0_trl.data.episodes import EpisodeError
 from vla0_trl.data.staging import ConversionError, Staging, parquet_writer
 from vla0_trl.manifest import CONVERSION_NAME, files_of
@@ -23,15 +24,18 @@ from vla0_trl.manifest import CONVERSION_NAME, files_of
 ROW_GROUP_ROWS = 100  # what a reader must decompress to get at one row
 SHARD_BYTES = 400_000_000  # of staged episodes; with the text columns a shard stays below the Hub's usual 500 MB
 
+SAID_CLIPPED, MOST_CLIPPED = 0.001, 0.05  # of a dimension's values; quantiles clip 0.02
+
 
 @dataclass
 class Sorted:
-    """Frames and episodes of a dataset; `skipped` says why."""
+    """Frames and episodes of a dataset; `skipped` says why, `clipped` which values the text does not reach."""
 
     frames: int = 0
     kept: list[int] = field(default_factory=list)
     rejected: list[int] = field(default_factory=list)
     skipped: dict[int, str] = field(default_factory=dict)
+    clipped: list[str] = field(default_factory=list)
 
 
 def sorted_out(staging: Staging, indices: list[int]) -> Sorted:
@@ -80,6 +84,7 @@ def write_dataset(final: Path, staging: Staging, result: Sorted, key: dict[str, 
         config = with_statistics(staging.config, vectors)
     except ValueError as error:
         raise ConversionError(f"{error} (episodes read so far are kept in {staging.folder})") from error
+    result.clipped = _clipped(clipped_shares(config, vectors), config)
     shutil.rmtree(final, ignore_errors=True)
     (final / "data").mkdir(parents=True)
     shards = _shards(staging, result.kept)
@@ -94,9 +99,31 @@ def write_dataset(final: Path, staging: Staging, result: Sorted, key: dict[str, 
     first = result.kept[0]
     sample = sampled_frames(staging.rows(first, ["images"]), staging.info(first).frames)
     left_out = sorted([*result.rejected, *result.skipped])
-    write_card(final, sample, config, staging.source.info, len(result.kept), result.frames, left_out, command)
-    record = key | {"rejected": result.rejected, "skipped": result.skipped, "files": files_of(final)}
+    counts = len(result.kept), result.frames
+    write_card(final, sample, config, staging.source.info, *counts, left_out, result.clipped, command)
+    outcome = {"rejected": result.rejected, "skipped": result.skipped, "clipped": result.clipped}
+    record = key | outcome | {"files": files_of(final)}
     (final / CONVERSION_NAME).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _clipped(shares: dict[str, np.ndarray], config: VLAConfig) -> list[str]:
+    """A line for each dimension that loses more than `SAID_CLIPPED` of its values.
+
+    Raises:
+        ConversionError: an action loses more than `MOST_CLIPPED`: it would be trained to be something else.
+    """
+    lines = []
+    fixed = config.normalization != "quantile"  # which never loses what is not rare
+    for name, of_dimensions in shares.items():
+        for dim, share in enumerate(of_dimensions):
+            line = f"{name}[{dim}]: {share:.1%} of the values are outside of {config.normalization} and clipped"
+            if name == "action" and fixed and share > MOST_CLIPPED:
+                span = f"{config.action_stats.min[dim]:g} to {config.action_stats.max[dim]:g}"
+                raise ConversionError(
+                    f"{line}; they run from {span}: use --normalization min_max, which gives every dimension its range"
+                )
+            lines += [line] if share > SAID_CLIPPED else []
+    return lines
 
 
 def _shards(staging: Staging, kept: list[int]) -> list[list[int]]:

@@ -15,7 +15,7 @@ from transformers import ProcessorMixin
 from vla0_trl.actions import parse_integers
 from vla0_trl.config import VLAConfig
 from vla0_trl.processing.chat_tokenizer import IGNORED, ChatTokenizer
-from vla0_trl.processing.images import crop, draw_jitter, model_inputs, stack_cameras
+from vla0_trl.processing.images import crop, draw_jitter, model_inputs, stack_cameras, upright
 
 Row = dict[str, Any]
 MASK_UNITS = ("value", "character")
@@ -202,4 +202,4 @@ def _as_array(image: Image.Image | np.ndarray | dict) -> np.ndarray:
     """A decoded image, or one still encoded as `datasets` stores it -> uint8 (H, W, 3)."""
     if isinstance(image, dict):
         image = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
-    return np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    return np.asarray(upright(image) if isinstance(image, Image.Image) else image)

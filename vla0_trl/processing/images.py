@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as tvF
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -17,6 +18,11 @@ from vla0_trl.config import VLAConfig
 
 # NTSC's: the first row is luma, the other two span the plane of colours, in which hue is the angle.
 _RGB_TO_YIQ = [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """RGB, turned as its EXIF data says: what `datasets` gives, whoever decodes."""
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def crop(image: np.ndarray, ratio: float, rng: np.random.Generator | None = None) -> np.ndarray:
