@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vla0_trl.envs.pusht.env import WORKSPACE
+from vla0_trl.envs.pusht.geometry import GOAL_POSE
 
 CHUNK_SIZE = 8  # steps that the teacher answers at once
 TARGET_SCALE = 50.0  # px; what the network's outputs of size 1 mean
@@ -48,17 +49,25 @@ def mirror_chunks(chunks: np.ndarray) -> np.ndarray:
 
 
 def features(states: torch.Tensor) -> torch.Tensor:
-    """float32 (N, 18) of full states (N, 5): positions, angle, and the agent as the block sees it, all of size 1."""
+    """float32 (N, 28) of full states (N, 5), all of size 1.
+
+    Positions and angle, the agent as the block sees it, and how far the block is from the goal: near the goal the
+    expert's next push depends on single pixels.
+    """
     agent, block, angle = states[:, :2], states[:, 2:4], states[:, 4:]
     cos, sin = torch.cos(angle), torch.sin(angle)
     offset = (agent - block) / 100
     along = cos * offset[:, :1] + sin * offset[:, 1:]
     across = cos * offset[:, 1:] - sin * offset[:, :1]
     local = torch.cat([along, across], dim=1)
-    waves = [wave(local * frequency) for frequency in (2.0, 4.0) for wave in (torch.sin, torch.cos)]
+    waves = [wave(local * frequency) for frequency in (2.0, 4.0, 8.0) for wave in (torch.sin, torch.cos)]
+    goal_x, goal_y, goal_angle = GOAL_POSE.tolist()
+    shift = block - torch.tensor([goal_x, goal_y])
+    turn = torch.remainder(angle - goal_angle + torch.pi, 2 * torch.pi) - torch.pi
+    error = [torch.tanh(shift / 8), torch.tanh(shift / 30), torch.tanh(turn / 0.1), torch.tanh(turn / 0.4)]
     center = WORKSPACE / 2
     return torch.cat(
-        [(agent - center) / 150, (block - center) / 150, 1.5 * cos, 1.5 * sin, local, offset, *waves], dim=1
+        [(agent - center) / 150, (block - center) / 150, 1.5 * cos, 1.5 * sin, local, offset, *waves, *error], dim=1
     )
 
 
@@ -126,7 +135,10 @@ class PushTTeacher(nn.Module):
         if "sizes" not in metadata:
             raise ValueError(f"{path} is no teacher's file: make one with data_prep/teach_pusht.py")
         teacher = cls(**json.loads(metadata["sizes"]))
-        teacher.load_state_dict(weights)
+        try:
+            teacher.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"{path} was made by another version: make it again ({error})") from error
         return teacher.eval()
 
 

@@ -180,14 +180,17 @@ def _record(seed: int, noise: float, fraction: float) -> StateEpisode:
 
 def _dagger_round(folder: Path, fit: TeacherFit, number: int, settings: TeachSettings, run_each: _RunEach) -> str:
     """The teacher drives, the expert goes on from where it struggled, and that joins the data; says how it went."""
-    first = DAGGER_SEEDS + SEED_STRIDE * settings.fit.seed + ROUND_STRIDE * number
-    driven = drive(fit.teacher.label, range(first, first + settings.round_episodes))
-    states = struggling_states(driven, np.random.default_rng([settings.fit.seed, first]))
-    ways = list(run_each(recover, states, f"recovering, round {number + 1} of {len(settings.rounds)}"))
-    save_episodes(_round_file(folder, "visited", number), driven)
-    save_episodes(_round_file(folder, "recoveries", number), [way for way in ways if way.success])
-    fit.data.add(load_episodes(_round_file(folder, "recoveries", number)))
-    return f"round {number + 1}: success {np.mean([episode.success for episode in driven]):.1%}"
+    visited, recoveries = (_round_file(folder, kind, number) for kind in ("visited", "recoveries"))
+    if not recoveries.exists():
+        first = DAGGER_SEEDS + SEED_STRIDE * settings.fit.seed + ROUND_STRIDE * number
+        driven = drive(fit.teacher.label, range(first, first + settings.round_episodes))
+        states = struggling_states(driven, np.random.default_rng([settings.fit.seed, first]))
+        ways = list(run_each(recover, states, f"recovering, round {number + 1} of {len(settings.rounds)}"))
+        save_episodes(visited, driven)
+        save_episodes(recoveries, [way for way in ways if way.success])
+    fit.data.add(load_episodes(recoveries))
+    success_rate = np.mean([episode.success for episode in load_episodes(visited)])
+    return f"round {number + 1}: success {success_rate:.1%}"
 
 
 def struggling_states(episodes: list[StateEpisode], rng: np.random.Generator) -> list[np.ndarray]:
