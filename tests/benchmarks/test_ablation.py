@@ -102,6 +102,7 @@ def test_flags_are_what_a_shell_would_pass():
     assert Arm("Masking: 0.4, whole!").slug == "masking_0.4_whole"
 
 
+@pytest.mark.slow
 def test_arms_are_trained_evaluated_and_compared(pusht_data, tmp_path, monkeypatch, capsys):
     """Two arms that share a training, one that fails; run again, only what failed is tried again."""
     for name, value in ENV.items():
@@ -143,6 +144,7 @@ def test_a_name_that_no_arm_has_is_an_error(tmp_path, monkeypatch, capsys):
     assert "--arms ['b']: the file has ['a']" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_gpu_script_and_its_curves(tmp_path, monkeypatch, capsys):
     """All of nano_gpu.sh in small, twice: the second time nothing is left to do."""
     settings = {"WORK": tmp_path / "w", "EPISODES": 3, "MAX_STEPS": 4, "SAVE_STEPS": 2, "EVAL_EPISODES": 2}

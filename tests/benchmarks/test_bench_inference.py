@@ -12,6 +12,7 @@ from support.general import REPOSITORY, shared_path
 from vla0_trl.benchmarks.inference import DigitsAndSpaces, random_policy
 
 
+@pytest.mark.slow
 def test_the_table_of_the_nano_model(tmp_path):
     command = [sys.executable, "eval/bench_inference.py", "--models", "nano", "qwen2.5-vl-3b", "--max_gb", "1"]
     command += ["--chunks", "2", "--warmup", "1", "--batch_sizes", "1", "3", "--json", str(tmp_path / "bench.json")]

@@ -9,6 +9,7 @@ from support.general import REPOSITORY
 from support.runs import ENV
 
 
+@pytest.mark.slow
 def test_prints_and_writes_the_table(tmp_path):
     command = [sys.executable, "recipes/bench_training.py", "--rows", "8", "--turns", "1", "--steps", "1"]
     command += ["--peak_tflops", "0.5"]

@@ -104,6 +104,7 @@ def test_several_shards_and_row_groups(tmp_path, small_dataset, monkeypatch):
     assert load_dataset(str(output_dir), split="train")[:] == load_dataset(str(small_dataset), split="train")[:]
 
 
+@pytest.mark.slow
 def test_processes_make_no_difference(tmp_path, small_dataset, capsys):
     output_dir = convert(SmallSource(), small_config(), tmp_path / "dataset", num_proc=2)
     assert contents(output_dir) == contents(small_dataset)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from support.general import PUSHT_ZARR, REPOSITORY, contents, shared_path
 
+pytestmark = pytest.mark.slow  # several processes, signals
+
 NUM_EPISODES = 16  # of the human demonstrations: enough for a signal to come in between
 
 
@@ -52,7 +54,10 @@ def test_full_disk(tmp_path, limit, flags, uninterrupted):
     assert contents(output_dir) == uninterrupted
 
 
-@pytest.mark.parametrize(("how", "num_proc"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGKILL, 2)])
+@pytest.mark.parametrize(
+    ("how", "num_proc"),
+    [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGKILL, 2)],
+)
 def test_interrupted_conversion_continues(tmp_path, how, num_proc, uninterrupted):
     output_dir = tmp_path / "dataset"
     flags = ("--num_proc", str(num_proc))
@@ -62,11 +67,14 @@ def test_interrupted_conversion_continues(tmp_path, how, num_proc, uninterrupted
     while len(list((tmp_path / "dataset.partial/episodes").glob("*.parquet"))) < 3:
         assert process.poll() is None
         time.sleep(0.005)
-    process.send_signal(how)
+    if how == signal.SIGTERM:
+        os.killpg(process.pid, how)  # as Slurm does: to workers, too
+    else:
+        process.send_signal(how)
     _, stderr = process.communicate(timeout=60)
     assert not output_dir.exists()
-    if how == signal.SIGINT:
-        assert process.returncode == 130
+    if how != signal.SIGKILL:
+        assert process.returncode == 128 + how
         assert "run the same command again to go on" in stderr
         assert "Traceback" not in stderr
     deadline = time.monotonic() + 20

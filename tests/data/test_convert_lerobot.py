@@ -120,6 +120,7 @@ def test_seeking_over_what_is_not_wanted_is_exact(tmp_path, script, written, mon
     check_rows(rows, episodes=[1, 3, 5])
 
 
+@pytest.mark.slow
 def test_processes_make_no_difference(tmp_path, written):
     command = [sys.executable, str(REPOSITORY / "data_prep/convert_lerobot.py"), "--source", str(written())]
     for num_proc in ("1", "2"):
@@ -128,6 +129,7 @@ def test_processes_make_no_difference(tmp_path, written):
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
+@pytest.mark.slow
 def test_killed_conversion_continues(tmp_path, script, monkeypatch, capsys):
     root = Written(tmp_path / "long", lengths=(200,) * 12).write()
     output_dir = tmp_path / "out"

@@ -134,6 +134,7 @@ def test_tasks_are_chosen(tmp_path, script, files, monkeypatch):
         run_main(script, monkeypatch, *flags, "--tasks", "2", "--output_dir", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_processes_make_no_difference_and_several_sources_work(tmp_path, files):
     command = [sys.executable, str(REPOSITORY / "data_prep/convert_libero_hdf5.py")]
     command += ["--source", str(files / BOWL), str(files / SOUP), "--cameras", "image2"]

@@ -116,6 +116,7 @@ def test_bad_flags(tmp_path, zarr_script, monkeypatch, capsys, flags, message):
 # -- record_pusht
 
 
+@pytest.mark.slow
 def test_recording_depends_on_seeds_alone(tmp_path):
     from support.general import contents
 

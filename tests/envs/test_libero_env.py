@@ -69,6 +69,7 @@ def _after_actions(env, seed: int = 3) -> dict:
     return env.observe()
 
 
+@pytest.mark.slow
 def test_what_a_policy_sees_is_what_a_plain_loop_around_libero_gives(env, assets, tmp_path):
     np.save(tmp_path / "actions.npy", ACTIONS)
     arguments = [assets, SUITE, "3", str(tmp_path / "actions.npy"), str(tmp_path / "seen.npz")]
@@ -303,6 +304,7 @@ def clean(env) -> dict:
     return seen
 
 
+@pytest.mark.slow
 def test_perturbations_change_one_thing_and_always_the_same_way(clean, assets):
     images = clean["images"]
     rotated = _perturbed("rotate:90", assets)["images"]
@@ -331,6 +333,7 @@ def test_instructions_are_replaced_or_emptied(clean, assets):
     assert other == clean["task"]  # the last task is told the first one's
 
 
+@pytest.mark.slow
 def test_the_expert_reaches_into_a_drawer(clean, assets):
     env = LiberoEnv("libero_spatial", 4, assets_dir=assets)
     try:
@@ -341,6 +344,7 @@ def test_the_expert_reaches_into_a_drawer(clean, assets):
         env.close()
 
 
+@pytest.mark.slow
 def test_one_process_plays_one_task_after_another(clean, assets):
     tasks = LiberoTasks(assets_dir=assets)
     try:

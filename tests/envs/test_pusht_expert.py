@@ -52,12 +52,14 @@ def noisy() -> list[Recording]:
     return [record_episode(seed, action_noise=4.0) for seed in SEEDS]
 
 
+@pytest.mark.slow
 def test_every_episode_succeeds(clean):
     assert [r.seed for r in clean if not r.success] == []
     assert all(r.max_coverage > 0.95 for r in clean)
     assert np.mean([len(r.actions) for r in clean]) < 100
 
 
+@pytest.mark.slow
 def test_noise_is_recovered_from(noisy):
     assert [r.seed for r in noisy if not r.success] == []
 
@@ -102,6 +104,7 @@ def test_noise_is_executed_and_not_recorded(clean, noisy):
         assert not np.array_equal(quiet.states[1], loud.states[1])
 
 
+@pytest.mark.slow
 def test_another_process_records_the_same(clean, noisy):
     code = (
         "import hashlib\n"
@@ -124,6 +127,7 @@ def test_reset_forgets_the_episode(clean):
     assert np.array_equal(expert.act(env.full_state), clean[2].actions[0])
 
 
+@pytest.mark.slow
 def test_replanning_makes_the_action_a_function_of_the_state():
     """It solves the task so, and its answers are those of an expert that has just been woken up."""
     recording = record_episode(SEEDS[0], replan=True)

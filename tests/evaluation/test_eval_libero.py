@@ -20,6 +20,8 @@ from vla0_trl.envs.libero.protocol import LiberoEpisode, select_episodes
 from vla0_trl.evaluation.episode_log import read_episodes
 from vla0_trl.evaluation.report.summary import load_runs, suite_table, tasks
 
+pytestmark = pytest.mark.slow  # LIBERO's simulator in workers
+
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
 LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--mixed_precision", "no"]
 

@@ -120,6 +120,7 @@ def test_with_a_broken_decoder_an_evaluation_finishes_and_says_so(evaluate, monk
     assert _rows(folder) == [row | {"decoding": "stock"} for row in right]
 
 
+@pytest.mark.slow
 def test_killed_and_continued_gives_the_same_episodes_once(evaluate, checkpoint, tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     more = ["--num_episodes", "24", "--max_steps", "20", "--num_videos", "1"]
@@ -144,6 +145,7 @@ def test_killed_and_continued_gives_the_same_episodes_once(evaluate, checkpoint,
     assert _results(killed) == _results(whole)
 
 
+@pytest.mark.slow
 def test_processes_of_a_launcher_share_the_episodes(evaluate, checkpoint, tmp_path):
     shared, alone = tmp_path / "shared", tmp_path / "alone"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
@@ -161,18 +163,19 @@ def test_processes_of_a_launcher_share_the_episodes(evaluate, checkpoint, tmp_pa
     assert _results(shared) == _results(alone)
 
 
-def test_ctrl_c_loses_nothing(evaluate, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_loses_nothing(number, evaluate, monkeypatch, capsys, tmp_path):
     class Interrupted(PushTEnv):
         def reset(self, seed):
             if seed == 100002:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
             super().reset(seed)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate.script, "PushTEnv", Interrupted)
         with pytest.raises(SystemExit) as exit_info:
             evaluate("--num_envs", "1")
-    assert exit_info.value.code == 130
+    assert exit_info.value.code == 128 + number
     assert f"stopped: 2 episodes are in {tmp_path / 'out'}; run it again to go on" in capsys.readouterr().err
     assert [row["seed"] for row in _rows(evaluate())] == [100000, 100001, 100002, 100003]
 

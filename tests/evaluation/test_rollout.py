@@ -12,6 +12,7 @@ def _run(policy, num_envs, max_steps=60, **options) -> dict:
     return {episode.seed: episode for episode in rollout(policy, envs, SEEDS, progress=False, **options)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("execution", [{"n_action_steps": 5}, {"ensemble_size": 4}])
 def test_results_do_not_depend_on_the_number_of_environments(execution):
     alone, batched = (_run(PushBlock(**execution), num_envs) for num_envs in (1, 4))

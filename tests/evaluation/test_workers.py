@@ -16,6 +16,8 @@ from vla0_trl.envs.pusht.env import PushTEnv
 from vla0_trl.evaluation.rollout import EpisodeCrash, rollout
 from vla0_trl.evaluation.workers import worker_pool
 
+pytestmark = pytest.mark.slow  # a process per worker
+
 MAKE_ENV = partial(PushTEnv, state="full", max_episode_steps=20)
 
 

@@ -90,6 +90,7 @@ def test_bfloat16_is_the_default_where_the_cpu_has_it(monkeypatch, known):
     assert parse(monkeypatch, *command, "--bf16", "false")[1].bf16 is False
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_as_the_readme_says(dot_dataset, tmp_path):
     out = tmp_path / "run"
     small = ["--nano", json.dumps(TINY), "--max_steps", 2, "--save_steps", 2, "--eval_steps", 2, "--image_size", 48]
@@ -199,6 +200,7 @@ def test_help_lists_our_fields_and_trls():
         assert flag in done.stdout
 
 
+@pytest.mark.slow
 def test_plain_trl_trains_on_a_chat_dataset(dot_dataset, tiny_nano, tmp_path):
     command = ["trl", "sft", "--model_name_or_path", tiny_nano, "--dataset_name", dot_dataset, "--max_steps", "1"]
     command += ["--output_dir", str(tmp_path / "trl"), "--per_device_train_batch_size", "2", "--report_to", "none"]
@@ -211,6 +213,7 @@ def test_plain_trl_trains_on_a_chat_dataset(dot_dataset, tiny_nano, tmp_path):
     assert (tmp_path / "trl" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_rollouts_during_training_are_logged_and_the_best_is_kept(tmp_path):
     """PushT's own simulator, a policy that has seen two recorded episodes for two steps."""
     out = tmp_path / "run"

@@ -18,6 +18,8 @@ from support.runs import CONFIGS, ENV, SHARDED, command, free_port, launch, loss
 from vla0_trl import VLAPolicy
 from vla0_trl.run_folder import last_checkpoint
 
+pytestmark = pytest.mark.slow  # two processes each
+
 GLOBAL_BATCH = 8
 LORA = ["--use_peft", "--lora_r", "4", "--lora_dropout", "0", "--lora_target_modules", "all-linear"]
 

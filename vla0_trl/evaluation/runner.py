@@ -39,6 +39,7 @@ from vla0_trl.models.fingerprint import checkpoint_hash
 from vla0_trl.models.loading import checkpoint_folder
 from vla0_trl.policy.policy import VLAPolicy
 from vla0_trl.run_folder import FolderError
+from vla0_trl.stopping import Stopped, raising_stopped
 
 NOT_ALL = "not all episodes are there: other processes go on, or run this again\n"
 
@@ -238,8 +239,9 @@ def stopping_well(parser: argparse.ArgumentParser, log: EpisodeLog) -> Iterator[
     """What can stop an evaluation, as one line that says what is kept and how to go on."""
     kept = f"episodes are in {log.folder}"
     try:
-        yield
-    except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped: {len(log.episodes)} {kept}; run it again to go on\n")
+        with raising_stopped():
+            yield
+    except Stopped as stopped:
+        parser.exit(stopped.status, f"\nstopped: {len(log.episodes)} {kept}; run it again to go on\n")
     except (WriteError, EpisodeCrash, FolderError) as error:
         parser.exit(1, f"error: {error}; {len(log.episodes)} {kept}\n")
