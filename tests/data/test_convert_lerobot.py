@@ -192,10 +192,10 @@ def test_few_shot(tmp_path, script, written, monkeypatch):
 
 
 def test_cameras_are_chosen_and_ordered(tmp_path, script, written, monkeypatch):
-    flags = ["--source", written(), "--episodes", "1:3", "--gripper", "sign", "--no-use_state"]
+    flags = ["--source", written(), "--episodes", "1:3", "--no-use_state"]
     run_main(script, monkeypatch, *flags, "--cameras", "wrist,top", "--output_dir", tmp_path / "out")
     rows, config = load_chat_dataset(tmp_path / "out")
-    assert (config.cameras, config.gripper, config.use_state) == (["wrist", "top"], "sign", False)
+    assert (config.cameras, config.gripper, config.use_state) == (["wrist", "top"], None, False)
     check_rows(rows, [1, 2], cameras=(1, 0))
 
 

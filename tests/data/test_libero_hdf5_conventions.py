@@ -8,9 +8,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from support.general import libero_assets
+from support.general import libero_assets, load_script
 from support.lerobot_files import edit_info, replace_column, rewrite, source
+from support.runs import run_main
 
+from vla0_trl.data.chat_dataset import load_chat_dataset
 from vla0_trl.data.episodes import EpisodeError
 from vla0_trl.data.sources.libero_hdf5 import LiberoDemos
 from vla0_trl.data.staging import ConversionError
@@ -186,6 +188,15 @@ def test_the_gripper_is_converted_by_a_named_convention_or_refused(tmp_path, v2,
             for episodes in (LiberoDemos([path], False, other), source(v2, check_stats=False, gripper=other)):
                 with pytest.raises(EpisodeError, match=message):
                     episodes.episode(len(episodes) > 1)
+
+
+def test_a_converted_gripper_is_executed_as_its_sign(tmp_path, v2, monkeypatch):
+    for path in v2.glob("data/*/*.parquet"):
+        rewrite(path, lambda t: replace_column(t, "action", [[[at / 9, float(at % 2)] for at in range(len(t))]]))
+    flags = ["--gripper", "1_open_0_closed", "--ignore_stats", "true", "--output_dir", tmp_path / "out"]
+    run_main(load_script("data_prep/convert_lerobot.py"), monkeypatch, "--source", v2, *flags)
+    rows, config = load_chat_dataset(tmp_path / "out")
+    assert config.gripper == "sign" and [row["raw_action"][1] for row in rows.select(range(4))] == [1, -1, 1, -1]
 
 
 def test_only_demos_are_demonstrations(tmp_path):
