@@ -9,6 +9,7 @@ import pytest
 from transformers.trainer import TRAINER_STATE_NAME
 
 import vla0_trl
+from vla0_trl.old_names import MOVED
 from vla0_trl.run_folder import STATE_FILE
 
 PACKAGE = Path(vla0_trl.__file__).parent
@@ -76,3 +77,14 @@ def test_scripts_that_draw_what_is_there_need_no_torch(script):
 
 def test_a_runs_log_is_where_transformers_writes_it():
     assert STATE_FILE == TRAINER_STATE_NAME
+
+
+def test_old_names_of_submodules_are_the_new_modules():
+    from vla0_trl.models import nano
+
+    with pytest.warns(DeprecationWarning, match=r"vla0_trl\.nano is now vla0_trl\.models\.nano"):
+        from vla0_trl.nano import build_nano
+    assert build_nano is nano.build_nano
+    for old, new in MOVED.items():
+        assert (PACKAGE / f"{new.replace('.', '/')}.py").is_file(), new
+        assert not (PACKAGE / f"{old}.py").exists(), old

@@ -7,6 +7,8 @@ The public names below load on first use, so that `import vla0_trl` stays instan
 
 from importlib import import_module
 
+from vla0_trl.old_names import install
+
 _EXPORTS = {
     "ActionGrammarLogitsProcessor": "policy.grammar",
     "ActionParseError": "actions",
@@ -19,7 +21,7 @@ _EXPORTS = {
 }
 
 __all__ = sorted(_EXPORTS)
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str):
@@ -30,3 +32,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return [*globals(), *__all__]
+
+
+install()

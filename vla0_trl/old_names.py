@@ -1,0 +1,62 @@
+"""Submodules under the names that they had in 0.1: they still import, with a warning, until 0.3."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+# Where a room has an old name now (policy, training, evaluation, envs.pusht, envs.libero), nothing is redirected.
+MOVED = {
+    "chat": "processing.chat",
+    "tokenization": "processing.chat_tokenizer",
+    "images": "processing.images",
+    "collator": "processing.collator",
+    "modeling": "models.loading",
+    "nano": "models.nano",
+    "forward": "models.attention",
+    "episodes": "data.episodes",
+    "chat_dataset": "data.chat_dataset",
+    "grammar": "policy.grammar",
+    "ensembling": "policy.execution",
+    "decoding": "policy.speculative.decoder",
+    "recipe": "training.run",
+    "arguments": "training.arguments",
+    "rollout": "evaluation.rollout",
+    "results": "evaluation.episode_log",
+    "metrics": "evaluation.metrics",
+}
+
+
+class _OldNames(MetaPathFinder, Loader):
+    def find_spec(self, fullname: str, path: object, target: ModuleType | None = None) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        return ModuleSpec(fullname, self) if package == "vla0_trl" and name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        new = f"vla0_trl.{MOVED[spec.name.partition('.')[2]]}"
+        warnings.warn(f"{spec.name} is now {new}; the old name goes in 0.3", DeprecationWarning, stacklevel=2)
+        return _Alias(spec.name, import_module(new))
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing to run: the module under its new name has been."""
+
+
+class _Alias(ModuleType):
+    """Hands every attribute on, so that there is one module behind both names."""
+
+    def __init__(self, name: str, module: ModuleType):
+        super().__init__(name, module.__doc__)
+        self.__dict__["_module"] = module
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.__dict__["_module"], name)
+
+
+def install() -> None:
+    """Let imports find the old names, after everything else has been looked for."""
+    if not any(isinstance(finder, _OldNames) for finder in sys.meta_path):
+        sys.meta_path.append(_OldNames())
