@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -118,15 +120,31 @@ def test_draws_depend_on_seed_epoch_and_frame_alone(tiny_nano, example_config, r
     assert torch.equal(camera(batch(order=slice(None, None, -1))).flip(0), camera(batch()))
 
 
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_draws_reach_worker_processes_and_do_not_depend_on_their_number(tiny_nano, dot_dataset, num_workers):
+def test_the_collator_pickles(backbone, rows):
+    """With the prompts and the epoch that it has; a spawned worker process gets it so."""
+    _, processor, config = backbone
+    collator = VLADataCollator(processor, config.replace(crop_ratio=0.75), mask_max=1.0, mask_skip=0.0)
+    for epoch in (0, 3):
+        collator.set_epoch(epoch)
+        copy = pickle.loads(pickle.dumps(collator))
+        torch.testing.assert_close(copy(rows), collator(rows), rtol=0, atol=0)
+        copy.set_epoch(epoch + 1)
+        assert not torch.equal(copy(rows)["input_ids"], collator(rows)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "start"),
+    [(1, "fork"), (3, "fork"), pytest.param(1, "forkserver", marks=pytest.mark.slow)],  # Python 3.14's default
+)
+def test_draws_reach_worker_processes_and_do_not_depend_on_their_number(tiny_nano, dot_dataset, num_workers, start):
     """Masks, crops and colours, epoch by epoch, are those that this process would draw."""
     dataset, config = load_chat_dataset(dot_dataset)
     config = config.replace(crop_ratio=0.75, image_jitter=[0.2, 0.2, 0.2, 0.05])
     collator = VLADataCollator(load_processor(tiny_nano, config), config, mask_max=1.0, defer_images=True)
     loader = torch.utils.data.DataLoader(
-        dataset, batch_size=8, collate_fn=collator, num_workers=num_workers, persistent_workers=True
-    )
+        dataset, batch_size=8, collate_fn=collator, num_workers=num_workers, persistent_workers=True,
+        multiprocessing_context=start,
+    )  # fmt: skip
     epochs = []
     for epoch in (0, 1, 0):
         collator.set_epoch(epoch)

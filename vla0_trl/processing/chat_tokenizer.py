@@ -7,7 +7,7 @@ image-processor call. The same object serves the collator and the policy, so tra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from vla0_trl.processing.chat import completion_messages, prompt_messages, with_
 
 IGNORED = -100  # torch's cross-entropy leaves such labels out
 MASK_CANDIDATES = ("?", "_", "*", "#")
+_KEPT_PROMPTS = 4096  # tasks whose prompts are kept; a robot may be told any number of them
 
 
 class ChatTokenizer:
@@ -56,7 +57,8 @@ class ChatTokenizer:
         # Where " 524" is one token, so is what hides it; else its space stays a token of its own.
         self._space = [] if all(len(ids) == 1 for ids in self._numbers) else self._ids(" ")
         self.mask_id = self._single_token([mask if self._space else f" {mask}" for mask in MASK_CANDIDATES])
-        self._head = lru_cache(maxsize=4096)(self._head_and_tail)
+        # A dict, because an `lru_cache` does not pickle, as worker processes that are not forked need it.
+        self._prompts: dict[str, tuple[list[int], list[int]]] = {}
         self.extra_keys: set[str] = set()
         self.encode_prompt("task", np.zeros(config.state_dim, np.int64))  # finds extra_keys
         self._check_table()
@@ -74,7 +76,7 @@ class ChatTokenizer:
 
     def encode_prompt(self, task: str, state: Sequence[int] | np.ndarray = ()) -> list[int]:
         """Ids up to where the answer begins, image placeholders expanded; `state` (state_dim,) integers if used."""
-        head, tail = self._head(task)
+        head, tail = self._head_and_tail(task)
         if not self.config.use_state:
             return [*head, *tail]
         if len(state) != self.config.state_dim:
@@ -83,6 +85,13 @@ class ChatTokenizer:
 
     def _head_and_tail(self, task: str) -> tuple[list[int], list[int]]:
         """Ids before and after the state text; all in the first if there is none."""
+        if task not in self._prompts:
+            if len(self._prompts) >= _KEPT_PROMPTS:
+                self._prompts.clear()
+            self._prompts[task] = self._render_ids(task)
+        return self._prompts[task]
+
+    def _render_ids(self, task: str) -> tuple[list[int], list[int]]:
         text, tail = self.render(task, state="\0"), ""
         if self.config.use_state:
             # The space before the state belongs to its first number, as in an answer.
