@@ -7,35 +7,29 @@ Writes offline.json. With the output folder of eval_pusht.py, summarize.py shows
 that the policy generates from the stored frames, as on a robot, beside that of never looking.
 """
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from vla0_trl.command_line import option, parse, user_errors
 from vla0_trl.config import VLAConfig
-from vla0_trl.data.chat_dataset import load_chat_dataset
-from vla0_trl.evaluation.episode_log import provenance, write_json
-from vla0_trl.evaluation.open_loop import action_errors, pick_frames, token_accuracy
-from vla0_trl.evaluation.report.summary import OFFLINE
-from vla0_trl.manifest import trained_on
-from vla0_trl.models.fingerprint import checkpoint_hash
-from vla0_trl.models.loading import checkpoint_folder
-from vla0_trl.policy.policy import VLAPolicy
+from vla0_trl.evaluation.arguments import ModelArguments
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model_name_or_path", required=True, help="checkpoint, full or adapter: a folder or a Hub id")
-    add("--dataset_name", required=True, help="chat dataset: a folder or a Hub id")
-    add("--episodes", required=True, help="from:to, to exclusive, e.g. 36:40: episodes that were not trained on")
-    add("--num_frames", type=int, default=200, help="spread evenly over these episodes (default: %(default)s)")
-    add("--batch_size", type=int, default=16, help="frames at once (default: %(default)s)")
-    add("--output_dir", required=True, type=Path, help="where to write offline.json")
-    add("--device", help="cuda, cuda:1, cpu, … (default: a GPU if there is one)")
-    add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU")
-    return parser
+@dataclass(kw_only=True)
+class Arguments(ModelArguments):
+    dataset_name: str = option(help="chat dataset: a folder or a Hub id")
+    episodes: str = option(
+        help="from:to, to exclusive, e.g. 36:40: episodes that were not trained on", metavar="FROM:TO"
+    )
+    num_frames: int = option(200, "spread evenly over these episodes (default: %(default)s)")
+    batch_size: int = option(16, "frames at once (default: %(default)s)")
+    output_dir: Path = option(help="where to write offline.json")
+
+    def __post_init__(self):
+        parse_episodes(self.episodes)
 
 
 def parse_episodes(text: str) -> tuple[int, int]:
@@ -60,12 +54,17 @@ def check_fits(policy: VLAConfig, dataset: VLAConfig) -> None:
 
 
 def main() -> None:
-    parser = build_parser()
-    args = parser.parse_args()
-    try:
-        for name in ("num_frames", "batch_size"):
-            if vars(args)[name] < 1:
-                raise ValueError(f"--{name} {vars(args)[name]} must be at least 1")
+    args = parse(Arguments, __doc__)
+    from vla0_trl.data.chat_dataset import load_chat_dataset  # after parsing: datasets and torch take seconds
+    from vla0_trl.evaluation.episode_log import provenance, write_json
+    from vla0_trl.evaluation.open_loop import action_errors, pick_frames, token_accuracy
+    from vla0_trl.evaluation.report.summary import OFFLINE
+    from vla0_trl.manifest import trained_on
+    from vla0_trl.models.fingerprint import checkpoint_hash
+    from vla0_trl.models.loading import checkpoint_folder
+    from vla0_trl.policy.policy import VLAPolicy
+
+    with user_errors():
         episodes = parse_episodes(args.episodes)
         checkpoint = checkpoint_folder(args.model_name_or_path)
         dataset, dataset_config = load_chat_dataset(args.dataset_name)
@@ -73,8 +72,6 @@ def main() -> None:
         rows = pick_frames(dataset, *episodes, args.num_frames)
         run = {"checkpoint": args.model_name_or_path, "checkpoint_hash": checkpoint_hash(checkpoint)}
         args.output_dir.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
 
     policy = VLAPolicy.from_pretrained(checkpoint, args.device, args.dtype)
     errors = action_errors(policy, rows, dataset_config.cameras, args.batch_size)

@@ -16,85 +16,66 @@ Stopped at any moment, the same command runs only what is missing; with a larger
 Success is gym-pusht's own: the block covers more than 95 % of the target within --max_steps steps.
 """
 
-import argparse
 import json
-from pathlib import Path
+from dataclasses import dataclass
 
+from vla0_trl.command_line import option, parse, user_errors
 from vla0_trl.config import VLAConfig
 from vla0_trl.envs.pusht.env import FPS, MAX_EPISODE_STEPS, SUCCESS_COVERAGE, PushTEnv, check_speaks_pusht, state_mode
-from vla0_trl.evaluation.episode_log import RESULTS, EpisodeLog
+from vla0_trl.evaluation.arguments import EvaluationArguments
+from vla0_trl.evaluation.episode_log import RESULTS
 from vla0_trl.evaluation.report.summary import format_table, summary_table
-from vla0_trl.evaluation.runner import (
-    NOT_ALL,
-    EvaluationParser,
-    execution_config,
-    execution_protocol,
-    finish,
-    missing_share,
-    open_log,
-    run_episodes,
-    run_identity,
-    simulator_version,
-    stopping_well,
-)
-from vla0_trl.models.loading import checkpoint_folder
-from vla0_trl.policy.policy import VLAPolicy, resolve_device
 
 PACKAGES = ("torch", "transformers", "gym-pusht", "pymunk", "numpy")
 
 
-def build_parser() -> EvaluationParser:
-    parser = EvaluationParser(__doc__, num_envs=16, num_videos=4, max_steps=MAX_EPISODE_STEPS)
-    parser.add_argument("--num_episodes", type=int, default=64, help="one a seed (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=100000, help="of the first episode (default: %(default)s)")
-    return parser
-
-
-def evaluation_config(config: VLAConfig, args: argparse.Namespace) -> VLAConfig:
-    """The checkpoint's config with the execution that the flags ask for; `ValueError` if it can't act in PushT."""
-    check_speaks_pusht(config, args.model_name_or_path)
-    return execution_config(config, args)
-
-
-def run_missing(policy: VLAPolicy, log: EpisodeLog, missing: list[int], state: str, args: argparse.Namespace) -> None:
-    """Run and write these episodes."""
-    envs = [PushTEnv(state, args.max_steps) for _ in range(min(args.num_envs, len(missing)))]
-    filmed = range(args.seed, args.seed + args.num_videos)
-    run_episodes(policy, log, envs, missing, filmed, FPS)
-    for env in envs:
-        env.close()
+@dataclass(kw_only=True)
+class Arguments(EvaluationArguments):
+    num_episodes: int = option(64, "one per seed (default: %(default)s)")
+    seed: int = option(100_000, "of the first episode (default: %(default)s)")
+    num_envs: int = option(16, "episodes side by side: speed, not results (default: %(default)s)")
+    num_videos: int = option(4, "film the first N episodes (default: %(default)s)", metavar="N")
+    max_steps: int = option(MAX_EPISODE_STEPS, "time limit of an episode (default: %(default)s)")
 
 
 def main() -> None:
-    parser = build_parser()
-    args = parser.parse_args()
+    args = parse(Arguments, __doc__)
+    from vla0_trl.evaluation import runner  # after parsing: it imports torch, which takes seconds
+    from vla0_trl.models.loading import checkpoint_folder
+    from vla0_trl.policy.policy import VLAPolicy, resolve_device
+
+    runner.join_launch(args)
     seeds = list(range(args.seed, args.seed + args.num_episodes))
     device, dtype = resolve_device(args.device, args.dtype)
-    try:
+    with user_errors():
         checkpoint = checkpoint_folder(args.model_name_or_path)
-        config = evaluation_config(VLAConfig.from_pretrained(checkpoint), args)
+        config = VLAConfig.from_pretrained(checkpoint)
+        check_speaks_pusht(config, args.model_name_or_path)
+        config = runner.execution_config(config, args)
         state = state_mode(config.state_dim)
         protocol = {
             "env": "gym_pusht/PushT-v0",
             "state": state,
-            "simulator": simulator_version("gym-pusht", "pymunk", "shapely"),
+            "simulator": runner.simulator_version("gym-pusht", "pymunk", "shapely"),
             "seed": args.seed,
             "max_steps": args.max_steps,
             "success_coverage": SUCCESS_COVERAGE,
-            **execution_protocol(config, args, str(dtype)),
+            **runner.execution_protocol(config, args, str(dtype)),
         }
-        log = open_log(Path(args.output_dir), run_identity(args, checkpoint, protocol), seeds, args)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+        log = runner.open_log(args.output_dir, runner.run_identity(args, checkpoint, protocol), seeds, args)
 
-    with log, stopping_well(parser, log):
-        missing = missing_share(log, seeds, args)
+    with log, runner.stopping_well(log):
+        missing = runner.missing_share(log, seeds, args)
         if missing:
             policy = VLAPolicy.from_pretrained(checkpoint, device, dtype, load_in_4bit=args.load_in_4bit)
             policy.config = config
-            run_missing(policy, log, missing, state, args)
-        if not finish(log, seeds, str(device), PACKAGES):
-            parser.exit(0, NOT_ALL)
+            envs = [PushTEnv(state, args.max_steps) for _ in range(min(args.num_envs, len(missing)))]
+            filmed = range(args.seed, args.seed + args.num_videos)
+            runner.run_episodes(policy, log, envs, missing, filmed, FPS)
+            for env in envs:
+                env.close()
+        if not runner.finish(log, seeds, str(device), PACKAGES):
+            runner.leave(0, runner.NOT_ALL)
     results = json.loads((log.folder / RESULTS).read_text())
     print(format_table(summary_table([(args.model_name_or_path, results)])))
     print(f"\nresults, episodes and videos: {log.folder}")

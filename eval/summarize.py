@@ -8,9 +8,10 @@ checkpoint the training log and the energy that --log_energy measured, are shown
 file, with videos inside.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
+from vla0_trl.command_line import ScriptParser, option, user_errors
 from vla0_trl.evaluation.report.page import REPORT, success_figure, write_report
 from vla0_trl.evaluation.report.summary import (
     energy_table,
@@ -23,20 +24,22 @@ from vla0_trl.evaluation.report.summary import (
 )
 
 
+@dataclass(kw_only=True)
+class Arguments:
+    output: Path | None = option(None, "where to write (default: the first OUTPUT_DIR)")
+    title: str = option("Evaluation", "of the page (default: %(default)s)")
+    commands: Path | None = option(None, "a file with what was run, for the page (default: as recorded)")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(Arguments, __doc__)
     parser.add_argument("output_dirs", nargs="+", type=Path, metavar="OUTPUT_DIR", help="finished evaluations")
-    parser.add_argument("--output", type=Path, help="where to write (default: the first OUTPUT_DIR)")
-    parser.add_argument("--title", default="Evaluation", help="of the page (default: %(default)s)")
-    parser.add_argument("--commands", type=Path, help="a file with what was run, for the page (default: as recorded)")
-    args = parser.parse_args()
-    output = args.output or args.output_dirs[0]
-    try:
-        runs = load_runs(args.output_dirs)
+    args, others, _ = parser.parse()
+    output = args.output or others.output_dirs[0]
+    with user_errors():
+        runs = load_runs(others.output_dirs)
         commands = args.commands.read_text().splitlines() if args.commands else None
         output.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
 
     total = summary_table([(run.name, run.results) for run in runs])
     tables = [suite_table(runs), total, task_table(runs), offline_table(runs), energy_table(runs)]

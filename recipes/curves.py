@@ -8,17 +8,25 @@ evaluated into RUN/eval/checkpoint-N and RUN/eval/final, success_rate and mean_m
 shown up to their last checkpoint. The points are written beside the picture, as JSON.
 """
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vla0_trl.command_line import ScriptParser, option, user_errors
 from vla0_trl.evaluation.episode_log import RESULTS
 from vla0_trl.evaluation.report.charts import training_curve
 from vla0_trl.files import write_whole
 from vla0_trl.run_folder import RUN_FILE, STATE_FILE, last_checkpoint
 
 EVALUATED = ("success_rate", "success_rate_interval", "mean_max_coverage", "num_episodes")
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    key: str = option(help="what to draw")
+    label: str | None = option(None, "what the picture calls it (default: the key)")
+    output: Path = option(help="the PNG")
 
 
 def read_run(folder: Path) -> list[dict[str, Any]]:
@@ -41,18 +49,13 @@ def read_run(folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(Arguments, __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a recipe")
-    parser.add_argument("--key", required=True, help="what to draw")
-    parser.add_argument("--label", help="what the picture calls it (default: the key)")
-    parser.add_argument("--output", type=Path, required=True, help="the PNG")
-    args = parser.parse_args()
-    try:
-        logs = {run.name: [entry for entry in read_run(run) if args.key in entry] for run in args.runs}
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"error: {error}\n")
-    if not any(logs.values()):
-        parser.exit(2, f"error: {args.key} is in no log of {', '.join(map(str, args.runs))}\n")
+    args, others, _ = parser.parse()
+    with user_errors():
+        logs = {run.name: [entry for entry in read_run(run) if args.key in entry] for run in others.runs}
+        if not any(logs.values()):
+            raise ValueError(f"{args.key} is in no log of {', '.join(map(str, others.runs))}")
     figure = training_curve(
         {name: [entry | {"step": entry["samples"]} for entry in entries] for name, entries in logs.items()},
         args.key,

@@ -17,12 +17,15 @@ from support.backbones import TINY
 from support.general import REPOSITORY, check_user_error, load_script
 
 from vla0_trl.actions import NormStats
+from vla0_trl.command_line import parse
 from vla0_trl.config import VLAConfig
 from vla0_trl.envs.pusht.env import PushTEnv
+from vla0_trl.evaluation.arguments import LiberoArguments
 from vla0_trl.evaluation.report.summary import load_runs
 from vla0_trl.evaluation.runner import execution_config, execution_protocol
 from vla0_trl.internals import FallbackWarning
 from vla0_trl.models.nano import NanoConfig, build_nano
+from vla0_trl.policy.policy import VLAPolicy
 from vla0_trl.policy.speculative.tree_forward import Passes
 
 TIMES = {"seconds", "model_seconds", "seconds_per_episode", "ms_per_chunk", "environment_seconds"}
@@ -185,7 +188,7 @@ def test_a_finished_evaluation_returns_at_once_even_without_its_videos(evaluate,
     shutil.rmtree(folder / "videos")
     before = {path: path.read_bytes() for path in folder.iterdir()}
     table = capsys.readouterr().out
-    monkeypatch.delattr(evaluate.script.VLAPolicy, "from_pretrained")  # loading the model would raise
+    monkeypatch.delattr(VLAPolicy, "from_pretrained")  # loading the model would raise
     evaluate("--num_videos", "2")
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert capsys.readouterr().out == table
@@ -228,7 +231,7 @@ def test_ensembling_asks_at_every_step(evaluate, tmp_path):
 ENSEMBLE = {"ensemble_size": 4, "ensemble_decay": 0.1}
 
 
-@pytest.mark.parametrize("script", ["eval/eval_pusht.py", "eval/eval_libero.py"])
+@pytest.mark.parametrize("arguments", [load_script("eval/eval_pusht.py").Arguments, LiberoArguments])
 @pytest.mark.parametrize(
     ("saved", "flags", "expected"),
     [
@@ -246,9 +249,8 @@ ENSEMBLE = {"ensemble_size": 4, "ensemble_decay": 0.1}
         (ENSEMBLE, "--n_action_steps 8 --ensemble_decay 0.1", "ensemble_size=1 keeps only the newest"),
     ],
 )
-def test_flags_replace_the_checkpoints_way_to_execute_chunks(script, saved, flags, expected):
-    parser = load_script(script).build_parser()
-    args = parser.parse_args(["--model_name_or_path", "m", "--output_dir", "o", *flags.split()])
+def test_flags_replace_the_checkpoints_way_to_execute_chunks(arguments, saved, flags, expected):
+    args = parse(arguments, "", ["--model_name_or_path", "m", "--output_dir", "o", *flags.split()])
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
             execution_config(VLAConfig(**saved), args)

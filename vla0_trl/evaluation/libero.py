@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from vla0_trl.envs.libero import protocol
 from vla0_trl.envs.libero.env import LiberoTasks, Perturbation
 from vla0_trl.envs.libero.protocol import LiberoEpisode
 from vla0_trl.envs.libero.setup import assets_fingerprint, choose_renderer
+from vla0_trl.evaluation.arguments import LiberoArguments
 from vla0_trl.evaluation.env_runner import EnvRunner
 from vla0_trl.evaluation.episode_log import EpisodeLog
 from vla0_trl.evaluation.metrics import aggregate_suites, aggregate_tasks, mean_rate
@@ -25,7 +25,7 @@ from vla0_trl.evaluation.workers import worker_pool
 from vla0_trl.policy.policy import VLAPolicy
 
 
-def evaluation_config(config: VLAConfig, args: argparse.Namespace) -> VLAConfig:
+def evaluation_config(config: VLAConfig, args: LiberoArguments) -> VLAConfig:
     """The checkpoint's config with the execution that the flags ask for; `ValueError` if it can't act in LIBERO."""
     unknown = [name for name in config.cameras if name not in protocol.CAMERAS]
     if unknown or config.action_dim != protocol.ACTION_DIM or config.state_dim not in (0, protocol.STATE_DIM):
@@ -37,7 +37,7 @@ def evaluation_config(config: VLAConfig, args: argparse.Namespace) -> VLAConfig:
     return execution_config(config, args).replace(gripper="sign")
 
 
-def run_protocol(config: VLAConfig, args: argparse.Namespace, perturbation: str | None, dtype: str) -> dict[str, Any]:
+def run_protocol(config: VLAConfig, args: LiberoArguments, perturbation: str | None, dtype: str) -> dict[str, Any]:
     """What makes a number comparable, and what a resumed evaluation must have in common."""
     return {
         "env": "LIBERO",
@@ -54,7 +54,7 @@ def run_protocol(config: VLAConfig, args: argparse.Namespace, perturbation: str 
 
 
 def environment_factory(
-    config: VLAConfig, args: argparse.Namespace, perturbation: Perturbation | None
+    config: VLAConfig, args: LiberoArguments, perturbation: Perturbation | None
 ) -> Callable[[], LiberoTasks]:
     """Builds a worker's environment; only the cameras that the policy looks through are drawn."""
     return partial(
@@ -76,7 +76,7 @@ def run_missing(
     log: EpisodeLog,
     missing: list[LiberoEpisode],
     make_env: Callable[[], LiberoTasks],
-    args: argparse.Namespace,
+    args: LiberoArguments,
 ) -> list[EpisodeResult]:
     """Run and write these episodes; returns those that crashed twice."""
     filmed = {episode for episode in missing if episode.seed < args.num_videos}

@@ -1,8 +1,7 @@
-"""What all eval/eval_*.py of simulators share: flags, how chunks are executed, running what is missing."""
+"""What all eval/eval_*.py of simulators share: processes, how chunks are executed, running what is missing."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -11,12 +10,13 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed
 
-from vla0_trl.config import ENSEMBLE_WEIGHTS, VLAConfig
+from vla0_trl.config import VLAConfig
+from vla0_trl.evaluation.arguments import EvaluationArguments
 from vla0_trl.evaluation.env_runner import Environment, EnvRunner, EpisodeCrash, Seed
 from vla0_trl.evaluation.episode_log import (
     RESULTS,
@@ -33,7 +33,6 @@ from vla0_trl.evaluation.episode_log import (
 )
 from vla0_trl.evaluation.metrics import aggregate
 from vla0_trl.evaluation.rollout import EpisodeResult, rollout
-from vla0_trl.limits import check_limits
 from vla0_trl.manifest import read_json, trained_on
 from vla0_trl.models.fingerprint import checkpoint_hash
 from vla0_trl.models.loading import checkpoint_folder
@@ -44,73 +43,28 @@ from vla0_trl.stopping import Stopped, raising_stopped
 NOT_ALL = "not all episodes are there: other processes go on, or run this again\n"
 
 
-class EvaluationParser(argparse.ArgumentParser):
-    """A parser with the flags of every simulator.
-
-    Args:
-        script_doc (`str`): the script's docstring, shown by --help.
-        defaults: of `num_envs`, `num_videos` and `max_steps`.
-    """
-
-    def __init__(self, script_doc: str, **defaults: Any):
-        super().__init__(description=script_doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        add = self.add_argument
-        add("--model_name_or_path", required=True, help="checkpoint, full or adapter: a folder or a Hub id")
-        add("--output_dir", required=True, help="gets episodes.jsonl, results.json and videos/; one folder a run")
-        add("--num_envs", type=int, help="episodes side by side: speed, not results (default: %(default)s)")
-        add("--n_action_steps", type=int, help="steps of a chunk to execute before the next (default: its own)")
-        add("--ensemble_size", type=int, help="ask at every step, average so many chunks; not with n_action_steps")
-        add("--ensemble_decay", type=float, help="m of ACT's weights exp(-m*i), i=0 the oldest (default: its own)")
-        add(
-            "--ensemble_weights",
-            choices=ENSEMBLE_WEIGHTS,
-            help="instead: a plain mean; or VLA-0's released weights: 0.5 for all but the newest (v1), 0.5^age (v2)",
-        )
-        add("--max_steps", type=int, help="time limit of an episode (default: the protocol's)")
-        add(
-            "--num_videos",
-            type=int,
-            help="film the first so many episodes, in LIBERO of each task (default: %(default)s)",
-        )
-        add("--device", help="cuda, cuda:1, cpu, … (default: a GPU if there is one)")
-        add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU")
-        add(
-            "--load_in_4bit", action="store_true", help="weights as NF4, with bitsandbytes: less memory, other answers"
-        )
-        add("--overwrite", action="store_true", help="delete the evaluation in --output_dir and start anew")
-        self.set_defaults(**defaults)
-
-    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
-        """With `rank` and `num_processes`, as `accelerate launch` sets them, and a GPU of its own for each process."""
-        parsed = super().parse_args(*args, **kwargs)
+def join_launch(args: EvaluationArguments) -> None:
+    """Set `rank`, `num_processes` and `launch` as `accelerate launch` tells them, and a GPU for each process."""
+    args.rank, args.num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.num_processes > 1:
         try:
-            check_limits(vars(parsed))
+            args.store, _, _ = next(torch.distributed.rendezvous("env://"))
         except ValueError as error:
-            self.error(str(error))
-        parsed.rank, parsed.num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        parsed.launch = None
-        if parsed.num_processes > 1:
-            parsed.store, parsed.launch = self._meet(parsed.rank)
-        if parsed.device is None and torch.cuda.is_available():
-            parsed.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-        return parsed
-
-    def _meet(self, rank: int) -> tuple[torch.distributed.Store, str]:
-        """A word that this launch's processes share, and no other launch; and the store, to be kept until they end."""
-        try:
-            store, _, _ = next(torch.distributed.rendezvous("env://"))
-        except ValueError as error:
-            self.exit(2, f"error: RANK and WORLD_SIZE are set, but {error}: start it with accelerate launch\n")
-        if rank == 0:
-            store.set("launch", uuid.uuid4().hex[:8])
-        return store, store.get("launch").decode()
-
-    def error(self, message: str) -> None:
-        """One line, exit status 2."""
-        self.exit(2, f"error: {message}\n")
+            leave(2, f"error: RANK and WORLD_SIZE are set, but {error}: start it with accelerate launch")
+        if args.rank == 0:
+            args.store.set("launch", uuid.uuid4().hex[:8])
+        args.launch = args.store.get("launch").decode()
+    if args.device is None and torch.cuda.is_available():
+        args.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
-def execution_config(config: VLAConfig, args: argparse.Namespace) -> VLAConfig:
+def leave(status: int, message: str) -> NoReturn:
+    """End the program with a line on stderr."""
+    print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def execution_config(config: VLAConfig, args: EvaluationArguments) -> VLAConfig:
     """The checkpoint's config with the execution that the flags ask for; `ValueError` if there is none such.
 
     Steps of a chunk and ensembling exclude each other: asking for one replaces the checkpoint's other.
@@ -129,7 +83,7 @@ def simulator_version(*packages: str) -> str:
     return ", ".join(f"{package} {version(package)}" for package in packages)
 
 
-def execution_protocol(config: VLAConfig, args: argparse.Namespace, dtype: str) -> dict[str, Any]:
+def execution_protocol(config: VLAConfig, args: EvaluationArguments, dtype: str) -> dict[str, Any]:
     """The part of a run's protocol that is the same for all simulators."""
     return {
         "n_action_steps": config.n_action_steps,
@@ -141,7 +95,7 @@ def execution_protocol(config: VLAConfig, args: argparse.Namespace, dtype: str) 
     }
 
 
-def run_identity(args: argparse.Namespace, checkpoint: Path, protocol: dict[str, Any]) -> dict[str, Any]:
+def run_identity(args: EvaluationArguments, checkpoint: Path, protocol: dict[str, Any]) -> dict[str, Any]:
     """What [`EpisodeLog`] knows a run by."""
     return {
         "checkpoint": args.model_name_or_path,
@@ -150,7 +104,7 @@ def run_identity(args: argparse.Namespace, checkpoint: Path, protocol: dict[str,
     }
 
 
-def open_log(folder: Path, run: dict[str, Any], seeds: Sequence[Seed], args: argparse.Namespace) -> EpisodeLog:
+def open_log(folder: Path, run: dict[str, Any], seeds: Sequence[Seed], args: EvaluationArguments) -> EpisodeLog:
     """This process's log of a run; see [`EpisodeLog`] for what it raises."""
     # A process without a share may come after the others have finished: it must not delete what they did.
     overwrite = args.overwrite and bool(seeds[args.rank :: args.num_processes])
@@ -166,7 +120,7 @@ def num_trained_on(checkpoint: Path, seeds: Sequence[Seed]) -> int:
     return sum(seed in seen for seed in seeds)
 
 
-def missing_share(log: EpisodeLog, seeds: Sequence[Seed], args: argparse.Namespace) -> list[Seed]:
+def missing_share(log: EpisodeLog, seeds: Sequence[Seed], args: EvaluationArguments) -> list[Seed]:
     """The episodes that this process has to run; results.json, which exists when nothing is missing, goes."""
     missing = log.missing(seeds[args.rank :: args.num_processes])
     if missing:
@@ -235,13 +189,13 @@ def ways_of_decoding(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 @contextmanager
-def stopping_well(parser: argparse.ArgumentParser, log: EpisodeLog) -> Iterator[None]:
+def stopping_well(log: EpisodeLog) -> Iterator[None]:
     """What can stop an evaluation, as one line that says what is kept and how to go on."""
     kept = f"episodes are in {log.folder}"
     try:
         with raising_stopped():
             yield
     except Stopped as stopped:
-        parser.exit(stopped.status, f"\nstopped: {len(log.episodes)} {kept}; run it again to go on\n")
+        leave(stopped.status, f"\nstopped: {len(log.episodes)} {kept}; run it again to go on")
     except (WriteError, EpisodeCrash, FolderError) as error:
-        parser.exit(1, f"error: {error}; {len(log.episodes)} {kept}\n")
+        leave(1, f"error: {error}; {len(log.episodes)} {kept}")

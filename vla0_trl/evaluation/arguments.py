@@ -1,0 +1,71 @@
+"""The command line that evaluations in all simulators share. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vla0_trl.command_line import option
+from vla0_trl.config import ENSEMBLE_WEIGHTS
+from vla0_trl.envs.libero import protocol
+from vla0_trl.envs.libero.perturb import NAMES
+
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """Which checkpoint, and how it runs."""
+
+    model_name_or_path: str = option(help="checkpoint, full or adapter: a folder or a Hub id")
+    device: str | None = option(None, "cuda, cuda:1, cpu, … (default: a GPU if there is one)")
+    dtype: str | None = option(None, "default: bfloat16 on a GPU, float32 on a CPU", choices=DTYPES)
+
+
+@dataclass(kw_only=True)
+class EvaluationArguments(ModelArguments):
+    """What every simulator's evaluation can be told; a script adds its own fields, and the defaults that suit it.
+
+    `rank`, `num_processes`, `launch` and `store` are no flags: `runner.join_launch` sets them.
+    """
+
+    output_dir: Path = option(help="gets episodes.jsonl, results.json and videos/; one folder per run")
+    num_envs: int = option(8, "episodes side by side: speed, not results (default: %(default)s)")
+    n_action_steps: int | None = option(None, "steps of a chunk to execute before the next (default: its own)")
+    ensemble_size: int | None = option(
+        None, "ask at every step and average this many chunks; not with n_action_steps (default: its own)"
+    )
+    ensemble_decay: float | None = option(
+        None, "m of ACT's weights exp(-m*i), i=0 the oldest (default: the checkpoint's)"
+    )
+    ensemble_weights: str | None = option(
+        None,
+        "instead: a plain mean; or VLA-0's released weights: 0.5 for all but the newest (v1), 0.5^age (v2)",
+        choices=ENSEMBLE_WEIGHTS,
+    )
+    max_steps: int | None = option(None, "time limit of an episode (default: the protocol's)")
+    num_videos: int = option(
+        1, "film the first N episodes, in LIBERO of each task (default: %(default)s)", metavar="N"
+    )
+    load_in_4bit: bool = option(False, "weights as NF4, with bitsandbytes: less memory, other answers")
+    overwrite: bool = option(False, "delete the evaluation in --output_dir and start anew")
+
+    rank: int = field(init=False, default=0)
+    num_processes: int = field(init=False, default=1)
+    launch: str | None = field(init=False, default=None)  # a word that this launch's processes share
+    store: Any = field(init=False, default=None, repr=False)  # of torch.distributed, to be kept until they end
+
+
+@dataclass(kw_only=True)
+class LiberoArguments(EvaluationArguments):
+    """What eval/eval_libero.py can be told."""
+
+    suites: str = option(
+        ",".join(list(protocol.MAX_STEPS)[:4]), "separated by commas (default: %(default)s)", metavar="A,B"
+    )
+    task_ids: str | None = option(None, "of each suite, separated by commas, from 0 (default: all)", metavar="0,3")
+    num_episodes_per_task: int = option(protocol.NUM_INIT_STATES, "(default: %(default)s)")
+    assets_dir: str | None = option(None, "LIBERO's assets (default: $LIBERO_ASSETS, else the Hub's)")
+    perturb: list[str] = option([], f"may be repeated; {NAMES}", metavar="NAME[:SEVERITY]", action="extend")
+    benchmark_envs: bool = option(False, "only print the speed of --num_envs against one in sequence")
