@@ -118,7 +118,7 @@ def test_arms_are_trained_evaluated_and_compared(pusht_data, tmp_path, monkeypat
     assert run_main("recipes/ablate.py", monkeypatch, *arguments) == 1
 
     printed = capsys.readouterr()
-    assert "1/3 broken" in printed.out and "failed: train: error: num_bins=0" in printed.out
+    assert "1/3 broken" in printed.out and "failed: train: error: --num_bins 0 must be at least 1" in printed.out
     assert "1 of 3 arms failed" in printed.err
     assert [path.name for path in (out / "train").iterdir()] == ["base"]
     broken, base, one_step = json.loads((out / "ablation.json").read_text())["arms"]

@@ -168,14 +168,14 @@ def test_assets_are_found_or_missed_clearly(assets, tmp_path, monkeypatch):
 def test_assets_come_from_the_hub_where_none_are_given(assets, tmp_path, monkeypatch):
     asked = []
 
-    def snapshot_download(repository, repo_type):
-        asked.append((repository, repo_type))
+    def snapshot_download(repository, repo_type, local_files_only):
+        asked.append((repository, repo_type, local_files_only))
         return assets
 
     monkeypatch.delenv("LIBERO_ASSETS", raising=False)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert setup.find_assets() == Path(assets)
-    assert asked == [("lerobot/libero-assets", "dataset")]
+    assert asked == [("lerobot/libero-assets", "dataset", False)]
 
 
 def test_a_task_that_assets_are_too_few_for_is_told(assets, tmp_path):
