@@ -1,4 +1,5 @@
-# make demo                       the whole recipe in minutes: record, train, evaluate; open runs/demo/report.html
+# make demo                       a policy that pushes, then one from nothing in minutes; open runs/demo/report.html
+# make policy                     the shipped policy anew, from an empty folder, in about an hour; stops and goes on
 # make test                       all tests but the slow ones, in minutes
 # make test-all                   every test: what starts or kills several processes, or simulates for long, too
 # make test-newest, test-oldest   what depends on libraries, with their newest versions and with setup.cfg's oldest
@@ -8,12 +9,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
+POLICY := runs/policy
 UV := $(shell command -v uv)
 # Threads that wait for each other sleep instead of spinning: beside other programs spinning takes their cores away.
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-newest test-oldest lock lint
+.PHONY: demo policy test test-all test-newest test-oldest lock lint
 .DELETE_ON_ERROR:
 
 # $(call install,ENVIRONMENT): pip's quiet install into a virtual environment; uv's, which is faster, where it is there.
@@ -31,26 +33,43 @@ install = $(if $(UV),$(UV) pip install --quiet --python $(1)/bin/python,$(1)/bin
 	@$(call install,.venv) --constraint requirements.lock --editable ".[dev]"
 	@touch $@
 
-# What `make demo` runs, and what its report shows.
+# What `make demo` runs, and what its report shows: the shipped policy first; then one from nothing, on the same seeds.
 define DEMO_COMMANDS
-python data_prep/record_pusht.py --num_episodes 40 --num_proc 2 --output_dir $(DEMO)/data
-accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft_pusht.py --config recipes/pusht/nano.yaml --dataset_name $(DEMO)/data --output_dir $(DEMO)/train
-python eval/eval_offline.py --model_name_or_path $(DEMO)/train/initial --dataset_name $(DEMO)/data --episodes 36:40 --output_dir $(DEMO)/untrained
-python eval/eval_offline.py --model_name_or_path $(DEMO)/train --dataset_name $(DEMO)/data --episodes 36:40 --output_dir $(DEMO)/trained
+python eval/eval_pusht.py --model_name_or_path recipes/pusht/checkpoint --num_episodes 16 --num_videos 16 --output_dir $(DEMO)/shipped
+python data_prep/teach_pusht.py --num_episodes 400 --steps 12000 --rounds 6000 --round_episodes 100 --num_eval_episodes 50 --num_proc 2 --output_dir $(DEMO)/teacher
+python data_prep/rows_pusht.py --teacher $(DEMO)/teacher --num_rows 40000 --num_bins 255 --num_proc 2 --output_dir $(DEMO)/rows
+accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft_pusht.py --config recipes/pusht/policy.yaml --dataset_name $(DEMO)/rows --dagger_teacher $(DEMO)/teacher/teacher.safetensors --max_steps 4000 --dagger_steps 500 --dagger_episodes 20 --save_initial true --output_dir $(DEMO)/train
 python eval/eval_pusht.py --model_name_or_path $(DEMO)/train/initial --num_episodes 16 --num_videos 16 --output_dir $(DEMO)/untrained
-python eval/eval_pusht.py --model_name_or_path $(DEMO)/train --num_episodes 16 --num_videos 16 --output_dir $(DEMO)/trained
-python eval/summarize.py $(DEMO)/untrained $(DEMO)/trained --title "PushT, from nothing, in minutes" --commands $(DEMO)/commands.txt --output $(DEMO)
+python eval/eval_pusht.py --model_name_or_path $(DEMO)/train --num_episodes 16 --num_videos 16 --output_dir $(DEMO)/ten_minutes
+python eval/summarize.py $(DEMO)/untrained $(DEMO)/ten_minutes $(DEMO)/shipped --title "PushT, from random weights" --commands $(DEMO)/commands.txt --output $(DEMO)
 endef
-export DEMO_COMMANDS
 
-demo: .venv/base
-	@mkdir -p $(DEMO)
-	@echo "$$DEMO_COMMANDS" > $(DEMO)/commands.txt
+# What `make policy` runs: the shipped policy anew, from an empty folder.
+define POLICY_COMMANDS
+python data_prep/teach_pusht.py --num_proc 2 --output_dir $(POLICY)/teacher
+python data_prep/rows_pusht.py --teacher $(POLICY)/teacher --num_rows 120000 --num_bins 255 --num_proc 2 --output_dir $(POLICY)/rows
+accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft_pusht.py --config recipes/pusht/policy.yaml --dataset_name $(POLICY)/rows --dagger_teacher $(POLICY)/teacher/teacher.safetensors --output_dir $(POLICY)/train
+python eval/eval_pusht.py --model_name_or_path $(POLICY)/train --num_episodes 500 --seed 3000000 --num_videos 4 --output_dir $(POLICY)/eval
+python eval/summarize.py $(POLICY)/eval --title "PushT, from random weights" --commands $(POLICY)/commands.txt --output $(POLICY)
+endef
+export DEMO_COMMANDS POLICY_COMMANDS
+
+# $(call run_all,FOLDER,VARIABLE): one command after another; each goes on where it was stopped.
+define run_all
+	@mkdir -p $(1)
+	@echo "$$$(2)" > $(1)/commands.txt
 	@. $(BIN)/activate && while read -r command; do \
 		printf '\n\033[1m$$ %s\033[0m\n' "$$command"; \
-		eval "$$command" < /dev/null || exit; \
-	done < $(DEMO)/commands.txt
-	@printf '\nreport: %s/report.html\n' "$(CURDIR)/$(DEMO)"
+		eval "nice $$command" < /dev/null || exit; \
+	done < $(1)/commands.txt
+	@printf '\nreport: %s/report.html\n' "$(CURDIR)/$(1)"
+endef
+
+demo: .venv/base
+	$(call run_all,$(DEMO),DEMO_COMMANDS)
+
+policy: .venv/base
+	$(call run_all,$(POLICY),POLICY_COMMANDS)
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadscope
 

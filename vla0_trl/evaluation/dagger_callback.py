@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
@@ -82,6 +83,11 @@ class DaggerCallback(TrainerCallback):
         scores = torch.tensor([[success, coverage]], device=args.device)
         success, coverage = self.trainer.accelerator.gather(scores)[0].tolist()
         rows = self.trainer.growing_rows.load()
+        if state.is_world_process_zero:
+            tqdm.write(
+                f"step {state.global_step} of {state.max_steps}: the policy succeeds in {success:.0%} of "
+                f"{args.dagger_episodes} new episodes, mean coverage {coverage:.3f}; {rows} labelled rows added so far"
+            )
         metrics = {"dagger/success_rate": success, "dagger/mean_max_coverage": coverage, "dagger/rows": rows}
         self.trainer.log_beside_training(control, metrics)
 
