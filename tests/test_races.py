@@ -145,8 +145,9 @@ def test_evaluation_against_sharded_evaluation(tmp_path, checkpoint, trial):
 def train(dataset: str, output_dir: Path, learning_rate: float) -> tuple[str, list, dict]:
     flags = {
         "--config": "recipes/pusht/nano.yaml", "--dataset_name": dataset, "--output_dir": output_dir,
-        "--nano": json.dumps(TINY), "--image_size": 48, "--n_action_steps": 2, "--num_eval_episodes": 0,
-        "--eval_strategy": "no", "--logging_steps": 1, "--save_steps": 2, "--max_steps": 4, "--report_to": "none",
+        "--nano": json.dumps(TINY), "--image_size": 48, "--chunk_size": 4, "--n_action_steps": 2,
+        "--num_eval_episodes": 0, "--eval_strategy": "no", "--logging_steps": 1, "--save_steps": 2, "--max_steps": 4,
+        "--report_to": "none",
         "--bf16": "false", "--learning_rate": learning_rate, "--per_device_train_batch_size": 4,
     }  # fmt: skip
     return "recipes/sft_pusht.py", sum(flags.items(), ()), {}

@@ -55,8 +55,9 @@ def command(config: str, processes: int, dataset: str, output_dir: Path, *option
     sharded = config.startswith(("zero", "fsdp"))
     recipe = {
         "--config": "recipes/pusht/nano.yaml", "--dataset_name": dataset, "--output_dir": output_dir,
-        "--nano": json.dumps(TINY), "--image_size": 48, "--n_action_steps": 2, "--num_eval_episodes": 0,
-        "--eval_strategy": "no", "--logging_steps": 1, "--save_steps": 2, "--max_steps": 4, "--report_to": "none",
+        "--nano": json.dumps(TINY), "--image_size": 48, "--chunk_size": 4, "--n_action_steps": 2,
+        "--num_eval_episodes": 0, "--eval_strategy": "no", "--logging_steps": 1, "--save_steps": 2, "--max_steps": 4,
+        "--report_to": "none",
         "--bf16": "false", "--warmup_steps": 0, "--lr_scheduler_type": "constant", "--learning_rate": 1e-2,
         "--per_device_train_batch_size": GLOBAL_BATCH // processes,
         # Engines that shard know no `use_cpu`: they take what accelerate finds.

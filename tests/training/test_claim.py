@@ -65,7 +65,13 @@ def test_what_changes_the_learning_is_another_run(tmp_path, change):
 
 def test_what_does_not_change_the_learning_is_the_same_run(tmp_path):
     changes = {"max_steps": 9, "logging_steps": 3, "save_steps": 7, "dataloader_num_workers": 2, "report_to": "none"}
-    changes |= {"hub_token": "secret", "gradient_checkpointing": True, "eval_strategy": "steps", "eval_steps": 2}
+    changes |= {
+        "push_to_hub": True,
+        "hub_token": "secret",
+        "gradient_checkpointing": True,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
     halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     assert identity(tmp_path, **changes, **halves) == identity(tmp_path, per_device_train_batch_size=8)
 

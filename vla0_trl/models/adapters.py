@@ -38,6 +38,21 @@ def load_adapter(base: PreTrainedModel, folder: Path, trainable: bool = False) -
     return model
 
 
+def check_named_modules(model: PeftModel) -> None:
+    """`ValueError` if a name among an adapter's modules is none of the model's; PEFT passes over it if another is.
+
+    A single name or a pattern is PEFT's own to check.
+    """
+    config = model.peft_config[model.active_adapter]
+    names = [f".{name}" for name, _ in model.get_base_model().named_modules()]
+    wanted = {"lora_target_modules": config.target_modules, "lora_modules_to_save": config.modules_to_save}
+    for field, modules in wanted.items():
+        modules = () if modules is None or isinstance(modules, str) else sorted(modules)
+        absent = [module for module in modules if not any(name.endswith(f".{module}") for name in names)]
+        if absent:
+            raise ValueError(f"{field}: the model has no module named {', '.join(absent)}")
+
+
 def check_tied_targets(model: PeftModel) -> None:
     """`ValueError` if an adapter changes one of two layers that share their weight.
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.training.muon import MUON
+from vla0_trl.training.settings import check_settings
 
 
 @dataclass
@@ -186,6 +188,7 @@ class VLASFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
+        check_settings(self)
         if self.bf16 is None and not self.fp16:
             self.bf16 = _cpu_has_bfloat16() if self.use_cpu else is_torch_bf16_gpu_available()
         if self.rows_in_memory and self.dataloader_num_workers:
@@ -194,8 +197,8 @@ class VLASFTConfig(SFTConfig):
                 "once in every worker: set one of the two to 0"
             )
         muon = self.optim == MUON
-        if self.muon_adamw_learning_rate is not None and not muon:
-            raise ValueError(f"muon_adamw_learning_rate does nothing with optim={self.optim}: leave it out")
+        if not muon and self.optim not in list(OptimizerNames):
+            raise ValueError(f"optim={self.optim} must be one of {MUON}, {', '.join(OptimizerNames)}")
         if muon:
             self.optim = SFTConfig.default_optim  # transformers checks against the names that it knows
         super().__post_init__()
@@ -207,10 +210,6 @@ class VLASFTConfig(SFTConfig):
             raise ValueError(
                 "dagger_steps adds rows during training, which dataloader workers would not see: set "
                 "dataloader_num_workers=0"
-            )
-        if self.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns=True would remove the columns that the collator reads: leave it out"
             )
 
 

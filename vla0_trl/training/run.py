@@ -20,7 +20,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import align_config, episode_indices, load_chat_dataset, tasks_of
 from vla0_trl.limits import check_limits
-from vla0_trl.models.adapters import check_tied_targets
+from vla0_trl.models.adapters import check_named_modules, check_tied_targets
 from vla0_trl.models.fingerprint import base_model_of, is_adapter
 from vla0_trl.models.loading import IMAGE_ENCODER, freeze_vision, load_model, load_processor, set_image_size
 from vla0_trl.models.nano import NANO, build_nano, nano_from_dict
@@ -32,6 +32,7 @@ from vla0_trl.training.checkpoints import finish_from_checkpoint, is_finished, r
 from vla0_trl.training.claim import BASE_MODEL, begin_run, episodes_trained_on, hold_run, run_identity
 from vla0_trl.training.not_finite import NotFiniteError
 from vla0_trl.training.progress import describe_run
+from vla0_trl.training.settings import check_together
 from vla0_trl.training.trainer import VLATrainer
 
 
@@ -93,6 +94,7 @@ def prepare(data: DataArguments, training: VLASFTConfig, model_args: ModelConfig
         FileNotFoundError: there is no such dataset.
     """
     check_limits(vars(data) | vars(training) | vars(model_args))
+    check_together(data, training, model_args)
     dataset, stored = load_chat_dataset(data.dataset_name, revision=data.dataset_revision)
     config = align_config(dataset, stored, **data.overrides())
     config.base_model = model_args.model_name_or_path
@@ -127,8 +129,8 @@ def _train(run: Run, in_simulator: SimulatorCallbacks | None) -> None:
         return
     try:
         trainer = build_trainer(run, in_simulator)
-    except (ValueError, OSError) as error:
-        raise SetupError(str(error)) from error
+    except (ValueError, OSError, ImportError) as error:  # of settings, files and packages that are not there
+        raise SetupError(" ".join(str(error).split())) from error
     say = trainer.accelerator.print
     say(describe_run(trainer, trainer.eval_collator))
     run.begin()
@@ -162,6 +164,7 @@ def build_trainer(run: Run, in_simulator: SimulatorCallbacks | None = None) -> V
         peft_config=lora_config(run.model_args, run.training),
     )
     if isinstance(trainer.model, PeftModel):
+        check_named_modules(trainer.model)
         check_tied_targets(trainer.model)
     episodes = np.unique(episode_indices(train_set)).tolist()
     trainer.trained_on = episodes_trained_on(run.data.dataset_name, episodes)
@@ -200,7 +203,10 @@ def load_backbone(
         with _built_whole(training):
             nano = nano_from_dict(training.nano)
             model, processor = build_nano(nano, training.seed, config.num_bins, prompts)
-            model = model.to(getattr(torch, model_args.dtype))
+            if model_args.dtype != "auto":  # as it is built
+                model = model.to(getattr(torch, model_args.dtype))
+            if model_args.attn_implementation is not None:
+                model.set_attn_implementation(model_args.attn_implementation)
         set_image_size(processor, model.config, config)
         if not model_args.use_peft:
             if training.freeze_vision:
@@ -243,6 +249,8 @@ def _built_whole(training: VLASFTConfig) -> Iterator[None]:
 def lora_config(model_args: ModelConfig, training: VLASFTConfig) -> PeftConfig | None:
     """PEFT's config for `use_peft`, with a frozen image encoder left out; None for a model that is an adapter already.
 
+    Without `lora_target_modules`, it is on all linear layers of language model, connector and image encoder.
+
     Raises:
         ValueError: `model_name_or_path` is an adapter, which is trained further, and the settings are of another one.
     """
@@ -252,6 +260,8 @@ def lora_config(model_args: ModelConfig, training: VLASFTConfig) -> PeftConfig |
             check_same_adapter(peft_config, name)
         return None
     if peft_config is not None:
+        if not (model_args.lora_target_modules or model_args.lora_target_parameters):
+            peft_config.target_modules = "all-linear"  # without the head; PEFT's own choice differs by architecture
         if not Path(name).is_dir() and name != NANO:
             peft_config.revision = model_args.model_revision
         if training.freeze_vision:

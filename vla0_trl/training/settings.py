@@ -1,0 +1,201 @@
+"""Which of TRL's settings a recipe honours: a setting that would do nothing raises, and says what to use instead.
+
+Each field of TRL's `SFTConfig` and `ModelConfig`, and of [`VLASFTConfig`], is in one of four tables. A test holds them
+against the installed TRL, so that a new field is noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields
+from enum import Enum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import SGD
+from transformers import get_scheduler
+
+HONOURED = """
+    output_dir per_device_train_batch_size num_train_epochs max_steps gradient_accumulation_steps learning_rate
+    lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules weight_decay adam_beta1
+    adam_beta2 adam_epsilon max_grad_norm average_tokens_across_devices label_smoothing_factor loss_type
+    neftune_noise_alpha router_aux_loss_coef bf16 fp16 bf16_full_eval fp16_full_eval tf32 use_cpu
+    gradient_checkpointing activation_checkpointing activation_offloading torch_compile torch_compile_backend
+    torch_compile_mode torch_empty_cache_steps auto_find_batch_size use_liger_kernel pad_to_multiple_of
+    seed data_seed full_determinism train_sampling_strategy
+
+    logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node log_level
+    log_level_replica include_num_input_tokens_seen skip_memory_metrics debug disable_tqdm report_to run_name
+    eval_strategy eval_on_start load_best_model_at_end metric_for_best_model greater_is_better
+    save_strategy save_steps save_total_limit save_only_model save_on_each_node resume_from_checkpoint
+    ignore_data_skip restore_callback_states_from_checkpoint push_to_hub
+
+    accelerator_config parallelism_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+    ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed
+    dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
+
+    model_name_or_path model_revision dtype attn_implementation use_peft load_in_8bit load_in_4bit
+
+    muon_adamw_learning_rate mask_max mask_skip mask_full mask_labels mask_unit label_smoothing_bins rows_in_memory
+    freeze_vision nano save_initial stop_at_token_accuracy rollout_steps dagger_steps probe_steps log_energy overwrite
+"""
+
+# By the switch without which they do nothing.
+NEEDS = {
+    "use_peft": "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
+    "lora_task_type use_rslora use_dora",
+    "load_in_4bit": "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
+    "gradient_checkpointing": "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
+    "use_liger_kernel": "liger_kernel_config",
+    "push_to_hub": "hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
+    "dagger_steps": "dagger_episodes dagger_fraction dagger_teacher",
+}
+
+# By what to do instead.
+REFUSED = {
+    "rows are never cut: the answer is at their end. A shorter chunk_size, fewer waypoints or a smaller image_size "
+    "make them shorter": "max_length truncation_mode",
+    "each row is a batch entry of its own, padded on the right": "packing packing_strategy eval_packing padding_free",
+    "the loss is always taken on the answer alone": "assistant_only_loss",
+    "rows are drawn in another order in every epoch; train_sampling_strategy=sequential keeps the stored one": (
+        "shuffle_dataset"
+    ),
+    "chat datasets have columns of their own, and the collator reads them as they are": (
+        "dataset_text_field dataset_kwargs dataset_num_proc label_names length_column_name"
+    ),
+    "template and special tokens are the processor's own, which the policy uses as well: change them in the model's "
+    "folder": "chat_template_path eos_token pad_token",
+    "set dtype, attn_implementation and model_revision": "model_init_kwargs",
+    "code from a model's repository is never run": "trust_remote_code",
+    "there is no compute_metrics whose predictions it would concern": (
+        "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps "
+        "include_for_metrics batch_eval_metrics"
+    ),
+    "SIGTERM saves a checkpoint as it is": "enable_jit_checkpoint",
+    "training keeps no keys and values; generation always does": "use_cache",
+    "the columns that the collator reads would be gone": "remove_unused_columns",
+    "a recipe trains; eval/ evaluates": "do_predict",
+}
+
+IRRELEVANT = {
+    "says how, where another setting says whether (eval_strategy, rollout_steps, report_to). What is learnt does not "
+    "change, and a recipe's YAML keeps its value when a command line switches that off": (
+        "eval_steps eval_delay per_device_eval_batch_size rollout_episodes project trackio_space_id "
+        "trackio_bucket_id trackio_static_space_id"
+    ),
+    "true is what happens, and false is refused": "completion_only_loss",
+    "a recipe always trains, and evaluates where eval_strategy says so; transformers sets them": "do_train do_eval",
+    "launchers set it": "local_rank",
+}
+
+_WITHOUT_ADAM = ("sgd", "adafactor", "adagrad", "rmsprop")
+_LOW_RANK = ("galore", "apollo")
+
+
+def by_name(table: dict[str, str]) -> dict[str, str]:
+    """A table's fields, each with what it is listed under."""
+    return {name: heading for heading, names in table.items() for name in names.split()}
+
+
+def check_settings(settings: Any) -> None:
+    """Check one dataclass of settings, as they were given: before `__post_init__` fills some of them in.
+
+    Raises:
+        ValueError: a setting is not its default, and would do nothing; names it, and what to use instead.
+    """
+    values = {f.name: _plain(getattr(settings, f.name)) for f in fields(settings)}
+    for f in fields(settings):
+        if values[f.name] == _plain(default(f)):
+            continue
+        for names, reason in _silenced(values):
+            if f.name in names.split():
+                raise ValueError(
+                    f"{f.name}={values[f.name]} can't be honoured: {reason} (its default: {_plain(default(f))})"
+                )
+
+
+def _silenced(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names of fields that do nothing with these values, and why."""
+    for instead, names in REFUSED.items():
+        yield names, f"{instead}; leave it out"
+    for switch, names in NEEDS.items():
+        if not (values.get(switch) or (switch == "gradient_checkpointing" and values.get("activation_checkpointing"))):
+            yield names, f"{switch} is not set; set it, or leave this out"
+    if "optim" not in values:
+        return
+    optim = values["optim"]
+    if values["completion_only_loss"] is False:
+        yield "completion_only_loss", "the loss is always taken on the answer alone; leave it out"
+    if values["max_steps"] > 0:
+        yield "num_train_epochs", f"max_steps={values['max_steps']} ends the run; set max_steps=-1, or leave this out"
+    if values["lr_scheduler_type"] == "constant":
+        yield "warmup_steps", "lr_scheduler_type=constant has no warmup; use constant_with_warmup"
+    if values["lr_scheduler_type"].startswith("constant") and values["lr_scheduler_kwargs"] not in ({}, "{}"):
+        yield (
+            "lr_scheduler_kwargs",
+            f"lr_scheduler_type={values['lr_scheduler_type']} takes none; leave it out, or {{}}",
+        )
+    if values["loss_type"] == "dft":
+        yield "label_smoothing_factor", "only loss_type=nll is smoothed; leave one out"
+    if optim.startswith(_WITHOUT_ADAM):
+        yield "adam_beta1 adam_beta2 adam_epsilon", f"optim={optim} is no Adam; leave it out"
+    if optim == "muon":
+        yield "optim_args", "optim=muon takes adam_beta1, adam_beta2, adam_epsilon and weight_decay; leave it out"
+    else:
+        yield "muon_adamw_learning_rate", f"optim={optim} is not muon; leave it out"
+    if not optim.startswith(_LOW_RANK):
+        yield "optim_target_modules", f"optim={optim} is neither GaLore nor APOLLO; leave it out"
+    if values["train_sampling_strategy"] != "random":
+        if values["train_sampling_strategy"] != "sequential":
+            yield "train_sampling_strategy", "rows are about equally long, and store no length; use random"
+        if values["dagger_steps"]:
+            yield "train_sampling_strategy", "dagger_steps draws rows at random; leave one out"
+    if values["mask_skip"] == 1 or values["mask_max"] == values["mask_full"] == 0:
+        names = "mask_max mask_full mask_labels mask_unit" if values["mask_skip"] == 1 else "mask_labels mask_unit"
+        yield names, "no value is ever hidden (mask_skip=1, or mask_max=0 and mask_full=0); leave it out"
+
+
+def check_together(data: Any, training: Any, model_args: Any) -> None:
+    """Check the settings of a model, and those that depend on which model or dataset it is.
+
+    Raises:
+        ValueError: as [`check_settings`]; or a package is not installed that a setting needs, or a schedule does not
+            know its arguments.
+    """
+    check_settings(model_args)
+    name = model_args.model_name_or_path
+    nano, local = name == "nano", Path(str(name)).is_dir()
+    if (nano or local) and model_args.model_revision != "main":
+        where = "is built on the spot" if nano else "is a folder"
+        raise ValueError(f"model_revision={model_args.model_revision} can't be honoured: {name} {where}; leave it out")
+    if data.dataset_revision is not None and Path(data.dataset_name).is_dir():
+        raise ValueError(
+            f"dataset_revision={data.dataset_revision} can't be honoured: {data.dataset_name} is a folder; leave it "
+            "out"
+        )
+    bits = next((field for field in ("load_in_4bit", "load_in_8bit") if getattr(model_args, field)), None)
+    if bits and nano and not model_args.use_peft:
+        raise ValueError(
+            f"{bits}=True can't be honoured: quantized weights are not trained; set use_peft, or leave it out"
+        )
+    by_bnb = any(word in training.optim for word in ("bnb", "8bit", "32bit")) and "torch" not in training.optim
+    if (bits or by_bnb) and find_spec("bitsandbytes") is None:
+        wanted = f"{bits}=True" if bits else f"optim={training.optim}"
+        raise ValueError(f"{wanted} needs bitsandbytes: pip install -e .[train8bit]")
+    kind, kwargs = _plain(training.lr_scheduler_type), training.lr_scheduler_kwargs
+    try:
+        get_scheduler(kind, SGD([torch.zeros(1)], lr=1.0), 0, 1, kwargs)
+    except (TypeError, ValueError) as error:  # where training would begin
+        raise ValueError(f"lr_scheduler_kwargs={kwargs} do not fit lr_scheduler_type={kind}: {error}") from error
+
+
+def default(field: Field) -> Any:
+    """A field's default, made if it has to be."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
