@@ -1,5 +1,6 @@
 """How fast chunks come: stock `generate()` against ours, in one run, on the same weights and inputs.
 
+    python eval/bench_inference.py # nano, minutes on a CPU core; needs no files
     python eval/bench_inference.py --models nano smolvlm2-500m --json bench.json
     python eval/bench_inference.py --models smolvlm2-500m qwen2.5-vl-3b --max_gb 80 --json gpu.json
 
@@ -13,35 +14,41 @@ The floor is the time to read the weights once for each token that the grammar l
 here. Variants take turns, chunk by chunk. Every answer of (c) and (d) is compared with stock greedy decoding.
 """
 
-import argparse
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from vla0_trl.benchmarks.inference import MODELS, SEED, VARIANTS, bench, random_policy, ratios
-from vla0_trl.evaluation.episode_log import provenance, write_json
-from vla0_trl.policy.policy import resolve_device
+from vla0_trl.benchmarks.inference_table import MODELS, SEED, print_table, ratios
+from vla0_trl.command_line import option, parse, user_errors
+from vla0_trl.config import NANO
+from vla0_trl.evaluation.arguments import DTYPES
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
-TITLES = {"median_ms": "ms/chunk", "p95_ms": "p95", "chunks_per_s": "chunks/s", "hz_n_step": "Hz, n-step"}
-TITLES |= {"hz_requery": "Hz, re-query", "passes_per_chunk": "passes", "of_floor": "x floor"}
-TITLES |= {"acceptance": "accepted", "other_answers": "differ"}
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    models: list[str] = option([NANO], "others need their config and processor (default: nano)", choices=[*MODELS])
+    batch_sizes: list[int] = option([1, 16], "(default: 1 16)")
+    chunks: int = option(8, "timed calls of each variant (default: %(default)s)")
+    warmup: int = option(2, "calls before that, which capture graphs (default: %(default)s)")
+    device: str | None = option(None, "default: a GPU if there is one")
+    dtype: str | None = option(None, "default: bfloat16 on a GPU, float32 on a CPU", choices=DTYPES)
+    load_in_4bit: bool = option(False, "weights as NF4, with bitsandbytes, in all variants")
+    models_dir: Path | None = option(None, "folders with configs and processors, by name (default: from the Hub)")
+    max_gb: float = option(8.0, "skip models with more weights (default: %(default)s)")
+    jitter: int = option(2, "bins by which drafts of (d±) are off at most (default: %(default)s)")
+    json: Path | None = option(None, "write table, versions and ratios (the first model's, and all)", metavar="FILE")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all that fit")
-    add("--batch_sizes", nargs="+", type=int, default=[1, 16])
-    add("--chunks", type=int, default=8, help="timed calls a variant (default: %(default)s)")
-    add("--warmup", type=int, default=2, help="calls before that, which capture graphs (default: %(default)s)")
-    add("--device", help="default: a GPU if there is one")
-    add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--load_in_4bit", action="store_true", help="weights as NF4, with bitsandbytes, in all variants")
-    add("--models_dir", type=Path, help="folders with configs and processors, by name (default: from the Hub)")
-    add("--max_gb", type=float, default=8.0, help="skip models with more weights (default: %(default)s)")
-    add("--jitter", type=int, default=2, help="bins by which drafts of (d±) are off at most (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write the table, versions and ratios (the first model's, and all)")
-    args = parser.parse_args()
+    args = parse(Arguments, __doc__)
+    from vla0_trl.benchmarks.inference import bench, check_sources, random_policy  # after parsing: torch takes seconds
+    from vla0_trl.evaluation.episode_log import provenance, write_json
+    from vla0_trl.policy.policy import resolve_device
+
+    with user_errors():
+        check_sources(args.models, args.models_dir)
     device, dtype = resolve_device(args.device, args.dtype)
     rows, skipped = [], {}
     for name in args.models:
@@ -69,15 +76,6 @@ def main() -> None:
             about["versions"]["xgrammar"] = None
         first = by_model[rows[0]["model"]] if rows else {}
         write_json(args.json, {"table": rows, "ratios": first, "ratios_by_model": by_model} | about)
-
-
-def print_table(name: str, size: int, table: list[dict]) -> None:
-    print(f"{f'{name}, batch {size}':30s}" + "".join(f"{title:>13s}" for title in TITLES.values()))
-    for row in table:
-        cells = ("-" if row[key] is None else f"{row[key]:.2f}" for key in TITLES)
-        print(f"({row['variant']}) {VARIANTS[row['variant']]:26s}" + "".join(f"{cell:>13s}" for cell in cells))
-        if row["grammar_share"] is not None:
-            print(f"    the grammar takes {row['grammar_share']:.1%} of a pass a token, on the host", flush=True)
 
 
 if __name__ == "__main__":

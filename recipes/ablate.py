@@ -15,34 +15,36 @@ Stopped at any moment, the same command goes on where it was: finished arms are 
 named in the table and does not keep the others from running. Writes ablation.md, .json and .png, after every arm anew.
 """
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from vla0_trl.benchmarks.ablation import Ablation, run_arm, write_report
+from vla0_trl.command_line import ScriptParser, option, user_errors
 from vla0_trl.evaluation.report.summary import format_table
 
 
+@dataclass(kw_only=True)
+class Arguments:
+    ablations: Path = option(help="the file, e.g. recipes/pusht/ablations.yaml")
+    output_dir: Path = option(help="gets train/, eval/, logs/ and the tables")
+    arms: list[str] | None = option(None, "only these of the file (default: all)", metavar="NAME")
+    num_episodes: int = option(200, "to evaluate each arm on (default: %(default)s)")
+    seed: int = option(100_000, "of the first episode, the same for all (default: %(default)s)")
+    num_envs: int = option(16, "episodes side by side (default: %(default)s)")
+    accelerate_config: str | None = option(None, "for `accelerate launch`, e.g. accelerate_configs/single_gpu.yaml")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--ablations", type=Path, required=True, help="the file, e.g. recipes/pusht/ablations.yaml")
-    add("--output_dir", type=Path, required=True, help="gets train/, eval/, logs/ and the tables")
-    add("--arms", nargs="+", metavar="NAME", help="only these of the file (default: all)")
-    add("--num_episodes", type=int, default=200, help="to evaluate each arm on (default: %(default)s)")
-    add("--seed", type=int, default=100_000, help="of the first episode, the same for all (default: %(default)s)")
-    add("--num_envs", type=int, default=16, help="episodes side by side (default: %(default)s)")
-    add("--accelerate_config", help="for `accelerate launch`, e.g. accelerate_configs/single_gpu.yaml")
-    arguments = sys.argv[1:]
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    args, train = parser.parse_args(arguments[:split]), arguments[split + 1 :]
-    try:
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)
+    parser = ScriptParser(Arguments, __doc__)
+    args, train = parser.parse(words[:split])[0], words[split + 1 :]
+    with user_errors():
         ablation = Ablation.load(args.ablations)
         chosen = args.arms or [arm.name for arm in ablation.arms]
         if unknown := set(chosen) - {arm.name for arm in ablation.arms}:
             raise ValueError(f"--arms {sorted(unknown)}: the file has {[arm.name for arm in ablation.arms]}")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
 
     evaluate = {"num_episodes": args.num_episodes, "seed": args.seed, "num_envs": args.num_envs, "num_videos": 0}
     evaluate = [word for name, value in evaluate.items() for word in (f"--{name}", str(value))]

@@ -11,35 +11,41 @@ of one and two layers allocate on the CPU. Further options go to every recipe. O
 from the Hub or from the folders in --model_configs.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from vla0_trl.benchmarks.memory import CARD, build, cap_at_card, estimate, measure
-from vla0_trl.benchmarks.memory_table import GIB, PARTS
-from vla0_trl.evaluation.episode_log import provenance, write_json
-from vla0_trl.training.arguments import parse_recipe
+from vla0_trl.benchmarks.memory_table import CARD, GIB, PARTS
+from vla0_trl.command_line import ScriptParser, as_flags, option, unknown_flag
+from vla0_trl.training.fields import recipe_fields
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "vla0_trl")
 ALLOCATOR_GIB = 11  # what a 12 GB card has left beside the CUDA context and a desktop
 STEPS = 4
 
 
+@dataclass(kw_only=True)
+class Arguments:
+    model_configs: Path | None = option(None, "folder with the models' folders, instead of the Hub")
+    card_gib: float = option(CARD / GIB, "memory of the card (default: %(default)g)")
+    json: Path | None = option(None, "write the table, versions and machine")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(Arguments, __doc__)
     parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="YAML of a recipe")
-    parser.add_argument("--model_configs", type=Path, help="folder with the models' folders, instead of the Hub")
-    parser.add_argument("--card_gib", type=float, default=CARD / GIB, help="memory of the card (default: %(default)g)")
-    parser.add_argument("--json", type=Path, help="write the table, versions and machine")
-    args, options = parser.parse_known_args()
+    args, others, options = parser.parse(unknown_allowed=True)
+    check_options(parser, options)
+    import torch  # after parsing: it takes seconds
+
+    from vla0_trl.evaluation.episode_log import provenance, write_json
+
     table = {}
-    for config in args.configs:
-        if len(args.configs) == 1:
+    for config in others.configs:
+        if len(others.configs) == 1:
             table[str(config)] = one(config, args, options)
         else:  # each in a process of its own, so that none finds the other's leftovers
             table[str(config)] = in_a_process(config, args, options)
@@ -51,8 +57,22 @@ def main() -> None:
         write_json(args.json, report | provenance(device, PACKAGES))
 
 
-def one(config: Path, args: argparse.Namespace, options: list[str]) -> dict[str, float | str]:
+def check_options(parser: ScriptParser, options: list[str]) -> None:
+    """End the program where one of these words is a flag that no recipe has."""
+    names = recipe_fields().keys()
+    for word in options:
+        name = word.split("=")[0].lstrip("-").replace("-", "_")
+        if word.startswith("--") and name.removeprefix("no_") not in names:
+            parser.error(unknown_flag(word, names))
+
+
+def one(config: Path, args: Arguments, options: list[str]) -> dict[str, float | str]:
     """Figures of one recipe in GiB; `error` if it does not fit."""
+    import torch
+
+    from vla0_trl.benchmarks.memory import build, cap_at_card, estimate, measure
+    from vla0_trl.training.arguments import parse_recipe
+
     on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         settings = {"output_dir": f"{folder}/run", "save_strategy": "no", "report_to": "none", "disable_tqdm": "true"}
@@ -75,19 +95,10 @@ def one(config: Path, args: argparse.Namespace, options: list[str]) -> dict[str,
             return {"error": str(error).splitlines()[0], "limit_gib": limit}
 
 
-def in_a_process(config: Path, args: argparse.Namespace, options: list[str]) -> dict[str, float | str]:
+def in_a_process(config: Path, args: Arguments, options: list[str]) -> dict[str, float | str]:
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        words = [
-            sys.executable,
-            __file__,
-            str(config),
-            "--json",
-            file.name,
-            "--card_gib",
-            str(args.card_gib),
-            *options,
-        ]
-        words += ["--model_configs", str(args.model_configs)] if args.model_configs else []
+        flags = [word for flag in as_flags(args, leave_out=["json"]) for word in flag]
+        words = [sys.executable, __file__, str(config), "--json", file.name, *flags, *options]
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
         return json.loads(Path(file.name).read_text())["configs"][str(config)]
 

@@ -11,39 +11,46 @@ with our settings (`trl_tuned`: bfloat16, no checkpointing). A collator's speed 
 builds a model from its config.
 """
 
-import argparse
+from __future__ import annotations
+
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from vla0_trl.command_line import option, parse
+from vla0_trl.config import NANO
 
-from vla0_trl.benchmarks.synthetic import synthetic_dataset
-from vla0_trl.benchmarks.training import Bench
-from vla0_trl.evaluation.episode_log import provenance, write_json
-from vla0_trl.models.nano import NANO
+if TYPE_CHECKING:
+    from vla0_trl.benchmarks.training import Bench
 
 PACKAGES = ("torch", "torchvision", "transformers", "trl", "vla0_trl")
 
 
+@dataclass(kw_only=True)
+class Arguments:
+    model: str = option(NANO, "nano, a folder or a Hub id (default: %(default)s)")
+    processor: str | None = option(None, "of the collator measurement, if another than the model's")
+    random_weights: bool = option(False, "build --model from its config, without weights")
+    image_size: int | None = option(None, "default: 96 for nano, else 512")
+    batch_size: int = option(32, "(default: %(default)s)")
+    rows: int = option(64, "of the dataset (default: %(default)s)")
+    steps: int = option(8, "timed optimizer steps of a turn (default: %(default)s)")
+    turns: int = option(3, "of each contestant (default: %(default)s)")
+    num_workers: int = option(0, "that collate beside the training process (default: %(default)s)")
+    float32: bool = option(False, "train without bfloat16: for CPUs that have no instructions for it")
+    torch_compile: bool = option(False, "measure our steps compiled, too")
+    skip_steps: bool = option(False, "only the collators")
+    peak_tflops: float | None = option(None, "of the GPU in bf16, by its data sheet (H200: 989): prints the MFU")
+    trace: Path | None = option(None, "write a chrome trace of our steps, and print where the time goes")
+    json: Path | None = option(None, "write the table, versions and ratios")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", default=NANO, help="nano, a folder or a Hub id (default: %(default)s)")
-    add("--processor", help="of the collator measurement, if another than the model's")
-    add("--random_weights", action="store_true", help="build --model from its config, without weights")
-    add("--image_size", type=int, help="default: 96 for nano, else 512")
-    add("--batch_size", type=int, default=32, help="(default: %(default)s)")
-    add("--rows", type=int, default=64, help="of the dataset (default: %(default)s)")
-    add("--steps", type=int, default=8, help="timed optimizer steps a turn (default: %(default)s)")
-    add("--turns", type=int, default=3, help="of each contestant (default: %(default)s)")
-    add("--num_workers", type=int, default=0, help="that collate beside the training process (default: %(default)s)")
-    add("--float32", action="store_true", help="train without bfloat16: for CPUs that have no instructions for it")
-    add("--torch_compile", action="store_true", help="measure our steps compiled, too")
-    add("--skip_steps", action="store_true", help="only the collators")
-    add("--peak_tflops", type=float, help="of the GPU in bf16, by its data sheet (H200: 989): prints the MFU")
-    add("--trace", type=Path, help="write a chrome trace of our steps, and print where the time goes")
-    add("--json", type=Path, help="write the table, versions and ratios")
-    args = parser.parse_args()
+    args = parse(Arguments, __doc__)
+    import torch  # after parsing: it takes seconds
+
+    from vla0_trl.evaluation.episode_log import provenance, write_json
 
     collating = make_bench(args.processor or args.model, args)
     contestants = {name: lambda c=c: collating.collate(c) for name, c in collating.collators().items()}
@@ -77,7 +84,10 @@ def main() -> None:
         write_json(args.json, report | provenance("cuda" if torch.cuda.is_available() else "cpu", PACKAGES))
 
 
-def make_bench(model: str, args: argparse.Namespace) -> Bench:
+def make_bench(model: str, args: Arguments) -> Bench:
+    from vla0_trl.benchmarks.synthetic import synthetic_dataset
+    from vla0_trl.benchmarks.training import Bench
+
     side = args.image_size or (96 if model == NANO else 512)
     rows, config = synthetic_dataset("libero", max(args.rows, args.batch_size), use_state=True, image_size=side)
     return Bench(model, config, rows, args.batch_size, args.steps, args.num_workers, args.random_weights, args.float32)

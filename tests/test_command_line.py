@@ -10,10 +10,7 @@ from support.general import REPOSITORY
 
 from vla0_trl.command_line import ScriptParser, as_flags, check_positive, option, parse
 
-# Those of the benchmarks still import torch before they parse.
-LATE = ("bench_inference.py", "ablate.py", "bench_memory.py", "bench_training.py")
 SCRIPTS = [path for folder in ("data_prep", "eval", "recipes") for path in sorted((REPOSITORY / folder).glob("*.py"))]
-SCRIPTS = [path for path in SCRIPTS if path.name not in LATE]
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,7 @@ from vla0_trl.files import write_whole
 from vla0_trl.stats import NormStats, check_range
 
 CONFIG_NAME = "vla_config.json"
+NANO = "nano"  # as a `model_name_or_path`: build the backbone (models/nano.py) instead of loading one
 ENSEMBLE_WEIGHTS = ("uniform", "vla0_v1", "vla0_v2")  # by name; see `policy.execution.TemporalEnsembler`
 
 

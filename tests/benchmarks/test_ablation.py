@@ -122,7 +122,7 @@ def test_arms_are_trained_evaluated_and_compared(pusht_data, tmp_path, monkeypat
     assert "1 of 3 arms failed" in printed.err
     assert [path.name for path in (out / "train").iterdir()] == ["base"]
     broken, base, one_step = json.loads((out / "ablation.json").read_text())["arms"]
-    assert "num_bins=0" in broken["error"] and "success_rate" not in broken
+    assert "--num_bins 0" in broken["error"] and "success_rate" not in broken
     assert base["num_episodes"] == one_step["num_episodes"] == 1 and base["error"] is None
     assert base["published_interval"] == list(wilson_interval(37, 64))
     protocols = [

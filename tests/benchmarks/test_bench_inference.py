@@ -9,7 +9,7 @@ import torch
 from support.backbones import QWEN
 from support.general import REPOSITORY, shared_path
 
-from vla0_trl.benchmarks.inference import DigitsAndSpaces, random_policy
+from vla0_trl.benchmarks.inference import DigitsAndSpaces, check_sources, random_policy
 
 
 @pytest.mark.slow
@@ -30,6 +30,13 @@ def test_the_table_of_the_nano_model(tmp_path):
     assert {"ours_vs_stock_b1", "drafts_vs_stock_b1", "ours_vs_stock_b3", "of_floor_b1"} <= ratios.keys()
     assert ratios["ours_vs_stock_b1"] == pytest.approx(rows["a", 1]["median_ms"] / rows["c", 1]["median_ms"])
     assert result["versions"]["torch"] and result["ratios_by_model"] == {"nano": ratios}
+
+
+def test_a_model_whose_config_cannot_be_read_is_one_line_before_anything_is_timed(tmp_path):
+    check_sources(["nano"], None)
+    with pytest.raises(ValueError, match=r"^smolvlm2-500m needs .* --models_dir, or leave it out") as error:
+        check_sources(["nano", "smolvlm2-500m"], tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_stock_may_write_any_digits_and_spaces_but_nothing_else():

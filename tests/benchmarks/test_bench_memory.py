@@ -109,3 +109,10 @@ def test_synthetic_rows_have_the_true_length(kind, image_size, tokens):
     answer = chat.encode_answer([int(number) for number in dataset[0]["action"].split()])[0]
     assert len(prompt) + len(answer) in tokens
     assert [image.size for image in dataset[0]["images"]] == [(256, 256)] * 2 if kind == "libero" else [(96, 96)]
+
+
+def test_a_mistyped_option_of_the_recipes_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", str(CONFIGS[0]), "--lora_rr", "8"])
+    with pytest.raises(SystemExit, match="2"):
+        load_script("recipes/bench_memory.py").main()
+    assert capsys.readouterr().err == "error: unknown argument --lora_rr: did you mean --lora_r?\n"

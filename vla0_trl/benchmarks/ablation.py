@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from trl import ModelConfig
 
 from vla0_trl.evaluation.episode_log import RESULTS
 from vla0_trl.evaluation.metrics import wilson_interval
 from vla0_trl.evaluation.report.charts import beside_published
 from vla0_trl.evaluation.report.summary import Table, format_table, percent_interval
 from vla0_trl.files import write_whole
-from vla0_trl.training.arguments import DataArguments, VLASFTConfig
+from vla0_trl.training.fields import recipe_fields
 
 # What all arms must share: how much they learn from, and where they go.
 _SHARED = {
@@ -85,7 +84,7 @@ class Ablation:
             ablation = cls(**data | {"arms": [Arm(name, **(arm or {})) for name, arm in data["arms"].items()]})
         except TypeError as error:
             raise ValueError(f"{path}: {error}") from error
-        known = {f.name for arguments in (DataArguments, VLASFTConfig, ModelConfig) for f in fields(arguments)}
+        known = set(recipe_fields())
         for arm in ablation.arms:
             _check_keys(arm.train, known, f"{path}, arm {arm.name!r}, train")
             for name in arm.train.keys() & _SHARED:

@@ -13,26 +13,38 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
 
 from vla0_trl.actions import NormStats
-from vla0_trl.config import VLAConfig
+from vla0_trl.benchmarks.inference_table import MODELS, SEED, VARIANTS
+from vla0_trl.config import NANO, VLAConfig
 from vla0_trl.envs.pusht.env import TASK
 from vla0_trl.envs.pusht.expert import record_episode
 from vla0_trl.internals import STOCK
 from vla0_trl.models.loading import load_processor
-from vla0_trl.models.nano import NANO, build_nano
+from vla0_trl.models.nano import build_nano
 from vla0_trl.policy.grammar import ActionGrammarLogitsProcessor
 from vla0_trl.policy.policy import VLAPolicy
 from vla0_trl.policy.speculative.decoder import ChunkDecoder
 from vla0_trl.policy.speculative.draft_state import Row, Speller
 
-VARIANTS = {"a": "stock, digits and spaces", "b": "stock, xgrammar", "c": "ours", "d": "ours, drafts", "d±": "jitter"}
-RATIOS = {"ours_vs_stock": ("a", "c"), "drafts_vs_stock": ("a", "d"), "ours_vs_xgrammar": ("b", "c")}
-SEED = 1  # with it, nano's answers differ and are as long as a trained one's; with 0, all are the same number
-# Hub id, image side, steps of a chunk, width of an action (PushT's for nano, LIBERO's for the others)
-MODELS = {
-    NANO: (None, 96, 10, 2),
-    "smolvlm2-500m": ("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", 512, 8, 7),
-    "qwen2.5-vl-3b": ("Qwen/Qwen2.5-VL-3B-Instruct", 224, 8, 7),
-}
+
+def check_sources(names: list[str], models_dir: Path | None) -> None:
+    """`ValueError`, in one line, for the first of these MODELS whose config can't be read."""
+    for name in names:
+        source = _source(name, models_dir)
+        try:
+            if source is not None:
+                AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            where = "the Hub can't be reached" if models_dir is None else "there is no config"
+            raise ValueError(
+                f"{name} needs the config and processor of {source}, and {where}: give their folders with "
+                f"--models_dir, or leave it out (--models {NANO} needs no files)"
+            ) from error
+
+
+def _source(name: str, models_dir: Path | None) -> str | None:
+    """Where a model's config and processor are; None for nano, which is built."""
+    hub_id = MODELS[name][0]
+    return hub_id if hub_id is None or models_dir is None else str(models_dir / hub_id.split("/")[1])
 
 
 def random_policy(
@@ -48,17 +60,17 @@ def random_policy(
     Args:
         models_dir: folders with configs and processors, by the models' names; without it, they are from the Hub.
     """
-    hub_id, side, steps, width = MODELS[name]
+    _, side, steps, width = MODELS[name]
     low, high = [0.0] * width, [512.0] * width
     stats = NormStats(low, high, low, high, low, high, 1)
     config = VLAConfig(
         action_dim=width, state_dim=width, chunk_size=steps, image_size=side, use_state=True, relative_actions=True,
         normalization=[-200.0, 200.0], action_stats=stats, state_stats=stats, crop_ratio=0.875,
     )  # fmt: skip
-    if hub_id is None:
+    source = _source(name, models_dir)
+    if source is None:
         model, processor = build_nano(seed=SEED)
     else:
-        source = hub_id if models_dir is None else str(models_dir / hub_id.split("/")[1])
         architecture, processor = AutoConfig.from_pretrained(source), load_processor(source, config)
         with torch.device("meta"):
             parameters = sum(p.numel() for p in AutoModelForImageTextToText.from_config(architecture).parameters())
@@ -153,18 +165,6 @@ def _draft(policy: VLAPolicy, answer: list[int], off: np.ndarray, jitter: int, r
     integers = np.array(policy.processor.tokenizer.decode(answer, skip_special_tokens=True).split(), np.int64)
     integers = integers + off + rng.integers(-jitter, jitter + 1, off.shape)
     return policy.chat_tokenizer.encode_answer(integers.clip(0, policy.grammar.num_bins))[0]
-
-
-def ratios(rows: list[dict]) -> dict[str, float]:
-    """Of median times; a key is there if both of its variants are."""
-    times = {(row["variant"], row["batch"]): row["median_ms"] for row in rows}
-    found = {
-        f"{name}_b{size}": times[slow, size] / times[fast, size]
-        for name, (slow, fast) in RATIOS.items()
-        for size in sorted({size for _, size in times})
-        if (slow, size) in times and (fast, size) in times
-    }
-    return found | {f"of_floor_b{row['batch']}": row["of_floor"] for row in rows if row["variant"] == "c"}
 
 
 class DigitsAndSpaces(LogitsProcessor):

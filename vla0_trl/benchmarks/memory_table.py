@@ -10,6 +10,7 @@ from pathlib import Path
 
 TABLE = Path(__file__).with_name("memory_table.json")
 GIB = 2**30
+CARD = 12 * GIB
 PARTS = ("weights", "gradients", "optimizer", "activations")
 
 

@@ -26,9 +26,9 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from vla0_trl.config import VLAConfig
+from vla0_trl.config import NANO, VLAConfig
 from vla0_trl.models.loading import load_model, load_processor, set_image_size
-from vla0_trl.models.nano import NANO, build_nano
+from vla0_trl.models.nano import build_nano
 from vla0_trl.processing.chat import with_images
 from vla0_trl.processing.chat_tokenizer import IGNORED
 from vla0_trl.processing.collator import VLADataCollator

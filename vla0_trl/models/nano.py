@@ -15,7 +15,6 @@ from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLM
 from vla0_trl.models.nano_init import init_as_code
 from vla0_trl.models.nano_processor import SPECIAL_TOKENS, nano_processor, number_token
 
-NANO = "nano"  # as a `model_name_or_path`: build the backbone instead of loading one
 INITS = ("normal", "code")
 
 

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from vla0_trl.config import VLAConfig
+from vla0_trl.config import NANO, VLAConfig
 from vla0_trl.data.chat_dataset import align_config, episode_indices, load_chat_dataset, tasks_of
 from vla0_trl.limits import check_limits
 from vla0_trl.models.adapters import check_named_modules, check_tied_targets
 from vla0_trl.models.fingerprint import base_model_of, is_adapter
 from vla0_trl.models.loading import IMAGE_ENCODER, freeze_vision, load_model, load_processor, set_image_size
-from vla0_trl.models.nano import NANO, build_nano, nano_from_dict
+from vla0_trl.models.nano import build_nano, nano_from_dict
 from vla0_trl.processing.chat import prompt_messages
 from vla0_trl.run_folder import FolderError, RunFolder
 from vla0_trl.stopping import Stopped
