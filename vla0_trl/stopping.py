@@ -56,6 +56,19 @@ def raising_stopped() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def blocked_in_workers() -> Iterator[None]:
+    """Processes that are started within the block never get SIGINT or SIGTERM: their parent ends them itself.
+
+    Ctrl-C reaches the whole process group, Slurm's SIGTERM all processes of a step.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 @cache
 def leave_signals_to_parent() -> None:
     """In a worker process: only its parent can end it with SIGINT or SIGTERM.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import RAW_SCHEMA
 from vla0_trl.data.episodes import EpisodeError, ImageFormat, Source, raw_rows
-from vla0_trl.stopping import SIGNALS
+from vla0_trl.stopping import blocked_in_workers
 
 MAX_RUN = 16  # episodes that a process reads in a row
 # Frames are compressed already, and all of it is deleted in the end.
@@ -156,13 +155,8 @@ def _stage_in_parallel(staging: Staging, missing: list[int], num_proc: int, prog
         initargs=(staging,),
     )
     try:
-        # Ctrl-C reaches the whole process group, Slurm's SIGTERM all processes of a step. Workers inherit that both
-        # are blocked; this process ends them itself.
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
+        with blocked_in_workers():
             futures = [executor.submit(_stage_in_worker, run) for run in runs]
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         for future in as_completed(futures):
             progress.update(future.result())
     except BaseException as error:

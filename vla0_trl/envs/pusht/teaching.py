@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import signal
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from vla0_trl.envs.pusht.driving import StateEpisode, drive, record_states, reco
 from vla0_trl.envs.pusht.fitting import FitSettings, TeacherData, TeacherFit
 from vla0_trl.envs.pusht.teacher import PushTTeacher, through_waypoints
 from vla0_trl.files import write_whole
+from vla0_trl.stopping import blocked_in_workers
 
 SEEDS_PER_FILE = 50
 # Seeds of episodes, so that none is in two of them; the fit's own seed times SEED_STRIDE is added to the first two.
@@ -227,15 +230,25 @@ def _each_in_parallel(num_proc: int) -> Iterator[_RunEach]:
         yield lambda function, arguments, name: map(function, tqdm(arguments, desc=name, unit="episode", leave=False))
         return
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(
-        num_proc, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    )
+    executor = ProcessPoolExecutor(num_proc, context, initializer=_exit_with_parent)
 
     def run_each(function: Callable, arguments: Iterable, name: str) -> Iterator:
         arguments = list(arguments)
-        return tqdm(executor.map(function, arguments), name, len(arguments), unit="episode", leave=False)
+        with blocked_in_workers():
+            results = executor.map(function, arguments)
+        return tqdm(results, name, len(arguments), unit="episode", leave=False)
 
     try:
         yield run_each
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _exit_with_parent() -> None:
+    """In a worker process: end when the parent has been killed, instead of waiting for work for ever."""
+
+    def end() -> None:
+        wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
