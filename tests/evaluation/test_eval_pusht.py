@@ -26,7 +26,7 @@ from vla0_trl.evaluation.runner import execution_config, execution_protocol
 from vla0_trl.internals import FallbackWarning
 from vla0_trl.models.nano import NanoConfig, build_nano
 from vla0_trl.policy.policy import VLAPolicy
-from vla0_trl.policy.speculative.tree_forward import Passes
+from vla0_trl.policy.speculative.tree_forward import TreeForward
 
 TIMES = {"seconds", "model_seconds", "seconds_per_episode", "ms_per_chunk", "environment_seconds"}
 RUN_BY = {"command", "git_commit"}
@@ -116,7 +116,7 @@ def test_an_evaluation_leaves_episodes_results_and_videos(evaluate, checkpoint, 
 def test_with_a_broken_decoder_an_evaluation_finishes_and_says_so(evaluate, monkeypatch, tmp_path):
     right = _rows(evaluate("--num_videos", "0"))
     assert [row["decoding"] for row in right] == ["fast"] * 4 and _results(tmp_path / "out")["decoding"] == "fast"
-    monkeypatch.setattr(Passes, "step", lambda self, tokens: np.zeros((*tokens.shape[:2], len(self.token_ids))))
+    monkeypatch.setattr(TreeForward, "step", lambda self, tokens: np.zeros((*tokens.shape[:2], len(self.token_ids))))
     with pytest.warns(FallbackWarning, match="fast decoding of SmolVLMForConditionalGeneration does not work with"):
         evaluate("--output_dir", str(tmp_path / "stock"))
     assert _results(folder := tmp_path / "stock")["decoding"] == "stock"

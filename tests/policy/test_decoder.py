@@ -6,24 +6,15 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.backbones import DIGITS, MULTI, QWEN, SMOLVLM, TINY, Chat, multi_digit_tokenizer, observations, shrunk
-from support.general import shared_path
-from transformers import (
-    AutoModelForImageTextToText,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LogitsProcessorList,
-)
+from support.backbones import DIGITS, MULTI, Chat, multi_digit_tokenizer, observations
+from support.random_policies import BACKBONES, build_policy, sharpened
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
 from vla0_trl import VLAPolicy
-from vla0_trl.models.loading import load_processor
-from vla0_trl.models.nano import NanoConfig, build_nano
 from vla0_trl.policy.grammar import ActionGrammar, ActionGrammarLogitsProcessor
 from vla0_trl.policy.speculative import decoder as decoding
 from vla0_trl.policy.speculative.decoder import ChunkDecoder, DecodingOptions
-from vla0_trl.policy.speculative.draft_state import Row, Speller
-from vla0_trl.policy.speculative.tree_forward import FIELDS, Passes
+from vla0_trl.policy.speculative.tree_forward import PassToken, TreeForward
 
 OPTIONS = {
     "all": {},
@@ -35,42 +26,16 @@ OPTIONS = {
 }
 
 
-def sharpened(model):
-    """Random weights whose answers depend on the input, without toss-ups that rounding would decide."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 1.0))
-    return model.eval().requires_grad_(False)
-
-
-def build_policy(name: str, config) -> VLAPolicy:
-    if name == "nano":
-        return VLAPolicy(sharpened(build_nano(NanoConfig(**TINY))[0]), build_nano(NanoConfig(**TINY))[1], config)
-    config = config.replace(image_size=224 if name == QWEN else 128)
-    processor = load_processor(shared_path(f"data/models/{name}"), config)
-    # Qwen's own dtype is bfloat16, in which two of the best logits are equal all too often.
-    model = AutoModelForImageTextToText.from_config(shrunk(name), dtype=torch.float32)
-    return VLAPolicy(sharpened(model), processor, config)
-
-
-@pytest.fixture(scope="module", params=["nano", SMOLVLM, QWEN])
+@pytest.fixture(scope="module", params=BACKBONES)
 def policy(request):
     """A policy for 8 values of a random backbone: its own tokenizer, its own kind of positions."""
-    from vla0_trl.actions import NormStats
-    from vla0_trl.config import VLAConfig
-
-    stats = NormStats([0.0, 0.0], [511.0, 511.0], [0.0, 0.0], [511.0, 511.0], [0.0, 0.0], [1.0, 1.0], 9)
-    config = VLAConfig(
-        action_dim=2, state_dim=2, chunk_size=4, use_state=True, image_size=48, action_stats=stats, state_stats=stats
-    )
-    return build_policy(request.param, config)
+    return build_policy(request.param)
 
 
 @pytest.fixture(autouse=True)
 def budget_of_a_gpu(monkeypatch) -> None:
-    """Tries and drafts also where a batch is too large for them on a CPU."""
-    monkeypatch.setattr(decoding, "MAX_TRIES", {"cpu": 512})
+    """Candidates and drafts also where a batch is too large for them on a CPU."""
+    monkeypatch.setattr(decoding, "MAX_CANDIDATES", {"cpu": 512})
     monkeypatch.setattr(decoding, "MAX_DRAFTED", {"cpu": 1024})
 
 
@@ -203,8 +168,8 @@ def test_tokens_of_several_digits(tokens, prefix, attention):
 def test_a_frozen_models_prefix_is_read_once_and_a_trained_ones_never(policy, monkeypatch):
     decoder = ChunkDecoder(policy.grammar, prefix=policy.decoder.prefix)
     monkeypatch.setattr("vla0_trl.policy.speculative.decoder.SHORTEST_PREFIX", 2)
-    reads, read = [], Passes.read_apart
-    monkeypatch.setattr(Passes, "read_apart", lambda self, ids, at: reads.append(ids) or read(self, ids, at))
+    reads, read = [], TreeForward.read_separately
+    monkeypatch.setattr(TreeForward, "read_separately", lambda self, ids, at: reads.append(ids) or read(self, ids, at))
     batch = observations(4, seed=6)
     expected = generate(policy, batch)
     for _ in range(2):
@@ -234,57 +199,6 @@ def test_changed_weights_are_noticed(policy):
             head.copy_(saved)
 
 
-def test_forced_tokens_are_those_without_alternative(policy):
-    speller = Speller(policy.grammar)
-    number = {name: speller.column[policy.processor.tokenizer.convert_tokens_to_ids(name)] for name in [*DIGITS, "Ġ"]}
-    for written, forced in (
-        ("5", None),
-        ("51", None),
-        ("510", "Ġ"),
-        ("52", "Ġ"),
-        ("0", "Ġ"),
-        ("99", "Ġ"),
-        ("6", None),
-    ):
-        state = policy.grammar.open
-        for digit in written:
-            _, state = speller.after(0, state, number[digit])
-        assert speller.forced(0, state) == (number[forced] if forced else None), written
-    _, full = speller.after(7, policy.grammar.open, number["0"])
-    assert speller.token_ids[speller.forced(7, full)] == policy.chat_tokenizer.end_of_turn_id
-    assert Speller(policy.grammar, forced_tokens=False).forced(0, full) is None
-
-
-def test_a_draft_is_left_and_rejoined(policy):
-    end = policy.chat_tokenizer.end_of_turn_id
-    ids = policy.chat_tokenizer.encode_answer([511, 341, 7, 0, 1, 2, 3, 4])[0]
-    answer = policy.chat_tokenizer.encode_answer([511, 358, 7, 0, 1, 2, 3, 4])[0]
-    speller = Speller(policy.grammar)
-    row, on_draft = Row(speller, ids), {}
-    while not row.done:
-        guess = [speller.token_ids[column] for column in row.guess(64)]
-        on_draft[len(row.tokens)] = bool(guess)
-        assert ids[ids.index(end) + 1 - len(guess) : ids.index(end) + 1] == guess
-        row.write(speller.column[answer[len(row.tokens)]])
-    assert row.tokens == answer[: answer.index(end) + 1]
-    number = policy.chat_tokenizer.encode_answer([511, 3])[0].index(end)  # tokens up to the 3 of 358
-    assert on_draft.pop(number + 1) is False
-    assert all(on_draft.values()) and len(on_draft) > 8
-
-
-def test_a_step_is_guessed_to_be_like_the_one_before(policy):
-    speller, end = Speller(policy.grammar), policy.chat_tokenizer.end_of_turn_id
-    answer = policy.chat_tokenizer.encode_answer([255, 31, 255, 31, 255, 39, 7, 39])[0]
-    answer = answer[: answer.index(end) + 1]
-    row, right = Row(speller, period=2), []
-    while not row.done:
-        guess = [speller.token_ids[column] for column in row.guess(64)]
-        right.append(bool(guess) and guess[0] == answer[len(row.tokens)])
-        row.write(speller.column[answer[len(row.tokens)]])
-    # The first step is new, and so is a digit that differs, with what follows it up to the next number.
-    assert not any(right[:5]) and sum(right) >= 9, right
-
-
 def test_too_long_a_prompt_and_drafts_of_another_batch_raise():
     chat = Chat(multi_digit_tokenizer(MULTI))
     grammar = ActionGrammar(chat, 6, 511)
@@ -301,13 +215,13 @@ def test_too_long_a_prompt_and_drafts_of_another_batch_raise():
 def test_out_of_memory_during_capture_falls_back_and_says_so_once(policy, monkeypatch, caplog):
     """There is no GPU here: the capture itself is made to fail, the rest is real."""
     decoder = ChunkDecoder(policy.grammar)
-    tried, init = [], Passes.__init__
+    tried, init = [], TreeForward.__init__
 
     def with_graphs(self, *args, **options):
         init(self, *args, **options)
         self._use_graphs = True
 
-    monkeypatch.setattr(Passes, "__init__", with_graphs)
+    monkeypatch.setattr(TreeForward, "__init__", with_graphs)
     monkeypatch.setattr(
         torch.cuda,
         "Stream",
@@ -335,20 +249,20 @@ class Recorded:
 
 def test_captured_passes_are_padded_to_few_widths(policy, monkeypatch):
     def capture(self, width):
-        inputs = torch.zeros(self.rows, width, FIELDS, dtype=torch.int64)
+        inputs = torch.zeros(self.rows, width, len(PassToken._fields), dtype=torch.int64)
         self._graphs[width] = Recorded(self, inputs, torch.zeros(self.rows, width, len(self.token_ids))), inputs, None
         self._graphs[width] = (*self._graphs[width][:2], self._graphs[width][0].logits)
         captured.append(width)
         return True
 
-    captured, init = [], Passes.__init__
+    captured, init = [], TreeForward.__init__
 
     def with_graphs(self, *args, **options):
         init(self, *args, **options)
         self._use_graphs = True
 
-    monkeypatch.setattr(Passes, "__init__", with_graphs)
-    monkeypatch.setattr(Passes, "_capture", capture)
+    monkeypatch.setattr(TreeForward, "__init__", with_graphs)
+    monkeypatch.setattr(TreeForward, "_capture", capture)
     batch = observations(3, seed=2)
     expected = generate(policy, batch)
     assert torch.equal(generate(policy, batch, custom_generate=ChunkDecoder(policy.grammar)), expected)

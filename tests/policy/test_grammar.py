@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.backbones import DIGITS, MULTI, Chat, multi_digit_tokenizer
 
 from vla0_trl.actions import join_integers, parse_integers
-from vla0_trl.policy.grammar import ActionGrammar, ActionGrammarLogitsProcessor
+from vla0_trl.policy.grammar import BEFORE_PREFIX, ActionGrammar, ActionGrammarLogitsProcessor
 from vla0_trl.processing.chat_tokenizer import ChatTokenizer
 
 
@@ -143,3 +143,26 @@ def test_choices_on_the_host_are_what_the_processor_allows():
                 column = rng.choice(choices)
                 sequence.append(int(grammar.token_ids[column]))
                 count, state = count + grammar.finishes[column], grammar.next_state[state, column]
+
+
+def test_the_classes_example_of_states():
+    """`ActionGrammar`'s docstring: " 7 12 0", token by token."""
+    grammar = ActionGrammar(Chat(multi_digit_tokenizer([*DIGITS, "Ġ"]), " "), num_values=3, num_bins=12)
+    tokenizer = multi_digit_tokenizer([*DIGITS, "Ġ"])
+    names = {column: tokenizer.decode([token]) for column, token in enumerate(grammar.token_ids)}
+    column = {name: column for column, name in names.items()}
+    count, state, steps = grammar.initial_count, grammar.initial_state, []
+    for name in [" ", "7", " ", "1", "2", " ", "0", "<eos>"]:
+        steps.append((count, state, {names[column] for column in grammar.choices(count, state)}))
+        count, state = count + grammar.finishes[column[name]], grammar.next_state[state, column[name]]
+    assert steps == [
+        (BEFORE_PREFIX, grammar.start, {" "}),
+        (0, grammar.open, set(DIGITS)),
+        (0, 7, {" "}),
+        (1, grammar.open, set(DIGITS)),
+        (1, 1, {"0", "1", "2", " "}),
+        (1, 12, {" "}),
+        (2, grammar.open, set(DIGITS)),
+        (2, 0, {"<eos>"}),
+    ]
+    assert (count, state) == (2, grammar.done)

@@ -40,9 +40,9 @@ def generate(policy: VLAPolicy, batch: list[dict], **options) -> torch.Tensor:
 @pytest.mark.parametrize("options", [{}, {"forced_tokens": False, "small_head": False, "tries": False}])
 @pytest.mark.parametrize("budget", [12, 1024])
 def test_tokens_are_those_of_stock_greedy_decoding(policy, options, budget, monkeypatch):
-    """Also with a budget in which all thousand choices are tried at once."""
-    monkeypatch.setattr(decoding, "MAX_TRIES", {"cpu": budget})
-    monkeypatch.setattr(decoding, "TRY_SLOTS", budget)
+    """Also with a budget in which all thousand candidates are read at once."""
+    monkeypatch.setattr(decoding, "MAX_CANDIDATES", {"cpu": budget})
+    monkeypatch.setattr(decoding, "CANDIDATE_SLOTS", budget)
     batch = observations(5, seed=5)
     stock = LogitsProcessorList([ActionGrammarLogitsProcessor(grammar=policy.grammar)])
     expected = generate(policy, batch, logits_processor=stock)

@@ -14,7 +14,7 @@ from vla0_trl.internals import FallbackWarning
 from vla0_trl.models.nano import NanoConfig, build_nano
 from vla0_trl.policy.speculative.decoder import DecodingOptions
 from vla0_trl.policy.speculative.self_check import SelfCheckError
-from vla0_trl.policy.speculative.tree_forward import Passes, cache_parameter
+from vla0_trl.policy.speculative.tree_forward import TreeForward, cache_parameter
 
 
 class RenamedCache(LlamaModel):
@@ -52,8 +52,8 @@ def stock(config, batch: list[dict]) -> np.ndarray:
 @pytest.fixture
 def wrong_logits(monkeypatch) -> None:
     """Passes over the model that give each token another's logits."""
-    right = Passes._logits
-    monkeypatch.setattr(Passes, "_logits", lambda self, hidden: right(self, hidden).roll(1, -1))
+    right = TreeForward._logits
+    monkeypatch.setattr(TreeForward, "_logits", lambda self, hidden: right(self, hidden).roll(1, -1))
 
 
 def test_a_renamed_argument_is_found_in_the_signature(example_config):
@@ -99,11 +99,11 @@ def test_a_decoder_that_breaks_later_gives_way_too(example_config, monkeypatch):
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.\nMore about it")
 
-    monkeypatch.setattr(Passes, "prompt", out_of_memory)
+    monkeypatch.setattr(TreeForward, "prompt", out_of_memory)
     with pytest.warns(FallbackWarning, match=r"it raised OutOfMemoryError: CUDA out of memory\. transformers' gen"):
         chunks = policy.predict_action_chunk(observations(3))
     assert np.array_equal(chunks, stock(example_config, observations(3)))
-    assert policy.decoding == "stock" and policy.decoder._passes is None
+    assert policy.decoding == "stock" and policy.decoder._forward is None
 
 
 def test_a_model_is_compared_once(example_config, monkeypatch):
@@ -138,12 +138,14 @@ def test_tokens_between_which_rounding_decides_are_no_difference(example_config,
     """Two digits have all but the same logit, and the decoder prefers the other one."""
     policy = build(example_config)
     digits = policy.processor.tokenizer.convert_tokens_to_ids([*"0123456789"])
-    right = Passes._logits
+    right = TreeForward._logits
     head = policy.model.get_output_embeddings()
     with torch.no_grad():
         head.weight[digits] = head.weight[digits[:1]]
         head.weight[digits[1]] *= 1 - apart
-    monkeypatch.setattr(Passes, "_logits", lambda self, hidden: right(self, hidden).index_select(-1, swapped(self)))
+    monkeypatch.setattr(
+        TreeForward, "_logits", lambda self, hidden: right(self, hidden).index_select(-1, swapped(self))
+    )
 
     def swapped(passes) -> torch.Tensor:
         """Columns, with the first two digits in each other's place."""

@@ -23,7 +23,7 @@ from vla0_trl.models.nano import build_nano
 from vla0_trl.policy.grammar import ActionGrammarLogitsProcessor
 from vla0_trl.policy.policy import VLAPolicy
 from vla0_trl.policy.speculative.decoder import ChunkDecoder
-from vla0_trl.policy.speculative.draft_state import Row, Speller
+from vla0_trl.policy.speculative.draft_state import DraftState, Speller
 
 
 def check_sources(names: list[str], models_dir: Path | None) -> None:
@@ -221,7 +221,7 @@ def _recorded_steps(config: VLAConfig, count: int) -> list[tuple[dict, np.ndarra
 def _open_tokens(policy: VLAPolicy, answer: list[int]) -> int:
     """Tokens of an answer that the grammar does not force: passes that one-by-one decoding can't do without."""
     speller = Speller(policy.grammar)
-    row, count = Row(speller), 0
+    row, count = DraftState(speller), 0
     while not row.done:
         row.write(speller.column[answer[len(row.tokens)]])
         count += 1
@@ -234,9 +234,9 @@ def _grammar_seconds(policy: VLAPolicy, answers: int = 12) -> float:
     logits = np.random.default_rng(0).standard_normal((64, len(speller.token_ids))).astype(np.float32)
     began = time.perf_counter()
     for _ in range(answers):
-        row = Row(speller)
+        row = DraftState(speller)
         while not row.done:
-            row.follow(row.grow(100, [], row.tries()), logits)
+            row.follow(row.grow(100, [], row.candidates()), logits)
         tokens += len(row.tokens)
     return (time.perf_counter() - began) / tokens
 

@@ -2,7 +2,7 @@
 
 A finite automaton over characters, lifted to tokens: a token may hold several characters ("52", " 524", "1 2"), and
 every way to spell a valid answer stays open. Greedy decoding under the grammar therefore equals greedy decoding
-without it whenever that is valid. State lives on the device, one row a sequence; a step is a few small gathers.
+without it whenever that answer is valid. State lives on the device, one row per sequence; a step is a few gathers.
 """
 
 from __future__ import annotations
@@ -19,12 +19,26 @@ from vla0_trl.processing.chat_tokenizer import ChatTokenizer
 # Vocabulary entries that can spell digits and spaces: GPT-2's and sentencepiece's space, and byte-fallback tokens.
 _NUMERIC = re.compile(r"(?:[0-9 Ġ▁]|<0x(?:20|3[0-9])>)+")
 
+# The count of finished numbers until the prefix is written. Used as an index, it is a table's last row.
+BEFORE_PREFIX = -1
+
 
 class ActionGrammar:
     """Transition tables, shared by all sequences.
 
-    States: `open` (a first digit must follow), one for each number written so far, `start` (only the prefix may
-    follow), `done` and `dead`. Columns: the numeric tokens, the end of turn, and one for any other token.
+    A sequence is described by the count of its finished numbers and a state: the number written so far (0 to
+    `num_bins`), `open` (a first digit must follow), `start` (only the prefix may follow), `done` or `dead` (not
+    valid). The tables' columns: the numeric tokens, the end of turn, and one for any other token.
+
+    Example: " 7 12 0" is an answer of three numbers with `num_bins=12` and the prefix " ", one token per character:
+
+        next token     " "           "7"     " "    "1"     "2"          " "    "0"     end of turn
+        count          BEFORE_PREFIX 0       0      1       1            1      2       2            2
+        state          start         open    7      open    1            12     open    0            done
+        may follow     " "           digits  " "    digits  0, 1, 2, " " " "    digits  end of turn
+
+    After 7 and 12 no digit may follow, since 70 and 120 exceed 12; after a leading 0 none ever may. The space after a
+    number, like the prefix, adds one to the count. Only the third number is followed by the end of turn.
 
     Args:
         chat ([`ChatTokenizer`]): gives tokenizer, prefix and end of turn.
@@ -53,11 +67,11 @@ class ActionGrammar:
         # A token with s spaces finishes s numbers; the end of turn is only allowed in the last one.
         spaces = [text.count(" ") for text in tokens.values()]
         self.finishes = np.array([*spaces, 0, 0])
-        self.min_count = np.array([*(-1 for _ in spaces), num_values - 1])
+        self.min_count = np.array([*(BEFORE_PREFIX for _ in spaces), num_values - 1])
         self.max_count = np.array([*(num_values - 1 - s for s in spaces), num_values - 1])
         self.initial_state = self.start if chat.prefix else self.open
-        self.initial_count = -1 if chat.prefix else 0
-        # Spelled out with one token a character, this is the longest answer.
+        self.initial_count = BEFORE_PREFIX if chat.prefix else 0
+        # With one token per character, this is the longest answer.
         self.max_new_tokens = num_values * (len(str(num_bins)) + 1) + 1
         self.live = self._live_states()
         self._classes = self._count_classes()
@@ -71,8 +85,8 @@ class ActionGrammar:
         """The columns that may follow, lowest token id first; for a loop that decodes on the host.
 
         Args:
-            count (`int`): numbers finished so far, −1 before the prefix.
-            state (`int`): see above.
+            count (`int`): numbers finished so far, or `BEFORE_PREFIX`.
+            state (`int`): see the class.
         """
         key = (self._classes[count], state)
         if key not in self._choices:
@@ -83,14 +97,14 @@ class ActionGrammar:
         return self._choices[key]
 
     def _count_classes(self) -> list[int]:
-        """Counts with equal choices in every state share a class, so that few lists of choices are ever made.
+        """Counts with equal choices in every state share a class, so that few lists of choices are made.
 
-        Far from the end of an answer that is all of them. The last entry is of count −1.
+        All counts far from an answer's end share one. The last entry is that of `BEFORE_PREFIX`.
         """
         reach = self.finishes.max() + 1
         classes: dict[bytes, int] = {}
         found = []
-        for count in [*range(self.num_values), -1]:
+        for count in [*range(self.num_values), BEFORE_PREFIX]:
             after = self.live[np.minimum(count + np.arange(reach), self.num_values - 1)]
             signature = ((self.min_count <= count) & (count <= self.max_count)).tobytes() + after.tobytes()
             found.append(classes.setdefault(signature, len(classes)))
@@ -110,22 +124,22 @@ class ActionGrammar:
         return table
 
     def _live_states(self) -> np.ndarray:
-        """(num_values + 1, states) bool: from where an answer can be finished with the tokens that there are.
+        """(num_values + 1, states) bool: whether an answer can be finished from there with the existing tokens.
 
-        Row −1 is the count before the prefix. With a token for every character all states are live; a vocabulary
-        without, say, the bare space has dead ends, which must not be entered.
+        The last row is that of `BEFORE_PREFIX`. With one token for each character all states are live; a vocabulary
+        that lacks one, such as the single space, has dead ends, which must not be entered.
         """
         live = np.zeros((self.num_values + 1, self.num_bins + 5), bool)
         live[:, self.done] = True
         columns, reach = np.arange(len(self.token_ids)), self.finishes.max() + 1
-        for count in [*range(self.num_values - 1, -1, -1), -1]:
+        for count in [*reversed(range(self.num_values)), BEFORE_PREFIX]:
             above = live[count + 1 : count + 1 + reach]
             if 0 <= count < self.num_values - 2 * reach and (above == above[0]).all():
-                live[count] = above[0]  # nothing but the end's distance changes, and it is out of reach
+                live[count] = above[0]  # the end is too far for one token to reach, so nothing differs
                 continue
             allowed = columns[(self.min_count <= count) & (count <= self.max_count)]
             targets = self.next_state[:, allowed]
-            while True:  # numbers grow by a digit at a time, so this settles within their length
+            while True:  # ends after as many rounds as a number has digits
                 reachable = live[count + self.finishes[allowed], targets].any(1) | live[count]
                 if (reachable == live[count]).all():
                     break
@@ -180,9 +194,9 @@ class ActionGrammarLogitsProcessor(LogitsProcessor):
         reached = (count + tables["finishes"][:-1]).clamp(max=self.grammar.num_values - 1)
         allowed &= tables["live"][reached, targets]
         # Clamped: a forbidden token must lose against an allowed one of score −inf, too.
-        kept = scores[:, tables["token_ids"]].clamp(min=torch.finfo(scores.dtype).min)
+        numeric = scores[:, tables["token_ids"]].clamp(min=torch.finfo(scores.dtype).min)
         forbidden = torch.full_like(scores, -torch.inf)
-        forbidden[:, tables["token_ids"]] = kept.masked_fill(~allowed, -torch.inf)
+        forbidden[:, tables["token_ids"]] = numeric.masked_fill(~allowed, -torch.inf)
         return forbidden
 
     def _on_device(self, scores: torch.Tensor) -> dict[str, torch.Tensor]:

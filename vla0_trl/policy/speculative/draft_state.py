@@ -1,6 +1,6 @@
-"""An answer while it is being written: what is certain, what to try next, and what a pass's logits make of it.
+"""An answer while it is written: its certain tokens, the tokens that the next pass reads, and how logits choose.
 
-Plain Python on the host: a token costs some microseconds, a pass of the smallest model two milliseconds.
+Plain Python on the host: a token costs a few microseconds, a pass of the smallest model two milliseconds.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vla0_trl.policy.grammar import ActionGrammar
+from vla0_trl.policy.speculative.tree_forward import PassToken
 
-# Tokens that are guessed at once: of a draft, and of what the answer itself suggests, which is right less often.
+# Tokens guessed in one pass: from a draft, and from the answer's own last step, which is right less often.
 LARGEST_WINDOW, FIRST_WINDOW = 64, 8
 
 
 class Speller:
-    """The grammar as one row walks through it: tokens by column, and what is forced.
+    """The grammar for one row: tokens by column of its tables, and the tokens that it forces.
 
     Args:
         grammar: shared by all rows.
-        forced_tokens: treat a token without alternative as written; otherwise it needs a pass like any other.
+        forced_tokens: write a token without alternative at once; otherwise it needs a pass like any other.
     """
 
     def __init__(self, grammar: ActionGrammar, forced_tokens: bool = True):
@@ -35,7 +36,7 @@ class Speller:
         return count + self._finishes[column], self._next_state[state][column]
 
     def forced(self, count: int, state: int) -> int | None:
-        """The only column that may follow, if there is one only."""
+        """The column that must follow; None if several may."""
         if not self.forced_tokens or state == self.grammar.done:
             return None
         choices = self.grammar.choices(count, state)
@@ -43,9 +44,9 @@ class Speller:
 
 
 class Guess:
-    """Text of an answer that another part, or another answer, is guessed to repeat.
+    """Text that an answer is guessed to repeat: a draft, or what was written before.
 
-    It is found again wherever a row comes to one of its states, so a row that left it rejoins it at the next number.
+    It is looked up by the state of the grammar, so a row that left it finds it again at the next number.
     """
 
     def __init__(self, speller: Speller):
@@ -54,18 +55,18 @@ class Guess:
         self._begins: dict[tuple[int, int], int] = {}
 
     def add(self, count: int, state: int, column: int) -> None:
-        """`column` was written when so many numbers were finished, in this state of the grammar."""
+        """`column` was written after `count` finished numbers, in this state of the grammar."""
         self._begins.setdefault((count, state), len(self.columns))
         self.columns.append(column)
 
     def after(self, count: int, state: int) -> list[int]:
-        """The columns that followed there; empty if it was never there."""
+        """The columns that followed this count and state; empty if they did not occur."""
         begin = self._begins.get((count, state))
         return [] if begin is None else self.columns[begin:]
 
     @classmethod
     def of(cls, speller: Speller, tokens: list[int]) -> Guess:
-        """From the ids of a whole answer, prefix through end of turn. Cut where they leave the grammar."""
+        """From the ids of a whole answer, prefix through end of turn. Ends where they leave the grammar."""
         guess, place = cls(speller), (speller.grammar.initial_count, speller.grammar.initial_state)
         for token in tokens:
             column = speller.column.get(token)
@@ -78,28 +79,28 @@ class Guess:
 
 @dataclass
 class Tree:
-    """Tokens of one row for one pass: certain ones, then a guess that continues them, or tries side by side.
+    """Tokens of one row for one pass: certain ones, then a guess that continues them, or candidates side by side.
 
     Attributes:
-        last (`int`): the last certain token, where choosing begins; −1 is the prompt's last.
-        tokens (`list`): of each what a pass must know of it: see [`passes`].
-        children (`dict`): (token, column) -> the token that follows it so.
-        guesses (`int`): how many of them are of the draft.
+        last (`int`): index of the last certain token, where choosing begins; −1 is the prompt's last.
+        tokens (`list`): what the pass reads, see [`PassToken`].
+        children (`dict`): (index of a token, column that follows it) -> index of that token.
+        guesses (`int`): the number of tokens that are guessed.
     """
 
     last: int
-    tokens: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    tokens: list[PassToken] = field(default_factory=list)
     children: dict[tuple[int | None, int], int] = field(default_factory=dict)
     guesses: int = 0
 
 
-class Row:
-    """One answer. `tokens` are certain, the first `read` of them are in the cache.
+class DraftState:
+    """One row's answer. Its `tokens` are certain; the first `read` of them are in the cache.
 
     Args:
-        speller: of all rows.
+        speller: shared by all rows.
         draft: ids of a guess of the whole answer.
-        period: without a draft, each number is guessed to be like the one so many before it.
+        period: without a draft, each number is guessed to equal the one `period` numbers before it.
     """
 
     def __init__(self, speller: Speller, draft: list[int] | None = None, period: int | None = None):
@@ -118,7 +119,7 @@ class Row:
         return self.state == self.grammar.done
 
     def guess(self, limit: int) -> list[int]:
-        """Columns that may come next, one after the other, at most `limit`; empty where there is nothing to go by."""
+        """At most `limit` columns that are guessed to come next, in order; empty where nothing suggests any."""
         if self.draft is not None:
             columns = self.draft.after(self.count, self.state)
         elif self.period is not None:
@@ -127,42 +128,46 @@ class Row:
             return []
         return columns[: min(limit, self.window, self.grammar.max_new_tokens - len(self.tokens))]
 
-    def tries(self) -> list[list[int]]:
-        """All choices for the next token, each with what it forces, as columns; but those that end the answer."""
-        tries = []
+    def candidates(self) -> list[list[int]]:
+        """Columns of each token that may come next and of what it forces, except where that ends the answer."""
+        candidates = []
         for column in self.grammar.choices(self.count, self.state):
             path, place = [column], self.speller.after(self.count, self.state, column)
             while (forced := self.speller.forced(*place)) is not None:
                 path.append(forced)
                 place = self.speller.after(*place, forced)
             if place[1] != self.grammar.done:
-                tries.append(path)
-        return tries
+                candidates.append(path)
+        return candidates
 
-    def grow(self, first: int, guess: list[int], tries: list[list[int]]) -> Tree:
-        """What to ask the model next.
+    def grow(self, first_slot: int, guess: list[int], candidates: list[list[int]]) -> Tree:
+        """The tokens that the next pass reads.
 
         Args:
-            first: slot of the answer's first token.
-            guess: columns that follow what is certain, one after the other.
-            tries: or several that may come next.
+            first_slot: cache slot of the answer's first token.
+            guess: columns that follow the certain tokens, in order,
+            candidates: or several alternatives, see [`candidates`].
         """
         length = len(self.tokens)
         tree = Tree(last=length - self.read - 1, guesses=len(guess))
-        for place, token in enumerate(self.tokens[self.read :], start=self.read):
-            tree.tokens.append((token, place, first + place, first + place, first + place))
-        for path in [guess, *tries]:
-            node, begin = tree.last, first + self.read + len(tree.tokens)
+        for position, token in enumerate(self.tokens[self.read :], start=self.read):
+            slot = first_slot + position
+            tree.tokens.append(PassToken(token, position, slot, visible_until=slot, visible_from=slot))
+        last_certain = first_slot + length - 1
+        for path in [guess, *candidates]:
+            node, begin = tree.last, first_slot + self.read + len(tree.tokens)
             for step, column in enumerate(path):
                 tree.children[node, column] = node = len(tree.tokens)
                 token = self.speller.token_ids[column]
-                tree.tokens.append((token, length + step, begin + step, first + length - 1, begin))
+                tree.tokens.append(
+                    PassToken(token, length + step, begin + step, visible_until=last_certain, visible_from=begin)
+                )
         return tree
 
     def follow(self, tree: Tree, logits: np.ndarray) -> None:
-        """Choose as long as the pass tells what comes next.
+        """Choose tokens as far as the pass gives logits for them.
 
-        A guess that was right is in its slot. A try lies where the next token will, and is read once more.
+        A guess that was right stays in the cache. A candidate's cache slot is not its own, so it is read once more.
 
         Args:
             logits: float32 (tokens of the tree, columns).
@@ -172,7 +177,7 @@ class Row:
             choices = self.grammar.choices(self.count, self.state)
             # Equal logits: the lowest id, as argmax over a vocabulary does.
             column: int | None = choices[int(logits[node][choices].argmax())]
-            while column is not None:  # and all that it forces
+            while column is not None:  # the choice, then what it forces
                 self._write(column)
                 node = tree.children.get((node, column))
                 reached = reached if node is None else node
@@ -180,13 +185,13 @@ class Row:
         accepted = 0
         if tree.guesses:
             accepted = reached - tree.last
-            # Ask for more of a good draft; give a bad one up soon, since tries do better than it.
+            # Read more of a good guess, and soon none of a bad one: candidates do better.
             self.window = min(LARGEST_WINDOW, 4 * accepted) or self.window // 4
         self.accepted += accepted
         self.read = certain + accepted
 
     def write(self, column: int) -> None:
-        """Take a token as certain, and all that it forces."""
+        """Add a token, which is certain, and those that it forces."""
         self._write(column)
         self._write_forced()
 

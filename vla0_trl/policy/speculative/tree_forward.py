@@ -1,11 +1,25 @@
-"""Forward passes of a stock language model over tokens that are no plain continuation: several, at different places.
+"""Forward passes of a stock language model over trees of tokens: several candidates for the same position at once.
 
-A pass says of each token its place in the answer, the slot of the cache that its keys and values go to, and the slots
-that it sees. So rows of a batch stand at different places, and a row tries several next tokens at once (tree attention
-as in SpecInfer, Miao et al. 2024, one level deep). All that is given to the model is what every transformers decoder
-takes: a 4-D mask, position ids and a `Cache`.
+For each token, a pass states its position in the answer, the cache slot for its keys and values, and the cache slots
+that it attends to. So the rows of a batch can be at different positions, and a row can read several candidates for its
+next token in one pass (tree attention as in SpecInfer, Miao et al. 2024, one level deep). The model is given only what
+every transformers decoder takes: a 4-D mask, position ids and a `Cache`.
 
-Slots: prompt and answer in order, then room for tries; the last one takes what pads a batch.
+Cache slots: the prompt and the answer in order, then room for candidates; the last slot takes a batch's padding.
+
+Example: integers are 0 or 1, the prompt fills cache slots 0 to 3, and "1 " is certain but not read yet. The next token
+is 0 or 1, and either forces a space. One pass reads all six tokens ("x": the token attends to this slot):
+
+    token  position  cache_slot  visible_until  visible_from    slot 0 1 2 3 4 5 6 7 8 9
+    "1"           0           4              4             4         x x x x x . . . . .
+    " "           1           5              5             5         x x x x x x . . . .
+    "0"           2           6              5             6         x x x x x x x . . .
+    " "           3           7              5             6         x x x x x x x x . .
+    "1"           2           8              5             8         x x x x x x . . x .
+    " "           3           9              5             8         x x x x x x . . x x
+
+The logits of the second token choose between 0 and 1. If they choose 1, the logits of the last token already choose
+what comes next. The next pass reads the chosen "1 " again, into slots 6 and 7, where the following tokens expect it.
 """
 
 from __future__ import annotations
@@ -13,6 +27,7 @@ from __future__ import annotations
 import inspect
 import logging
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +36,26 @@ from transformers import Cache, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-# What a pass must know of a token: its id, its place behind the prompt, the slot that it is written to, and what it
-# sees: the slots up to one, and those from another to its own.
-FIELDS = 5
 # Captured passes are as wide as the next of these: a graph has fixed shapes.
 GRAPH_WIDTHS = (2, 4, 8, 16, 32, 64, 128)
+
+
+class PassToken(NamedTuple):
+    """One token of a pass; the module has an example.
+
+    Attributes:
+        token_id: in the vocabulary.
+        position: in the answer; 0 directly follows the prompt.
+        cache_slot: where its keys and values are written.
+        visible_until: it attends to all cache slots up to this one, padding of the prompt excepted,
+        visible_from: and to those from this one to its own.
+    """
+
+    token_id: int
+    position: int
+    cache_slot: int
+    visible_until: int
+    visible_from: int
 
 
 @cache
@@ -39,46 +69,46 @@ def cache_parameter(model_class: type[PreTrainedModel]) -> str:
 
 
 class SlotCache(Cache):
-    """Keys and values of a fixed number of slots; each pass sets `slots` (B, Q) and how many are `used`."""
+    """Keys and values in a fixed number of slots; each pass sets `cache_slots` (B, Q) and how many are `used`."""
 
     def __init__(self, num_layers: int, rows: int, capacity: int, device: torch.device):
         super().__init__(layers=[])
         self.shape = (num_layers, rows, capacity)
         self.row_index = torch.arange(rows, device=device)[:, None]
-        self.slots: torch.Tensor | None = None
+        self.cache_slots: torch.Tensor | None = None
         self.used = capacity
-        # (2, layers, B, heads, slots, width), made when the model shows the last number.
+        # (2, layers, B, heads, slots, width), allocated with the first keys, which tell heads and width.
         self.store: torch.Tensor | None = None
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (B, heads, Q, width) to `slots`; give all used slots, (B, heads, used, width)."""
+        """Write (B, heads, Q, width) to `cache_slots`; return all used slots, (B, heads, used, width)."""
         if self.store is None:
             self.allocate(key_states)
         for store, states in zip(self.store[:, layer_idx], (key_states, value_states), strict=True):
-            store[self.row_index, :, self.slots] = states.transpose(1, 2)
+            store[self.row_index, :, self.cache_slots] = states.transpose(1, 2)
         keys, values = self.store[:, layer_idx, :, :, : self.used]
         return keys, values
 
     def allocate(self, like: torch.Tensor) -> None:
-        """Make the store for keys like these, (B, heads, Q, width)."""
+        """Allocate the store for keys shaped like these, (B, heads, Q, width)."""
         layers, rows, capacity = self.shape
         # Zeros, not empty: a slot that is masked still takes part in 0 · x.
         self.store = like.new_zeros((2, layers, rows, like.shape[-3], capacity, like.shape[-1]))
 
     def get_seq_length(self, *args) -> int:
-        """Positions come from outside: the model must not count for itself."""
+        """0, so that the model does not compute positions itself: each pass states them."""
         return 0
 
 
-class Passes:
-    """A model with a cache for a batch of prompts; on a GPU also its captured graphs.
+class TreeForward:
+    """Forward passes of a model with a cache for a batch of prompts; on a GPU also its captured graphs.
 
     Args:
         model: the whole model, for its decoder, head and image encoder.
-        token_ids: the only tokens whose logits are wanted, (columns,).
-        rows, capacity: size of the cache.
-        small_head: multiply with the rows of the LM head that are wanted, not with all and then select.
-        graphs: capture passes as CUDA graphs; ignored elsewhere, where shapes change with every pass.
+        token_ids: the only tokens whose logits are computed, (columns,).
+        rows, capacity: prompts in a batch, and cache slots for each.
+        small_head: multiply with these tokens' rows of the LM head only, not with all rows and then select.
+        graphs: capture passes as CUDA graphs; ignored on other devices, where shapes change with every pass.
     """
 
     def __init__(
@@ -95,58 +125,58 @@ class Passes:
         self.cache = SlotCache(self.decoder.config.num_hidden_layers, rows, capacity, self.device)
         self.rows, self.capacity = rows, capacity
         dtype = model.get_input_embeddings().weight.dtype
-        self._hidden_mask = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.device)
-        self._seen_mask = torch.zeros_like(self._hidden_mask)
-        self._keys = torch.arange(capacity, device=self.device)
-        self._open = torch.ones(rows, capacity, dtype=torch.bool, device=self.device)
+        self._hidden_value = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.device)
+        self._visible_value = torch.zeros_like(self._hidden_value)
+        self._all_slots = torch.arange(capacity, device=self.device)
+        self._not_padding = torch.ones(rows, capacity, dtype=torch.bool, device=self.device)
         self._base: torch.Tensor | None = None
-        # A head that is wrapped (LoRA) or packed (quantised) is no plain matrix: it is asked for all its logits.
+        # A head that is wrapped (LoRA) or packed (quantised) is not a plain matrix: all its logits are computed.
         self._small_head = small_head and type(model.get_output_embeddings()) is nn.Linear
         self._weight, self._bias = self._head_rows()
         self._use_graphs = graphs and self.device.type == "cuda"
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
 
     def prompt(
-        self, ids: torch.Tensor, kept: torch.Tensor, positions: torch.Tensor, skip: int, last: int, **images
+        self, ids: torch.Tensor, prompt_mask: torch.Tensor, positions: torch.Tensor, skip: int, last: int, **images
     ) -> np.ndarray:
-        """Read the prompts, and what is already known of the answers.
+        """Read the prompts, and the tokens of the answers that are known or guessed already.
 
         Args:
             ids: (B, P + A): prompts padded on the left, then answers padded on the right.
-            kept: bool (B, P), False on padding.
+            prompt_mask: bool (B, P), False on padding.
             positions: (…, B, P), as `generate` prepares them.
-            skip: columns whose keys and values are in the cache already.
-            last: how many columns, from the right, to give logits for.
+            skip: the number of first columns whose keys and values are in the cache already.
+            last: the number of last columns to compute logits for.
 
         Returns:
             float32 (B, last, columns).
         """
-        length, width = kept.shape[1], ids.shape[1]
-        for kept_rows, now in zip((self._weight, self._bias), self._head_rows(), strict=True):
-            if kept_rows is not None:
-                kept_rows.copy_(now)  # the model may have been trained since
-        self._open.fill_(True)
-        self._open[:, :length] = kept
+        length, width = prompt_mask.shape[1], ids.shape[1]
+        for copied, current in zip((self._weight, self._bias), self._head_rows(), strict=True):
+            if copied is not None:
+                copied.copy_(current)  # the model may have been trained since
+        self._not_padding.fill_(True)
+        self._not_padding[:, :length] = prompt_mask
         base = positions[..., -1:] + 1
         if self._base is None:
             self._base = base.clone()
         self._base.copy_(base)
         after = base + torch.arange(width - length, device=self.device)
-        slots = self._keys[skip:width].expand(self.rows, -1)
+        cache_slots = self._all_slots[skip:width].expand(self.rows, -1)
         hidden = self._read(
             self.model.base_model,
             ids[:, skip:],
             torch.cat([positions, after], -1)[..., skip:],
-            slots,
-            slots,
-            slots,
+            cache_slots,
+            visible_until=cache_slots,
+            visible_from=cache_slots,
             used=width,
             **images,
         )
         return self._logits(hidden[:, -last:]).cpu().numpy()
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
-        """One pass: int64 (B, Q, FIELDS) -> logits float32 (B, Q, columns)."""
+        """One pass over Q [`PassToken`]s per row: int64 (B, Q, 5) -> logits float32 (B, Q, columns)."""
         width = next((width for width in GRAPH_WIDTHS if width >= tokens.shape[1]), None)
         if self._use_graphs and width is not None and (width in self._graphs or self._capture(width)):
             graph, inputs, logits = self._graphs[width]
@@ -154,40 +184,53 @@ class Passes:
             inputs[:, : tokens.shape[1]] = torch.from_numpy(tokens).to(self.device)
             graph.replay()
             return logits[:, : tokens.shape[1]].cpu().numpy()
-        used = self.capacity if self._use_graphs else int(tokens[..., 3].max()) + 1 + tokens.shape[1]
+        visible_until = tokens[..., PassToken._fields.index("visible_until")]
+        used = self.capacity if self._use_graphs else int(visible_until.max()) + 1 + tokens.shape[1]
         return self._step(torch.from_numpy(tokens).to(self.device), min(used, self.capacity)).cpu().numpy()
 
     def padding(self, width: int) -> np.ndarray:
-        """Tokens (B, width, FIELDS) that nobody sees."""
-        return np.tile(np.array([0, 0, self.capacity - 1, -1, self.capacity - 1]), (self.rows, width, 1))
+        """[`PassToken`]s, int64 (B, width, 5), that no other token attends to."""
+        last_slot = self.capacity - 1
+        token = PassToken(token_id=0, position=0, cache_slot=last_slot, visible_until=-1, visible_from=last_slot)
+        return np.tile(np.array(token), (self.rows, width, 1))
 
-    def read_apart(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def read_separately(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keys and values of plain text ids (1, L) at positions (…, 1, L): (2, layers, 1, heads, L, width)."""
-        apart = Passes(self.model, self.token_ids, 1, ids.shape[1], graphs=False)
-        slots = apart._keys[None]
-        apart._read(apart.decoder, ids, positions, slots, slots, slots, used=ids.shape[1])
-        return apart.cache.store
+        separate = TreeForward(self.model, self.token_ids, 1, ids.shape[1], graphs=False)
+        cache_slots = separate._all_slots[None]
+        separate._read(separate.decoder, ids, positions, cache_slots, cache_slots, cache_slots, used=ids.shape[1])
+        return separate.cache.store
 
     def insert(self, states: torch.Tensor) -> None:
-        """Put what `read_apart` gave to the beginning of all prompts."""
+        """Copy keys and values from [`read_separately`] to the first slots of all rows."""
         if self.cache.store is None:
             self.cache.allocate(states)
         self.cache.store[..., : states.shape[-2], :] = states
 
-    def _step(self, tokens: torch.Tensor, used: int) -> torch.Tensor:
-        ids, places, *slots = tokens.unbind(-1)
-        return self._logits(self._read(self.decoder, ids, self._base + places, *slots, used))
+    def visible(
+        self, cache_slots: torch.Tensor, visible_until: torch.Tensor, visible_from: torch.Tensor, used: int
+    ) -> torch.Tensor:
+        """Which of the first `used` cache slots tokens attend to: three fields (B, Q) -> bool (B, Q, used)."""
+        slots, own = self._all_slots[:used], cache_slots[..., None]
+        before = (slots <= visible_until[..., None]) & self._not_padding[:, None, :used]
+        return before | (visible_from[..., None] <= slots) & (slots <= own)
 
-    def _read(self, module, ids, positions, slots, limits, begins, used: int, **images) -> torch.Tensor:
-        """(B, Q) ids, written to `slots`, that see those up to `limits` and from `begins` -> (B, Q, hidden)."""
-        keys, slots, limits, begins = self._keys[:used], slots[..., None], limits[..., None], begins[..., None]
-        seen = (keys <= limits) & self._open[:, None, :used] | (begins <= keys) & (keys <= slots)
-        self.cache.slots, self.cache.used = slots[..., 0], used
+    def _step(self, tokens: torch.Tensor, used: int) -> torch.Tensor:
+        token = PassToken(*tokens.unbind(-1))
+        positions, visible = self._base + token.position, (token.visible_until, token.visible_from)
+        return self._logits(self._read(self.decoder, token.token_id, positions, token.cache_slot, *visible, used))
+
+    def _read(
+        self, module, ids, positions, cache_slots, visible_until, visible_from, used: int, **images
+    ) -> torch.Tensor:
+        """(B, Q) ids and the other fields of [`PassToken`] -> hidden states (B, Q, hidden)."""
+        visible = self.visible(cache_slots, visible_until, visible_from, used)
+        self.cache.cache_slots, self.cache.used = cache_slots, used
         return module(
             input_ids=ids,
             position_ids=positions,
             # Additive, which eager attention needs; and finite, so that a padding query has no NaN.
-            attention_mask=torch.where(seen, self._seen_mask, self._hidden_mask)[:, None],
+            attention_mask=torch.where(visible, self._visible_value, self._hidden_value)[:, None],
             use_cache=True,
             **{cache_parameter(type(module)): self.cache},
             **images,

@@ -1,0 +1,38 @@
+"""Policies of random weights whose greedy answers are clear: no two best logits are equal but for rounding."""
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+from support.backbones import QWEN, SMOLVLM, TINY, shrunk
+from support.general import shared_path
+from vla0_trl import VLAPolicy
+from vla0_trl.actions import NormStats
+from vla0_trl.config import VLAConfig
+from vla0_trl.models.loading import load_processor
+from vla0_trl.models.nano import NanoConfig, build_nano
+
+BACKBONES = ["nano", SMOLVLM, QWEN]
+
+
+def sharpened(model):
+    """Random weights whose answers depend on the input, without toss-ups that rounding would decide."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 1.0))
+    return model.eval().requires_grad_(False)
+
+
+def build_policy(name: str) -> VLAPolicy:
+    """One of `BACKBONES` for answers of 8 integers in 0…511."""
+    stats = NormStats([0.0, 0.0], [511.0, 511.0], [0.0, 0.0], [511.0, 511.0], [0.0, 0.0], [1.0, 1.0], 9)
+    config = VLAConfig(
+        action_dim=2, state_dim=2, chunk_size=4, use_state=True, image_size=48, action_stats=stats, state_stats=stats
+    )
+    if name == "nano":
+        return VLAPolicy(sharpened(build_nano(NanoConfig(**TINY))[0]), build_nano(NanoConfig(**TINY))[1], config)
+    config = config.replace(image_size=224 if name == QWEN else 128)
+    processor = load_processor(shared_path(f"data/models/{name}"), config)
+    # Qwen's own dtype is bfloat16, in which two of the best logits are equal all too often.
+    model = AutoModelForImageTextToText.from_config(shrunk(name), dtype=torch.float32)
+    return VLAPolicy(sharpened(model), processor, config)
