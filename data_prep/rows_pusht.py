@@ -5,7 +5,7 @@
 
 States are those of the expert's episodes and of the teacher's own, half of them mirrored, all jittered, and some from
 anywhere. Every row has the teacher's chunk for its own state: frames of an "episode" (a block of 100) do not follow
-each other. Several hundred rows a second on each core. Rows depend on --seed alone, whatever --num_proc.
+each other. Several hundred rows per second on each core. Rows depend on --seed only, not on --num_proc.
 """
 
 import hashlib

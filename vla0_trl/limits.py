@@ -37,7 +37,7 @@ def check_limits(settings: dict[str, Any]) -> None:
     """Check the numbers among some settings, by their names; other names only for being finite.
 
     Raises:
-        ValueError: names the first that is out of its limits, and these.
+        ValueError: names the first number outside of its limits, and the limits.
     """
     for name, setting in settings.items():
         for value in setting if isinstance(setting, list) else [setting]:

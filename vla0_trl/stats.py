@@ -14,7 +14,7 @@ _HISTOGRAM_CELLS = 1 << 16
 
 @dataclass(frozen=True)
 class NormStats:
-    """Statistics of a vector over a dataset, one number a dimension, in environment units.
+    """Statistics of a vector over a dataset, one number per dimension, in environment units.
 
     Attributes:
         min, max, q01, q99, mean, std (`list[float]`): per dimension.

@@ -77,7 +77,7 @@ def sampled_frames(pieces: Iterable[pa.Table], frames: int) -> list[list[bytes]]
 
 
 def sample_picture(sample: list[list[bytes]]) -> Image.Image:
-    """Frames side by side, one line a camera."""
+    """Frames side by side, one line per camera."""
     lines = []
     for files in zip(*sample, strict=True):
         frames = [Image.open(io.BytesIO(file)) for file in files]

@@ -18,7 +18,7 @@ from vla0_trl.config import VLAConfig
 from vla0_trl.processing.chat import completion_messages, prompt_messages
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
-# One row a frame. `prompt` and `completion` are TRL's own form of the text columns, for training with plain TRL;
+# One row per frame. `prompt` and `completion` are TRL's own form of the text columns, for training with plain TRL;
 # the raw columns are in environment units, so that bins and the like can change without reading episodes again.
 FEATURES = Features(
     {

@@ -22,7 +22,7 @@ import numpy as np
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.episodes import EpisodeError, ImageFormat, Source
-from vla0_trl.data.shards import sorted_out, write_dataset
+from vla0_trl.data.shards import classify_episodes, write_dataset
 from vla0_trl.data.staging import ConversionError, Staging
 from vla0_trl.manifest import CONVERSION_NAME, damage, read_json
 from vla0_trl.run_folder import FolderError, RunFolder, belongs_to_another, is_free
@@ -36,9 +36,9 @@ class Selection:
 
     Args:
         episodes (`slice`): of the source's indices.
-        max_episodes_per_task (`int`, *optional*): keep at most so many of each instruction, drawn with `seed`.
+        max_episodes_per_task (`int`, *optional*): keep at most this many of each instruction, drawn with `seed`.
         tasks (`list[str]`, *optional*): only episodes of these instructions.
-        num_episodes (`int`, *optional*): keep so many of what is left, drawn with `seed` whatever their instructions.
+        num_episodes (`int`, *optional*): keep this many of the rest, drawn with `seed` over all instructions.
     """
 
     episodes: slice = field(default_factory=lambda: slice(None))
@@ -149,7 +149,7 @@ def convert(
             folder.begin(work, overwrite)
             staging = Staging(source, config, folder.partial / "episodes", image_format, skip_bad_episodes)
             staged = staging.stage_all(indices, num_proc)
-            result = sorted_out(staging, indices)
+            result = classify_episodes(staging, indices)
             write_dataset(folder.partial / "final", staging, result, key, command)
         except OSError as error:
             if error.errno not in _DISK_FULL:
@@ -163,8 +163,9 @@ def convert(
     seconds = time.monotonic() - started
     names = f" ({', '.join(map(str, result.rejected))})" if result.rejected else ""
     print(
-        f"{len(result.kept)} episodes kept, {len(result.rejected)} rejected{names}; {staged} of {len(indices)} read "
-        f"now\n{result.frames} frames in {seconds:.1f} s: {result.frames / seconds:.0f} frames/s\n"
+        f"{len(result.included)} episodes kept, {len(result.rejected)} rejected{names}; "
+        f"{staged} of {len(indices)} read now\n"
+        f"{result.frames} frames in {seconds:.1f} s: {result.frames / seconds:.0f} frames/s\n"
         f"dataset: {output_dir}\n"
         f"look at it: python data_prep/inspect_dataset.py --dataset {output_dir} --output inspect.html\n"
         f"train on it: accelerate launch {recipe} --dataset_name {output_dir}"

@@ -1,4 +1,4 @@
-"""Episodes: what every converter gives, how it is checked, and the rows that it becomes as far as they are no text."""
+"""Episodes: what every converter reads, how it is checked, and the rows' columns before the text columns are added."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Source(Protocol):
 def raw_rows(
     episode: Episode, config: VLAConfig, index: int, image_format: ImageFormat = "png"
 ) -> Iterator[dict[str, list]]:
-    """An episode as columns of the chat dataset, one entry a frame; those that are text depend on all episodes.
+    """An episode as columns of the chat dataset, one entry per frame, without the text, which depends on all episodes.
 
     Args:
         config (`VLAConfig`): gives `cameras`, `action_dim`, `state_dim` and `chunk_size`.

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +22,56 @@ from vla0_trl.data.episodes import EpisodeError
 from vla0_trl.data.staging import ConversionError, Staging, parquet_writer
 from vla0_trl.manifest import CONVERSION_NAME, files_of
 
-ROW_GROUP_ROWS = 100  # what a reader must decompress to get at one row
+ROW_GROUP_ROWS = 100  # what a reader must decompress to read one row
 SHARD_BYTES = 400_000_000  # of staged episodes; with the text columns a shard stays below the Hub's usual 500 MB
 
 SAID_CLIPPED, MOST_CLIPPED = 0.001, 0.05  # of a dimension's values; quantiles clip 0.02
 
 
-@dataclass
-class Sorted:
-    """Frames and episodes of a dataset; `skipped` says why, `clipped` which values the text does not reach."""
+class Outcome(Enum):
+    """What becomes of an episode of the source."""
 
+    INCLUDED = "its rows are in the dataset"
+    REJECTED = "the source rejected it, for example because the demonstration failed"
+    SKIPPED = "its data are bad, and bad episodes are skipped"
+
+
+@dataclass
+class ClassifiedEpisodes:
+    """The outcome of each episode, by its index in the source.
+
+    Attributes:
+        outcomes (`dict[int, Outcome]`): in the order of the dataset.
+        frames (`int`): of all included episodes.
+        skipped (`dict[int, str]`): why an episode is skipped.
+        clipped (`list[str]`): one line per dimension whose values are partly outside of the range of the bins.
+    """
+
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
     frames: int = 0
-    kept: list[int] = field(default_factory=list)
-    rejected: list[int] = field(default_factory=list)
     skipped: dict[int, str] = field(default_factory=dict)
     clipped: list[str] = field(default_factory=list)
 
+    @property
+    def included(self) -> list[int]:
+        return self._with(Outcome.INCLUDED)
 
-def sorted_out(staging: Staging, indices: list[int]) -> Sorted:
-    """Which of the staged episodes go into the dataset.
+    @property
+    def rejected(self) -> list[int]:
+        return self._with(Outcome.REJECTED)
+
+    def _with(self, outcome: Outcome) -> list[int]:
+        return [index for index, found in self.outcomes.items() if found is outcome]
+
+
+def classify_episodes(staging: Staging, indices: list[int]) -> ClassifiedEpisodes:
+    """Decide which of the staged episodes are included in the dataset.
 
     Raises:
         EpisodeError: an episode's frames have another size than the first's, and bad ones are not skipped.
-        ConversionError: none does.
+        ConversionError: no episode is included.
     """
-    result = Sorted()
+    result = ClassifiedEpisodes()
     sizes = ""
     for index in indices:
         info = staging.info(index)
@@ -60,13 +86,14 @@ def sorted_out(staging: Staging, indices: list[int]) -> Sorted:
                 if not staging.skip_bad:
                     raise EpisodeError(error)
         if error:
+            result.outcomes[index] = Outcome.SKIPPED
             result.skipped[index] = error
         elif info.frames:
-            result.kept.append(index)
+            result.outcomes[index] = Outcome.INCLUDED
             result.frames += info.frames
         else:
-            result.rejected.append(index)
-    if not result.kept:
+            result.outcomes[index] = Outcome.REJECTED
+    if not result.included:
         reasons = "".join(f"\n  {reason}" for reason in result.skipped.values())
         raise ConversionError(
             f"all {len(indices)} episodes of {staging.source.info.source} were rejected: nothing to write{reasons}"
@@ -74,11 +101,14 @@ def sorted_out(staging: Staging, indices: list[int]) -> Sorted:
     return result
 
 
-def write_dataset(final: Path, staging: Staging, result: Sorted, key: dict[str, Any], command: str) -> None:
-    """Phase 2: the whole folder, `final` as yet."""
+def write_dataset(
+    final: Path, staging: Staging, result: ClassifiedEpisodes, key: dict[str, Any], command: str
+) -> None:
+    """Phase 2: write the whole dataset into the folder `final`, which is published afterwards."""
+    included = result.included
 
     def vectors() -> Iterator[pa.Table]:
-        return (rows for index in result.kept for rows in staging.rows(index, ["raw_state", "raw_action"]))
+        return (rows for index in included for rows in staging.rows(index, ["raw_state", "raw_action"]))
 
     try:
         config = with_statistics(staging.config, vectors)
@@ -87,7 +117,7 @@ def write_dataset(final: Path, staging: Staging, result: Sorted, key: dict[str, 
     result.clipped = _clipped(clipped_shares(config, vectors), config)
     shutil.rmtree(final, ignore_errors=True)
     (final / "data").mkdir(parents=True)
-    shards = _shards(staging, result.kept)
+    shards = _shards(staging, included)
     for number, shard in enumerate(shards):
         name = f"train-{number:05d}-of-{len(shards):05d}.parquet"
         episodes = tqdm(shard, desc=f"writing {name}", unit="episode")
@@ -96,10 +126,10 @@ def write_dataset(final: Path, staging: Staging, result: Sorted, key: dict[str, 
     if rows != result.frames:
         raise ConversionError(f"{rows} rows were written instead of {result.frames}: run the same command again")
     config.save_pretrained(final)
-    first = result.kept[0]
+    first = included[0]
     sample = sampled_frames(staging.rows(first, ["images"]), staging.info(first).frames)
     left_out = sorted([*result.rejected, *result.skipped])
-    counts = len(result.kept), result.frames
+    counts = len(included), result.frames
     write_card(final, sample, config, staging.source.info, *counts, left_out, result.clipped, command)
     outcome = {"rejected": result.rejected, "skipped": result.skipped, "clipped": result.clipped}
     record = key | outcome | {"files": files_of(final)}
@@ -107,7 +137,7 @@ def write_dataset(final: Path, staging: Staging, result: Sorted, key: dict[str, 
 
 
 def _clipped(shares: dict[str, np.ndarray], config: VLAConfig) -> list[str]:
-    """A line for each dimension that loses more than `SAID_CLIPPED` of its values.
+    """One line per dimension that loses more than `SAID_CLIPPED` of its values.
 
     Raises:
         ConversionError: an action loses more than `MOST_CLIPPED`: it would be trained to be something else.
@@ -126,11 +156,11 @@ def _clipped(shares: dict[str, np.ndarray], config: VLAConfig) -> list[str]:
     return lines
 
 
-def _shards(staging: Staging, kept: list[int]) -> list[list[int]]:
+def _shards(staging: Staging, included: list[int]) -> list[list[int]]:
     """Consecutive episodes, as many as `SHARD_BYTES` allow."""
     shards: list[list[int]] = []
     size = 0
-    for index in kept:
+    for index in included:
         episode_size = staging.path(index).stat().st_size
         if not shards or size + episode_size > SHARD_BYTES:
             shards.append([])

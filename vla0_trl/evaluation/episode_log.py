@@ -1,8 +1,8 @@
-"""What an evaluation leaves behind: a line an episode, results.json, videos, and what each number needs beside it.
+"""What an evaluation writes: one line per episode, results.json, videos, and the origin of each number.
 
 An output folder belongs to one run: one checkpoint (by the hash of its weights and configs) under one protocol.
 `episodes.jsonl` is the truth: what is in it is never run again, and `results.json` follows from it. The processes of a
-launch write a file each, `episodes-LAUNCH-RANK.jsonl`, which the last of them puts together.
+launch write one file each, `episodes-LAUNCH-RANK.jsonl`, which the last one merges.
 """
 
 import json

@@ -110,7 +110,7 @@ class StandStill:
 def benchmark_envs(
     make_env: Callable[[], LiberoTasks], config: VLAConfig, episode: LiberoEpisode, num_envs: int
 ) -> tuple[float, float]:
-    """Steps a second of one environment, and of `num_envs` side by side, drawing whenever the policy would look.
+    """Steps per second of one environment, and of `num_envs` in parallel, rendering where a policy needs images.
 
     Starting, building and a first episode, in which libraries compile, are not counted.
     """

@@ -105,10 +105,10 @@ def rollout(
     progress: bool = True,
     group: Callable[[Seed], Hashable] = lambda seed: None,
 ) -> Iterator[EpisodeResult]:
-    """Run one episode a seed; give each result the moment it is known, in order of finishing.
+    """Run one episode per seed; yield each result as soon as its episode ends.
 
-    An episode depends on its seed and the policy alone: on `len(envs)` only as far as a batched matrix product rounds
-    differently. How chunks are executed (`n_action_steps`, `ensemble_size`, …) is read from `policy.config`.
+    An episode depends on its seed and the policy only. (`len(envs)` changes the rounding of batched matrix
+    products.) How chunks are executed (`n_action_steps`, `ensemble_size`, …) is read from `policy.config`.
 
     Args:
         policy ([`Policy`]):

@@ -190,12 +190,12 @@ def ways_of_decoding(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 @contextmanager
 def stopping_well(log: EpisodeLog) -> Iterator[None]:
-    """What can stop an evaluation, as one line that says what is kept and how to go on."""
-    kept = f"episodes are in {log.folder}"
+    """End the process with one line that says why an evaluation stopped, where its episodes are and how to go on."""
+    where = f"episodes are in {log.folder}"
     try:
         with raising_stopped():
             yield
     except Stopped as stopped:
-        leave(stopped.status, f"\nstopped: {len(log.episodes)} {kept}; run it again to go on")
+        leave(stopped.status, f"\nstopped: {len(log.episodes)} {where}; run it again to go on")
     except (WriteError, EpisodeCrash, FolderError) as error:
-        leave(1, f"error: {error}; {len(log.episodes)} {kept}")
+        leave(1, f"error: {error}; {len(log.episodes)} {where}")

@@ -72,11 +72,11 @@ def set_image_size(processor: ProcessorMixin, backbone: PreTrainedConfig, config
         if config.tile_images:
             raise ValueError(
                 f"tile_images=True: {backbone.model_type} squares every image, which would squash the cameras: "
-                "give it one image a camera (tile_images=False)"
+                "give it one image per camera (tile_images=False)"
             )
         unit = vision.patch_size * backbone.scale_factor
         _check_divides(side, unit, backbone.model_type)
-        processor.image_processor.do_image_splitting = False  # 64 tokens an image at 512 px instead of 1088
+        processor.image_processor.do_image_splitting = False  # 64 tokens per image at 512 px instead of 1088
         processor.image_processor.size = {"longest_edge": side}
         processor.image_processor.max_image_size = {"longest_edge": side}
         processor.image_seq_len = (side // unit) ** 2

@@ -26,7 +26,7 @@ class NanoConfig:
         hidden_size, num_layers, num_heads (`int`): of the language model.
         vision_hidden_size, vision_layers (`int`): of the image encoder.
         image_size (`int`): side of the input it is built for; other sizes interpolate its position embeddings.
-        patch_size (`int`): side of a patch; (image_size / patch_size / scale_factor)² tokens an image.
+        patch_size (`int`): side of a patch; (image_size / patch_size / scale_factor)² tokens per image.
         scale_factor (`int`): side of the square of patches that becomes one token.
         image_mean (`list[float]`): colour in [0, 1] that becomes zero. From scratch it should be the frames' own mean:
             what all frames share, as PushT's white ground, otherwise drowns what differs within some ten steps.

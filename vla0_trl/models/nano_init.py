@@ -17,7 +17,7 @@ from transformers import SmolVLMForConditionalGeneration
 # The number code: a ramp, and sines and cosines of half a turn up to this many turns over the range.
 _FREQUENCIES, _TURNS = 16, 16.0
 _RAMP, _WAVE = 1.7, 1.4  # so that each has a mean square of about 1
-# Shift heads: head h looks h tokens back, for the first so many heads.
+# Shift heads: head h attends to the token h places before its own, for the first `_SHIFTS` heads.
 _SHIFTS = 8
 _CONSTANT = 4.0  # dimension 0 of every embedding, which shift heads find their phase in; the others have deviation 1
 _IMAGE_BIAS = 0.1
@@ -94,7 +94,7 @@ def _init_text_model(text_model: nn.Module, number_ids: list[int]) -> None:
             rows = slice(shift * head_dim, (shift + 1) * head_dim)
             query, key = shift_phases(shift, head_dim, config.rope_parameters["rope_theta"])
             attention.q_proj.weight[rows, 0], attention.k_proj.weight[rows, 0] = query, key
-        # The first layer hands on whole tokens: each becomes the concatenation of those before it.
+        # The first layer copies tokens as they are: each becomes the concatenation of those before it.
         attention.v_proj.weight.normal_(std=(1.0 if index == 0 else 0.7) * width**-0.5)
         attention.o_proj.weight.normal_(std=(0.7 if index == 0 else 0.3 / layers**0.5) * width**-0.5)
         for linear in (mlp.gate_proj, mlp.up_proj):

@@ -210,7 +210,7 @@ class ChatTokenizer:
         if any(len(i) != 1 for i in ids) or any(
             len(self._numbers[value]) != len(self._space) + len(str(value)) for value in self._samples()
         ):
-            raise ValueError("character masking needs a tokenizer with one token a digit: use whole-value masking")
+            raise ValueError("character masking needs a tokenizer with one token per digit: use whole-value masking")
         return [i[0] for i in ids]
 
     def _samples(self) -> range:

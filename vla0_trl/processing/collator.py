@@ -46,7 +46,7 @@ class VLADataCollator:
         label_smoothing_bins (`float`, *optional*, defaults to `0.0`): targets are drawn from a normal distribution of
             this deviation around the true integer: in the mean over samples, soft targets over its neighbours. Greedy
             decoding then takes the best of a region instead of the best single integer, which few samples tell apart.
-            Needs one token a number, too.
+            Needs one token per number, too.
         train (`bool`, *optional*, defaults to `True`): `False` for evaluation: no masking, central crop.
         mask_unit (`str`, *optional*, defaults to `"value"`): `"character"` hides digits instead, as VLA-0 does.
         seed (`int`, *optional*, defaults to `0`): of crops and masks.

@@ -126,13 +126,13 @@ class VLASFTConfig(SFTConfig):
     mask_labels: str = field(
         default="ignore",
         metadata={
-            "help": "Hidden values are no targets (VLA-0), or stay targets: needs one token a number.",
+            "help": "Hidden values are no targets (VLA-0), or stay targets: needs one token per number.",
             "choices": ["ignore", "keep"],
         },
     )
     label_smoothing_bins: float = field(
         default=0.0,
-        metadata={"help": "Draw targets around the true integer with this deviation; needs one token a number."},
+        metadata={"help": "Draw targets around the true integer with this deviation; needs one token per number."},
     )
     mask_unit: str = field(
         default="value",
@@ -155,13 +155,13 @@ class VLASFTConfig(SFTConfig):
         default=None, metadata={"help": "Stop once the logged mean_token_accuracy reaches this."}
     )
     rollout_steps: int = field(
-        default=0, metadata={"help": "Every so many steps, run episodes in the simulator; 0: never."}
+        default=0, metadata={"help": "Run episodes in the simulator every this many steps; 0: never."}
     )
     rollout_episodes: int = field(default=16, metadata={"help": "Episodes of such an evaluation, on fixed seeds."})
     dagger_steps: int = field(
         default=0,
         metadata={
-            "help": "Every so many steps, the policy drives dagger_episodes new episodes; what it saw, "
+            "help": "Every this many steps, the policy drives dagger_episodes new episodes; what it saw, "
             "labelled by dagger_teacher, joins the training rows (DAgger); 0: never."
         },
     )
@@ -175,7 +175,7 @@ class VLASFTConfig(SFTConfig):
     probe_steps: int = field(
         default=0,
         metadata={
-            "help": "Every so many steps, log the loss on the first action, by how much the loss rises when images "
+            "help": "Every this many steps, log the loss on the first action, by how much the loss rises when images "
             "and states are another sample's (observation_gap: near 0, the policy does not look), and the error of "
             "the policy's answers beside that of staying; 0: never."
         },

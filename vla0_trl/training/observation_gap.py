@@ -82,8 +82,8 @@ class ProbeCallback(TrainerCallback):
     def _as_text(self, row: Row) -> Row:
         """A row with its state and action as text only: relative actions are counted from the row's own state."""
         state, action = map(join_integers, self.collator.integers(row))
-        kept = ("images", "task", "episode_index", "frame_index")
-        return {name: row[name] for name in kept} | {"state": state, "action": action}
+        unchanged = ("images", "task", "episode_index", "frame_index")
+        return {name: row[name] for name in unchanged} | {"state": state, "action": action}
 
     def _chunk_errors(self, rows: Sequence[Row]) -> dict[str, float]:
         """Of rows with their raw columns, over all processes."""

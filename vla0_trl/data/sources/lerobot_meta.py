@@ -242,7 +242,7 @@ def _text(path: Path) -> str:
     except FileNotFoundError as error:
         raise ConversionError(f"{path} is missing: the copy is not complete, fetch it again") from error
     except UnicodeDecodeError as error:
-        raise ConversionError(f"{path} is no text, fetch it again: {error}") from error
+        raise ConversionError(f"{path} is not a text file, fetch it again: {error}") from error
 
 
 def _json(where: Path | str, text: str) -> Any:

@@ -1,4 +1,4 @@
-"""LIBERO's official demonstrations: an HDF5 file a task, `data/demo_i/{actions, obs/…}`.
+"""LIBERO's official demonstrations: one HDF5 file per task, `data/demo_i/{actions, obs/…}`.
 
 Liu et al., "LIBERO" (2023), https://libero-project.github.io; written by its `scripts/create_dataset.py`. That appends
 what `env.step(actions[t])` returned as `obs[t]`: what was seen before an action is `obs[t - 1]`, and what was seen
@@ -107,29 +107,29 @@ class LiberoDemos:
             for key in CAMERAS.values():
                 _dataset(group, f"obs/{key}", name, frames=frames)
             late = 0 if _seen_before(group) else 1
-        kept = moves(actions) if self.drop_noops else np.arange(frames)
-        kept = kept[kept >= late]
-        seen = kept - late
-        if not len(kept):
+        chosen = moves(actions) if self.drop_noops else np.arange(frames)
+        chosen = chosen[chosen >= late]
+        seen = chosen - late
+        if not len(chosen):
             raise EpisodeError(f"{name}: no frame is left of {frames}: leave it out with --skip_bad_episodes")
         images = {
             camera: _frames(demo.path, f"data/{demo.key}/obs/{key}", seen, demo.turn, name)
             for camera, key in CAMERAS.items()
         }
-        return Episode(demo.task, actions[kept], images, np.concatenate(state, axis=1)[seen], name)
+        return Episode(demo.task, actions[chosen], images, np.concatenate(state, axis=1)[seen], name)
 
 
 def moves(actions: np.ndarray) -> np.ndarray:
-    """The numbers of the frames (T, 7) that are no no-ops.
+    """Indices of the actions (T, 7) that are not no-ops.
 
-    A no-op moves the arm by less than `NOOP_NORM` and leaves the gripper as the last frame that was kept had it.
+    A no-op moves the arm by less than `NOOP_NORM` and leaves the gripper as the last chosen frame has it.
     """
-    kept: list[int] = []
+    chosen: list[int] = []
     for frame, action in enumerate(actions):
         still = np.linalg.norm(action[:-1]) < NOOP_NORM
-        if not still or (kept and action[-1] != actions[kept[-1]][-1]):
-            kept.append(frame)
-    return np.array(kept, np.int64)
+        if not still or (chosen and action[-1] != actions[chosen[-1]][-1]):
+            chosen.append(frame)
+    return np.array(chosen, np.int64)
 
 
 def _seen_before(group: h5py.Group) -> bool:
@@ -169,7 +169,7 @@ def _opened(path: Path, name: str) -> Iterator[h5py.File]:
 def _demos(path: Path) -> list[_Demo]:
     with _opened(path, str(path)) as file:
         data = file.get("data")
-        # what else lies beside them is none, whatever it is
+        # other entries beside them are no demonstrations
         keys = [key for key in (data if _is_group(data) else ()) if re.fullmatch(r"demo_\d+", key)]
         if not keys:
             raise ConversionError(f"{path} has no data/demo_*: it is no file of LIBERO demonstrations")

@@ -152,7 +152,7 @@ def record_episode(
         learner (`Callable`, *optional*): observation, with the full state, -> float[2], what is executed.
         expert_mix (`float`, *optional*, defaults to `0.0`): share of steps at which the expert's action is executed
             instead of the learner's; DAgger's beta.
-        max_steps (`int`, *optional*, defaults to `MAX_EPISODE_STEPS`): the episode ends after so many.
+        max_steps (`int`, *optional*, defaults to `MAX_EPISODE_STEPS`): the episode ends after this many.
 
     Returns:
         [`Recording`]: also of a failed episode; look at `success`.

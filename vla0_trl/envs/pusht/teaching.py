@@ -160,11 +160,11 @@ _RunEach = Callable[[Callable, Iterable, str], Iterator]
 
 
 def _expert_episodes(folder: Path, settings: TeachSettings, run_each: _RunEach) -> list[StateEpisode]:
-    """The expert's successful episodes, recorded as far as they are not there."""
+    """The expert's successful episodes; those without a file are recorded."""
     first = EXPERT_SEEDS + SEED_STRIDE * settings.fit.seed
     record = partial(_record, noise=settings.action_noise, fraction=settings.noise_fraction)
     starts = range(first, first + settings.num_episodes, SEEDS_PER_FILE)
-    kept = []
+    successful = []
     for start in starts:
         stop = min(start + SEEDS_PER_FILE, first + settings.num_episodes)
         path = folder / "episodes" / f"seeds-{start}-{stop - 1}.npz"
@@ -172,8 +172,8 @@ def _expert_episodes(folder: Path, settings: TeachSettings, run_each: _RunEach) 
             name = f"recording seeds up to {stop - 1} of {starts[0] + settings.num_episodes - 1}"
             episodes = run_each(record, range(start, stop), name)
             save_episodes(path, [episode for episode in episodes if episode.success])
-        kept += load_episodes(path)
-    return kept
+        successful += load_episodes(path)
+    return successful
 
 
 def _record(seed: int, noise: float, fraction: float) -> StateEpisode:

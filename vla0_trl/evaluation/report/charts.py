@@ -19,10 +19,10 @@ def color(index: int) -> str:
 
 
 def success_bars(groups: dict[str, Sequence[dict[str, Any]]], names: Sequence[str]) -> Figure:
-    """Success rates with Wilson intervals: a bar a run.
+    """Success rates with Wilson intervals: one bar per run.
 
     Args:
-        groups (`dict[str, list[dict]]`): label (a task, or `""`) -> `metrics.aggregate`'s numbers, one a run.
+        groups (`dict[str, list[dict]]`): label (a task, or `""`) -> `metrics.aggregate`'s numbers, one per run.
         names (`list[str]`): of the runs, in the same order.
     """
     bars = [(label, name, index) for label in groups for index, name in enumerate(names)]
@@ -52,7 +52,7 @@ def beside_published(
     """Success rates as bars, others' as rings below them, with their intervals; None where there is none.
 
     Args:
-        ours, published (`list[dict | None]`): `success_rate` and `success_rate_interval`, one a name.
+        ours, published (`list[dict | None]`): `success_rate` and `success_rate_interval`, one per name.
     """
     figure, axes = _figure(height=1.2 + 0.42 * max(2, len(names)))
     for label, runs, shift, shade in (("here", ours, -0.12, color(0)), ("published", published, 0.24, color(1))):

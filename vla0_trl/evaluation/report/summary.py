@@ -44,7 +44,7 @@ class Run:
 
 
 def load_runs(folders: list[Path]) -> list[Run]:
-    """Read evaluations, in this order; named by their folders as far as that tells them apart.
+    """Read evaluations, in this order; named by their folders, or by whole paths where two folders share a name.
 
     Raises:
         `FileNotFoundError`: a folder has no finished evaluation.
@@ -80,7 +80,7 @@ def _read_if_there(path: Path) -> Any:
 
 
 def summary_table(runs: list[tuple[str, dict[str, Any]]]) -> Table:
-    """A row a run, from (name, `metrics.aggregate`'s numbers)."""
+    """One row per run, from (name, `metrics.aggregate`'s numbers)."""
     with_coverage = all("mean_max_coverage" in run for _, run in runs)
     middle = ["max coverage", "95 %"] if with_coverage else ["steps"]
     header = ["run", "episodes", "success %", "95 %", *middle, "s/episode", "ms/chunk"]
@@ -154,7 +154,7 @@ def _shared(by_run: list[dict[str, dict[str, Any]]]) -> dict[str, list[dict[str,
 
 
 def task_table(runs: list[Run]) -> Table | None:
-    """A row a task and run; None if there are not several tasks."""
+    """One row per task and run; None if there are not several tasks."""
     by_task = tasks(runs)
     rows = [(f"{task} · {run.name}", row) for task in by_task for run, row in zip(runs, by_task[task], strict=True)]
     return summary_table(rows) if len(by_task) > 1 else None
