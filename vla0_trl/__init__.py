@@ -5,6 +5,7 @@ labels, masks and pixels) → `training` (with `models`) → `policy` (answers b
 The public names below load on first use, so that `import vla0_trl` stays instant.
 """
 
+import logging
 from importlib import import_module
 
 from vla0_trl.old_names import install
@@ -35,3 +36,6 @@ def __dir__() -> list[str]:
 
 
 install()
+# PEFT imports bitsandbytes where it is installed, which then warns that the package `kernels` is missing. That is only
+# a faster 4-bit product on CPUs; without it everything works. Here, because every import of ours comes by.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit" not in record.getMessage())
