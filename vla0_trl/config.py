@@ -11,11 +11,29 @@ import numpy as np
 
 from vla0_trl.actions import ActionTokenizer, Quantizer
 from vla0_trl.files import write_whole
+from vla0_trl.limits import LIMITS
+from vla0_trl.schema import (
+    Kind,
+    between,
+    boolean,
+    items,
+    mistakes,
+    number,
+    one_line,
+    optional,
+    positive,
+    read_record,
+    share,
+    text,
+    whole,
+)
 from vla0_trl.stats import NormStats, check_range
 
 CONFIG_NAME = "vla_config.json"
 NANO = "nano"  # as a `model_name_or_path`: build the backbone (models/nano.py) instead of loading one
 ENSEMBLE_WEIGHTS = ("uniform", "vla0_v1", "vla0_v2")  # by name; see `policy.execution.TemporalEnsembler`
+_MAX_CAMERAS, _MAX_DIM = 16, 4096
+_MAX_VALUES = 10_000  # integers in one answer
 
 
 @dataclass
@@ -78,9 +96,14 @@ class VLAConfig:
     source_revision: str | None = None
 
     def __post_init__(self):
+        if lines := mistakes(vars(self), _KINDS):
+            raise ValueError("\n".join(lines))
         for name in ("action_stats", "state_stats"):
             if isinstance(getattr(self, name), dict):
-                setattr(self, name, NormStats.from_dict(getattr(self, name)))
+                try:
+                    setattr(self, name, NormStats.from_dict(getattr(self, name)))
+                except ValueError as error:
+                    raise ValueError("\n".join(f"{name}: {line}" for line in str(error).split("\n"))) from error
         if self.ensemble_size > 1:
             if self.n_action_steps not in (None, 1):
                 raise ValueError(
@@ -97,10 +120,7 @@ class VLAConfig:
             if not condition:
                 raise ValueError(message)
 
-        need(bool(self.cameras), "cameras is empty: name at least one")
         need(len(set(self.cameras)) == len(self.cameras), f"cameras has duplicates: {self.cameras}")
-        for name in ("action_dim", "chunk_size", "n_action_steps", "ensemble_size", "image_size", "num_bins"):
-            need(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         need(
             self.n_action_steps <= self.chunk_size,
             f"n_action_steps={self.n_action_steps} is more than the chunk_size={self.chunk_size} that is predicted",
@@ -112,14 +132,12 @@ class VLAConfig:
             f"chunk_size={self.chunk_size}",
         )
         check_ensemble(self.chunk_size, self.ensemble_size, self.ensemble_decay, self.ensemble_weights)
-        need(0 < self.crop_ratio <= 1, f"crop_ratio={self.crop_ratio} must be in (0, 1]")
         need(
-            self.image_jitter is None
-            or (len(self.image_jitter) == 4 and all(0 <= strength < np.inf for strength in self.image_jitter)),
-            f"image_jitter={self.image_jitter} must be four strengths: brightness, contrast, saturation, hue",
+            self.num_values <= _MAX_VALUES,
+            f"an answer would hold {self.num_values} integers, at most {_MAX_VALUES} are possible: set a smaller "
+            f"chunk_size={self.chunk_size}, or waypoints",
         )
         check_range(self.normalization)
-        need(0 < self.fps < np.inf, f"fps={self.fps} must be a positive, finite number")
         need(self.gripper in (None, "sign"), f"gripper={self.gripper!r} must be 'sign' or left out")
         need(
             self.state_dim > 0 or not self.use_state,
@@ -220,14 +238,53 @@ class VLAConfig:
                 f"{name_or_path} has no {CONFIG_NAME}: not a dataset made by data_prep/, nor a checkpoint of "
                 "recipes/sft_*.py (a run that was stopped while writing leaves such a folder: use an earlier one)"
             )
+        data = read_record(path, {})
         try:
-            data = json.loads(path.read_text())
             unknown = data.keys() - {f.name for f in fields(cls)}
             if unknown:
                 raise ValueError(f"unknown fields {sorted(unknown)}; written by a newer vla0_trl?")
             return cls(**data)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:  # no JSON, or values of other types
-            raise ValueError(f"{path}: {error}") from error
+        except ValueError as error:
+            raise ValueError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from error
+
+
+def _crop_ratio(value: Any) -> float:
+    if not share(value):
+        raise ValueError("a number above 0, at most 1")
+    return value
+
+
+def _strength(value: Any) -> float:
+    if number(value) < 0:
+        raise ValueError("a number from 0")
+    return value
+
+
+def _stats(value: Any) -> NormStats | dict[str, Any]:
+    if not isinstance(value, NormStats | dict):
+        raise ValueError("an object with min, max, q01, q99, mean, std and count")
+    return value
+
+
+_KINDS: dict[str, Kind] = {
+    "cameras": items(one_line, 1, _MAX_CAMERAS),
+    "action_dim": between(1, _MAX_DIM),
+    "state_dim": between(0, _MAX_DIM),
+    **{name: between(*LIMITS[name]) for name in ("chunk_size", "num_bins", "image_size")},
+    "waypoints": optional(items(whole, 1)),
+    "n_action_steps": optional(between(*LIMITS["n_action_steps"])),
+    "ensemble_size": between(*LIMITS["ensemble_size"]),
+    "ensemble_decay": optional(number),
+    "ensemble_weights": optional(one_line),
+    "crop_ratio": _crop_ratio,
+    "image_jitter": optional(items(_strength, 4, 4)),  # brightness, contrast, saturation, hue
+    **dict.fromkeys(("tile_images", "use_state", "relative_actions", "use_system_prompt"), boolean),
+    **dict.fromkeys(("action_stats", "state_stats"), optional(_stats)),
+    "gripper": optional(one_line),
+    "fps": positive,
+    "base_model": optional(one_line),
+    **dict.fromkeys(("robot", "source", "source_revision"), optional(text)),  # a card escapes them
+}
 
 
 def check_ensemble(chunk_size: int, ensemble_size: int, decay: float | None, weights: str | None) -> None:

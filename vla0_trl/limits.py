@@ -9,8 +9,8 @@ _COUNT, _MAYBE_NONE, _SHARE, _SIZE, _SEED = (1, 10**9), (0, 10**9), (0, 1), (0, 
 _NAMES = {
     _COUNT: """
         per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha
-        rollout_episodes save_total_limit chunk_size n_action_steps ensemble_size image_size num_bins logging_steps
-        eval_steps save_steps dataset_num_proc pad_to_multiple_of dataloader_prefetch_factor max_steps
+        rollout_episodes save_total_limit logging_steps eval_steps save_steps dataset_num_proc
+        pad_to_multiple_of dataloader_prefetch_factor max_steps
         num_episodes num_envs num_proc max_episodes_per_task episodes_per_task num_episodes_per_task num_frames
         batch_size batch_sizes rows steps turns chunks dagger_episodes
     """,
@@ -30,6 +30,9 @@ _NAMES = {
     _SEED: "seed data_seed",
 }
 LIMITS = {name: limits for limits, names in _NAMES.items() for name in names.split()}
+# What a policy can be: beyond the largest that anybody trains, below what a typing error makes of memory and time.
+LIMITS |= {"chunk_size": (1, 1000), "n_action_steps": (1, 1000), "ensemble_size": (1, 1000)}
+LIMITS |= {"num_bins": (1, 2**16 - 1), "image_size": (1, 2048)}
 _SHARE_OF_RUN = ("logging_steps", "eval_steps", "save_steps", "warmup_steps")  # below 1, in transformers
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from numbers import Real
 
 import numpy as np
+
+from vla0_trl.schema import checked, is_number, whole
 
 # Quantiles come from a histogram of this many cells between minimum and maximum, so a pass over any number of frames
 # needs constant memory; the error is at most one cell, far below any sensible bin width.
@@ -38,6 +39,8 @@ class NormStats:
                 if not _is_finite(value):
                     raise ValueError(f"statistics: {name} of dimension {dim} is {value}, not a finite number")
         for dim, (low, high) in enumerate(zip(self.min, self.max, strict=True)):
+            if low > high:
+                raise ValueError(f"statistics: dimension {dim} runs from {low:g} down to {high:g}: min is above max")
             if not _fits_float32(low, high):
                 raise ValueError(f"statistics: dimension {dim} runs from {low:g} to {high:g}, too wide for a float32")
 
@@ -101,8 +104,10 @@ class NormStats:
 
     @classmethod
     def from_dict(cls, data: dict) -> NormStats:
-        """The inverse of `dataclasses.asdict`."""
-        return cls(**{field.name: data[field.name] for field in fields(cls)})
+        """The inverse of `dataclasses.asdict`; `ValueError` names each field that is none."""
+        names = [field.name for field in fields(cls)]
+        checked("statistics", data, {name: whole if name == "count" else _list for name in names})
+        return cls(**{name: data[name] for name in names})
 
     @property
     def dim(self) -> int:
@@ -142,8 +147,14 @@ def check_range(normalization: str | list[float]) -> None:
         raise ValueError(f"normalization={normalization!r} must be low < high, and their difference a finite float32")
 
 
+def _list(value: object) -> object:
+    if not isinstance(value, list):
+        raise ValueError("a list with a number for each dimension")
+    return value
+
+
 def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and bool(np.isfinite(value))
+    return is_number(value)
 
 
 def _fits_float32(low: float, high: float) -> bool:

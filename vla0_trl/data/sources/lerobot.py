@@ -154,7 +154,7 @@ class LeRobotSource:
         """State and action of the episode's rows."""
         if self._table[0] != meta.data:
             keys = [self.action_key, *([self.state_key] if self.state_key else [])]
-            self._table = (meta.data, read_columns(self.meta.root / meta.data, list(dict.fromkeys(keys)), name))
+            self._table = (meta.data, read_columns(self.meta.path(meta.data), list(dict.fromkeys(keys)), name))
         return self._table[1].take(rows)
 
     def _vectors(self, table: pa.Table, key: str, meta: EpisodeMeta, name: str) -> np.ndarray:
@@ -198,7 +198,7 @@ class LeRobotSource:
         """A camera's frames of an episode; `name` names both."""
         times = rows.times
         if key not in meta.videos:
-            column = self._reader(camera, ImageColumn, self.meta.root / meta.data, key)
+            column = self._reader(camera, ImageColumn, self.meta.path(meta.data), key)
             yield from column.frames(rows.rows, name)
             return
         try:
@@ -206,7 +206,7 @@ class LeRobotSource:
         except ImportError as error:
             raise ConversionError('reading videos needs PyAV: pip install -e ".[convert]"') from error
         fps, span = self.meta.info["fps"], meta.videos[key]
-        path = self.meta.root / span.path
+        path = self.meta.path(span.path)
         if span.end is not None and abs((span.end - span.start) * fps - len(times)) > 0.5:
             raise EpisodeError(
                 f"{name}: meta/episodes gives it {span.start:.4f} to {span.end:.4f} s of {path}, which is "

@@ -63,7 +63,7 @@ class Frames:
             EpisodeError: its file or a column is absent or damaged; frames are missing, there twice or out of order;
                 its timestamps contradict fps; it has no task, or several.
         """
-        path = self.meta.root / episode.data
+        path = self.meta.path(episode.data)
         columns = self._read(path, name)
         own = np.flatnonzero(columns["episode_index"] == episode.index)
         if not len(own) or len(own) != episode.length:

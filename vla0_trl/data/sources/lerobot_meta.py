@@ -27,11 +27,11 @@ from vla0_trl.data.sources.lerobot_schema import (
     INFO,
     TASK,
     VIDEO_FILE,
-    Kind,
     checked,
     filled,
 )
 from vla0_trl.data.staging import ConversionError
+from vla0_trl.schema import Kinds
 
 VERSIONS = ("v2.1", "v3.0")
 IMAGE_TYPES = ("image", "video")
@@ -94,6 +94,17 @@ class LeRobotMeta:
     license: str
     hub_id: str | None = None
     revision: str | None = None
+
+    def path(self, name: str) -> Path:
+        """A file of the dataset. Links stay inside it, or lead to where the Hub's cache keeps a snapshot's files.
+
+        Raises:
+            ConversionError: a link leads outside, where a dataset from elsewhere has nothing to read.
+        """
+        path, home = self.root / name, self.root.resolve()
+        if not any(path.resolve().is_relative_to(folder) for folder in (home, home.parent.parent / "blobs")):
+            raise ConversionError(f"{path} leads to {path.resolve()}, outside the dataset: put the file itself there")
+        return path
 
     @property
     def features(self) -> dict[str, dict[str, Any]]:
@@ -228,7 +239,7 @@ def _table(path: Path, columns: list[str] | None = None) -> pa.Table:
         raise ConversionError(f"{path} is damaged, fetch it again: {error}") from error
 
 
-def _json_lines(path: Path, kinds: dict[str, Kind]) -> Iterator[dict[str, Any]]:
+def _json_lines(path: Path, kinds: Kinds) -> Iterator[dict[str, Any]]:
     """JSON Lines end with "\\n"; texts may hold what else Python's splitlines takes for a line's end."""
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
@@ -248,7 +259,7 @@ def _text(path: Path) -> str:
 def _json(where: Path | str, text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{where} is no JSON, fetch it again: {error}") from error
 
 

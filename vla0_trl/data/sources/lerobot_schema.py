@@ -1,49 +1,19 @@
 """What the fields of a LeRobotDataset's `meta/` may be. A wrong one is one line: file, field, found, wanted.
 
-A kind reads one value: it gives it as the type that we go on with, or raises `ValueError` with what it wanted. An
-absent field reads as null.
+Kinds are explained in `vla0_trl.schema`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import re
 from typing import Any
 
+from vla0_trl import schema
 from vla0_trl.data.staging import ConversionError
+from vla0_trl.schema import Kinds, mapping, number, optional, positive, short, text, whole
 
-Kind = Callable[[Any], Any]
-
-
-def whole(value: Any) -> int:
-    """0, 1, 2, …; pandas writes whole numbers as floats where others of the column are null."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value % 1 != 0:
-        raise ValueError("a whole number")
-    return int(value)
-
-
-def seconds(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError("a number")
-    return float(value)
-
-
-def positive(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError("a number above 0")
-    return value
-
-
-def text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("text")
-    return value
-
-
-def mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError("an object with fields")
-    return value
+_FIX = "correct it, or fetch the file again"
+_MAX_WIDTH = 20  # of a number in a path's template
 
 
 def shape(value: Any) -> list[int]:
@@ -57,11 +27,6 @@ def shape(value: Any) -> list[int]:
 def texts(value: Any) -> list[str]:
     """What there is of text. Nothing is decided by it alone, so that nothing is wrong."""
     return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str) and item.strip()]
-
-
-def optional(kind: Kind, default: Any = None) -> Kind:
-    """`default` for null."""
-    return lambda value: default if value is None else kind(value)
 
 
 def features(value: Any) -> dict[str, dict[str, Any]]:
@@ -86,44 +51,33 @@ TASK = {"task_index": whole, "task": optional(text, "")}
 EPISODE = {"episode_index": whole, "length": whole, "tasks": texts}
 EPISODE_STATS = {"episode_index": whole, "stats": optional(mapping, {})}
 DATA_FILE = {"data/chunk_index": whole, "data/file_index": whole}
-VIDEO_FILE = {"chunk_index": whole, "file_index": whole, "from_timestamp": seconds, "to_timestamp": seconds}
+VIDEO_FILE = {"chunk_index": whole, "file_index": whole, "from_timestamp": number, "to_timestamp": number}
 
 
-def checked(where: str, found: Any, kinds: dict[str, Kind]) -> dict[str, Any]:
-    """A record with the fields of `kinds` read; others stay as they are.
-
-    Args:
-        where (`str`): the file, and the record in it.
-
-    Raises:
-        ConversionError: the first field that is none of its kind.
-    """
-    if not isinstance(found, dict):
-        raise ConversionError(f"{where}: found {_short(found)}, wanted an object with fields: fetch the file again")
-    record = dict(found)
-    for name, kind in kinds.items():
-        try:
-            record[name] = kind(found.get(name))
-        except ValueError as error:
-            there = _short(found[name]) if name in found else "absent"
-            raise ConversionError(
-                f"{where}: {name} is {there}, wanted {error}: correct it, or fetch the file again"
-            ) from error
-    return record
+def checked(where: str, found: Any, kinds: Kinds) -> dict[str, Any]:
+    """As [`schema.checked`]; what it finds is a `ConversionError`."""
+    try:
+        return schema.checked(where, found, kinds, _FIX)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
 
 
 def filled(where: str, name: str, template: str | None, **numbers: Any) -> str:
-    """A path that info.json gives as a template.
+    """A path that info.json gives as a template, inside the dataset's folder.
 
     Raises:
-        ConversionError: it is null, or has other fields than `numbers`.
+        ConversionError: it is null, has other fields than `numbers` or other formats than a width, or leads outside.
     """
+    fields = ", ".join(f"{{{number}}}" for number in numbers)
+    wanted = ConversionError(f"{where}: {name} is {short(template)}, wanted a path with {fields}, inside the dataset")
     try:
-        return text(template).format(**numbers)
+        widths = [int(width) for width in re.findall(r"\{\w+:(\d+)d?\}", text(template))]
+        # `format` would also look into attributes, and write as many zeros as a template asks for.
+        if re.search(r"\{(?!\w+(:\d+d?)?\})", template) or max(widths, default=0) > _MAX_WIDTH:
+            raise wanted
+        path = template.format(**numbers)
     except (ValueError, KeyError, IndexError) as error:
-        fields = ", ".join(f"{{{number}}}" for number in numbers)
-        raise ConversionError(f"{where}: {name} is {_short(template)}, wanted a path with {fields}") from error
-
-
-def _short(value: Any) -> str:
-    return "null" if value is None else repr(value)[:60]
+        raise wanted from error
+    if path.startswith("/") or ".." in path.split("/") or not path.isprintable():
+        raise wanted
+    return path

@@ -1,0 +1,161 @@
+"""What the fields of a file from outside may be. A wrong one is one line: file, field, found, wanted.
+
+A kind reads one value: it gives it as the type that we go on with, or raises `ValueError` with what it wanted. An
+absent field reads as null.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+Kind = Callable[[Any], Any]
+Kinds = dict[str, Kind]
+
+_MAX_BYTES = 64 << 20  # of a JSON file that is read at once; ours are a few kilobytes
+
+
+def whole(value: Any) -> int:
+    """0, 1, 2, …; pandas writes whole numbers as floats where others of the column are null."""
+    if not is_number(value) or value < 0 or value % 1 != 0:
+        raise ValueError("a whole number")
+    return int(value)
+
+
+def between(low: float, high: float) -> Kind:
+    """A whole number within limits, both included."""
+
+    def kind(value: Any) -> int:
+        if not is_number(value) or value % 1 != 0 or not low <= value <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return int(value)
+
+    return kind
+
+
+def number(value: Any) -> float:
+    if not is_number(value):
+        raise ValueError("a number")
+    return float(value)
+
+
+def positive(value: Any) -> float:
+    if not is_number(value) or value <= 0:
+        raise ValueError("a number above 0")
+    return value
+
+
+def share(value: Any) -> float:
+    if not is_number(value) or not 0 <= value <= 1:
+        raise ValueError("a number from 0 to 1")
+    return value
+
+
+def boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("text")
+    return value
+
+
+def one_line(value: Any) -> str:
+    """Text that stays in its line, whatever it is written into."""
+    if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > 1000:
+        raise ValueError("a line of text")
+    return value
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("an object with fields")
+    return value
+
+
+def items(kind: Kind, least: int = 0, most: int = 1_000_000) -> Kind:
+    """A list of `least` to `most` values of a kind."""
+
+    def read(value: Any) -> list[Any]:
+        size = f"{least} to {most} values" if least != most else f"{least} values"
+        if not isinstance(value, list | tuple) or not least <= len(value) <= most:
+            raise ValueError(f"a list of {size}")
+        try:
+            return [kind(item) for item in value]
+        except ValueError as error:
+            raise ValueError(f"a list of {size}, each {error}") from error
+
+    return read
+
+
+def optional(kind: Kind, default: Any = None) -> Kind:
+    """`default` for null."""
+    return lambda value: default if value is None else kind(value)
+
+
+def mistakes(found: dict[str, Any], kinds: Kinds) -> list[str]:
+    """A line for each field that is none of its kind: "fps is 'x', wanted a number above 0"."""
+    lines = []
+    for field, kind in kinds.items():
+        try:
+            kind(found.get(field))
+        except ValueError as error:
+            there = short(found[field]) if field in found else "absent"
+            lines.append(f"{field} is {there}, wanted {error}")
+    return lines
+
+
+def checked(where: str, found: Any, kinds: Kinds, fix: str = "correct it, or write the file again") -> dict[str, Any]:
+    """A record with the fields of `kinds` read; others stay as they are.
+
+    Args:
+        where (`str`): the file, and the record in it.
+        fix (`str`): what to do about a mistake.
+
+    Raises:
+        ValueError: a line for each field that is none of its kind.
+    """
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: found {short(found)}, wanted an object with fields: {fix}")
+    if lines := mistakes(found, kinds):
+        raise ValueError("\n".join(f"{where}: {line}: {fix}" for line in lines))
+    return found | {field: kind(found.get(field)) for field, kind in kinds.items()}
+
+
+def read_record(path: Path, kinds: Kinds) -> dict[str, Any]:
+    """A JSON file that holds an object, checked.
+
+    Raises:
+        ValueError: it is too large, no JSON, no object, or has wrong fields.
+    """
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path}: has {path.stat().st_size} bytes, wanted at most {_MAX_BYTES}: is it the file?")
+    return checked(str(path), parse_json(str(path), path.read_bytes()), kinds)
+
+
+def parse_json(where: str, data: str | bytes) -> Any:
+    """What JSON says, however damaged or deep: `ValueError` in one line."""
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError(f"{where}: is nested too deep: write the file again") from error
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{where}: is no JSON ({error}): write the file again") from error
+
+
+def short(value: Any) -> str:
+    """A value as messages show it."""
+    return "null" if value is None else repr(value)[:60]
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number that fits a float; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return abs(value) <= 1e300  # neither nan, nor a whole number that no float holds
