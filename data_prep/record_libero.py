@@ -4,7 +4,7 @@
         --assets_dir PATH/assets --output_dir data/libero --num_proc 2
 
 Tries the initial states first_init_state … + episodes_per_task − 1 of every task and keeps those that succeed. They
-are the ones that evaluation uses: leave some out, to test on what was not trained on. 12 s of CPU an episode.
+are the ones that evaluation uses: leave some out, to test on what was not trained on. 12 s of CPU per episode.
 """
 
 from dataclasses import dataclass

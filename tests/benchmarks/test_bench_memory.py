@@ -100,7 +100,7 @@ def test_pages_and_recipes_show_the_one_table_of_memory():
     ("kind", "image_size", "tokens"), [("libero", 256, range(290, 330)), ("pusht", 512, range(150, 220))]
 )
 def test_synthetic_rows_have_the_true_length(kind, image_size, tokens):
-    """With the real tokenizer: 56 or 20 integers of mostly three digits, a token a digit."""
+    """With the real tokenizer: 56 or 20 integers of mostly three digits, one token per digit."""
     dataset, config = synthetic_dataset(kind, 4)
     config = config.replace(image_size=image_size, use_state=True)
     processor = load_processor(shared_path("data/models/SmolVLM2-500M-Video-Instruct"), config)

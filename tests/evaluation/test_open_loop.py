@@ -109,7 +109,7 @@ def test_token_accuracy_counts_the_answer_only(dots, checkpoint, batch_size):
     policy.model.forward = all_but_sevens
     rows = pick_frames(dots[0], 0, 3, 30)
     answers = rows["action"]
-    # a byte a token; a space before every number, and the end of the turn
+    # one token per byte; a space before every number, and the end of the turn
     total = sum(len(answer) + 2 for answer in answers)
     expected = 1 - sum(answer.count("7") for answer in answers) / total
     assert token_accuracy(policy, rows, ["image"], batch_size) == pytest.approx(expected)

@@ -15,7 +15,7 @@ from vla0_trl.models.nano import NanoConfig, build_nano
 
 
 def test_the_forward_pass_is_one_graph_without_syncs_and_equals_transformers():
-    """On a batch with padding, of two images a row; compiled, ours and transformers' give the same gradients."""
+    """On a batch with padding, of two images per row; compiled, ours and transformers' give the same gradients."""
     theirs, _ = build_nano(NanoConfig(**TINY))
     ours = copy.deepcopy(theirs)
     forward.TrainingForward(ours)

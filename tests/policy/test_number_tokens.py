@@ -1,4 +1,4 @@
-"""Answers with one token a number: fast decoding writes stock's tokens, and every answer parses."""
+"""Answers with one token per number: fast decoding writes stock's tokens, and every answer parses."""
 
 import numpy as np
 import pytest

@@ -134,7 +134,7 @@ def test_templates_that_cannot_work_say_so(tiny_nano, example_config):
 
 @pytest.fixture
 def number_tokens(example_config):
-    """(processor, config): one token a number."""
+    """(processor, config): one token per number."""
     nano = NanoConfig(**TINY, number_tokens=True)
     model, processor = build_nano(nano, num_bins=example_config.num_bins, texts=["Push it.\nState: "])
     set_image_size(processor, model.config, example_config)

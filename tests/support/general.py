@@ -15,7 +15,7 @@ from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# transformers 5.17 makes the host wait once more a step than 5.23.
+# transformers 5.17 makes the host wait once more per step than 5.23.
 ONE_MORE = int(Version(transformers.__version__) < Version("5.23"))
 PUSHT_ZARR = "data/pusht_human/pusht_cchi_v7_replay.zarr"
 

@@ -161,7 +161,7 @@ def _timed(policy: VLAPolicy, observations, max_new_tokens: int, **options) -> t
 
 
 def _draft(policy: VLAPolicy, answer: list[int], off: np.ndarray, jitter: int, rng: np.random.Generator) -> list[int]:
-    """The model's own answer, off by so many bins."""
+    """The model's own answer, each integer off by `off` and a random number of bins up to `jitter`."""
     integers = np.array(policy.processor.tokenizer.decode(answer, skip_special_tokens=True).split(), np.int64)
     integers = integers + off + rng.integers(-jitter, jitter + 1, off.shape)
     return policy.chat_tokenizer.encode_answer(integers.clip(0, policy.grammar.num_bins))[0]
@@ -229,7 +229,7 @@ def _open_tokens(policy: VLAPolicy, answer: list[int]) -> int:
 
 
 def _grammar_seconds(policy: VLAPolicy, answers: int = 12) -> float:
-    """Host time a token for choosing, forcing and laying out the next pass, without any model."""
+    """Host time per token for choosing, forcing and laying out the next pass, without any model."""
     speller, tokens = Speller(policy.grammar), 0
     logits = np.random.default_rng(0).standard_normal((64, len(speller.token_ids))).astype(np.float32)
     began = time.perf_counter()
@@ -250,7 +250,7 @@ def _floor_seconds(policy: VLAPolicy) -> float:
 
 
 def _bandwidth(device: torch.device, dtype: torch.dtype) -> float:
-    """Bytes a second that a matrix-vector product reads."""
+    """Bytes per second that a matrix-vector product reads."""
     matrices = [torch.zeros(4096, 4096, device=device, dtype=dtype) for _ in range(8)]
     vector, best = torch.zeros(1, 4096, device=device, dtype=dtype), float("inf")
     for _ in range(8):

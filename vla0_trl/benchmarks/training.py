@@ -94,7 +94,7 @@ class Bench:
         }
 
     def collate(self, collator: Collator) -> dict[str, float]:
-        """Rows/s of one process, from the JPEG bytes in the dataset to the batch, and megabytes a row."""
+        """Rows/s of one process, from the JPEG bytes in the dataset to the batch, and megabytes per row."""
         batch = collator([self.rows[i] for i in range(_COLLATED)])
         began = time.perf_counter()
         for start in range(0, len(self.rows), _COLLATED):

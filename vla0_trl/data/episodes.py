@@ -13,8 +13,8 @@ from PIL import ExifTags, Image, ImageOps
 
 from vla0_trl.config import VLAConfig
 
-# On one core, frames a second and bytes each: PushT's 96 px: level 2: 5,540 and 1,313, level 3: 5,430 and 1,261, the
-# usual 6: 3,620 and 1,183. A noisy 256 px frame: 200 and 98 kB, 135 and 97 kB, 40 and 91 kB.
+# On one core, frames per second and bytes per frame: PushT's 96 px: level 2: 5,540 and 1,313, level 3: 5,430 and
+# 1,261, the usual 6: 3,620 and 1,183. A noisy 256 px frame: 200 and 98 kB, 135 and 97 kB, 40 and 91 kB.
 PNG_COMPRESS_LEVEL = 2
 # What a video's frames become: 0.3 ms and 20 to 45 kB at 256 px. Colours keep their full resolution: the video has
 # halved it once already.
@@ -58,7 +58,7 @@ class SourceInfo:
     Args:
         source, revision (`str`): name, and version or content hash, of what is read.
         license (`str`): the Hub's identifier: "mit", "cc-by-4.0", "unknown".
-        robot (`str`), fps (`float`): what acted, and how often a second.
+        robot (`str`), fps (`float`): what acted, and how often per second.
         how (`str`): a sentence or two: who demonstrated, with which tool.
         options (`dict`): the source's own settings that change its episodes; JSON values.
     """

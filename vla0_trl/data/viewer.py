@@ -66,7 +66,7 @@ def _with_trajectory(frame: Image.Image, points: np.ndarray) -> Image.Image:
 
 
 def _chunk_plot(chunk: np.ndarray, config: VLAConfig, width: int) -> Image.Image:
-    """One small curve a dimension over the chunk's steps; the grey band is the range that the integers span."""
+    """One small curve per dimension over the chunk's steps; the grey band is the range that the integers span."""
     low, high = config.action_stats.bounds(config.normalization)
     columns = min(4, config.action_dim)
     rows = -(-config.action_dim // columns)

@@ -23,9 +23,9 @@ WORKER_TIMEOUT = 900  # seconds for an answer; the slowest, to a first request, 
 class Worker(EnvRunner):
     """Runs episodes in a process of its own, with one environment for its whole life.
 
-    One environment a process, because simulators that draw on the CPU (OSMesa) draw into each other's pictures. A new
-    interpreter, because forking copies whatever threads and locks torch or a GL context hold at that moment; not one
-    of `multiprocessing`, which would import the main script and with it torch: half a gigabyte and seconds each.
+    One environment per process, because simulators that draw on the CPU (OSMesa) draw into each other's pictures. A
+    new interpreter, because forking copies the threads and locks that torch or a GL context hold at that moment; not
+    one of `multiprocessing`, which would import the main script and with it torch: half a gigabyte and seconds each.
 
     Args:
         make_env (`Callable`): builds the environment there; must pickle, as a class or a `functools.partial` does.

@@ -32,13 +32,19 @@ class ActionGrammar:
 
     Example: " 7 12 0" is an answer of three numbers with `num_bins=12` and the prefix " ", one token per character:
 
-        next token     " "           "7"     " "    "1"     "2"          " "    "0"     end of turn
-        count          BEFORE_PREFIX 0       0      1       1            1      2       2            2
-        state          start         open    7      open    1            12     open    0            done
-        may follow     " "           digits  " "    digits  0, 1, 2, " " " "    digits  end of turn
+        written     count            state    may follow
+        (nothing)   BEFORE_PREFIX    start    " "
+        " "         0                open     0 to 9
+        " 7"        0                7        " "
+        " 7 "       1                open     0 to 9
+        " 7 1"      1                1        0, 1, 2, " "
+        " 7 12"     1                12       " "
+        " 7 12 "    2                open     0 to 9
+        " 7 12 0"   2                0        end of turn
+        (all)       2                done     padding
 
-    After 7 and 12 no digit may follow, since 70 and 120 exceed 12; after a leading 0 none ever may. The space after a
-    number, like the prefix, adds one to the count. Only the third number is followed by the end of turn.
+    After 7 and 12 no digit may follow, since 70 and 120 exceed 12, and no digit ever follows a leading 0. Each space
+    adds one to the count. Only the third number is followed by the end of turn.
 
     Args:
         chat ([`ChatTokenizer`]): gives tokenizer, prefix and end of turn.

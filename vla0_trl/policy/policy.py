@@ -41,13 +41,13 @@ class VLAPolicy:
     forms of pictures are converted or refused by [`observation.camera_image`].
 
     It may carry an `"episode"`, any key; without one, its place in the batch is the key. The last chunk predicted
-    under a key is a draft of the next one, which makes that come sooner if it is alike, and never changes it.
+    under a key is a draft of the next one: if they are similar, decoding is faster; the result never changes.
 
     Args:
         model: a backbone, full or with adapter; its own generation_config is replaced: evaluation is greedy.
         processor: made by [`modeling.load_processor`].
         config ([`VLAConfig`]): with statistics.
-        decoding ([`DecodingOptions`], *optional*): what to leave out of fast decoding, and how to check it.
+        decoding ([`DecodingOptions`], *optional*): which methods of fast decoding to use, and how to check it.
 
     Attributes:
         decoder ([`ChunkDecoder`] or `None`): set to None to decode with stock `generate()` and a logits processor.
@@ -66,14 +66,14 @@ class VLAPolicy:
         self.grammar = ActionGrammar(self.chat_tokenizer, config.num_values, config.num_bins)
         self._config = config
         self.config = config  # sets what follows from it
-        # What all prompts begin with, whatever the task and the state, up to the first image.
+        # The tokens that all prompts share before the first image, for any task and state.
         tasks = (("a", 0), ("b", 1))
         prompts = [self.chat_tokenizer.encode_prompt(task, [n] * config.state_dim) for task, n in tasks]
         before_image = (prompt[: prompt.index(self.chat_tokenizer.image_token_id)] for prompt in prompts)
         shared = takewhile(lambda pair: pair[0] == pair[1], zip(*before_image, strict=False))
         prefix = [token for token, _ in shared]
         self.decoder: ChunkDecoder | None = ChunkDecoder(self.grammar, decoding, prefix, config.action_dim)
-        # What a checkpoint says of sampling, penalties or lengths must not leak into evaluation, and generate() fills
+        # A checkpoint's own sampling, penalties or lengths must not affect evaluation, and generate() fills
         # unset fields from the model's own generation_config.
         self.generation_config = GenerationConfig(
             do_sample=False,

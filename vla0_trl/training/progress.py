@@ -74,7 +74,7 @@ class SpeedCallback(TrainerCallback):
             seconds = (time.perf_counter() - self._started) / (_TIMED_TO - _TIMED_FROM)
             left = seconds * (state.max_steps - state.global_step)
             self.trainer.accelerator.print(
-                f"speed:    {seconds:.3g} s a step, {global_batch_size(args) / seconds:.1f} samples/s; about "
+                f"speed:    {seconds:.3g} s per step, {global_batch_size(args) / seconds:.1f} samples/s; about "
                 f"{_duration(left)} left\nmemory:   {_peak_memory(args.device)}"
             )
 
@@ -92,7 +92,7 @@ class EnergyCallback(TrainerCallback):
             raise ValueError("log_energy=True needs codecarbon: pip install -e .[energy]") from error
         self.trainer = trainer
         self._file = Path(trainer.args.output_dir, ENERGY_FILE)
-        # A country is only asked for CO2, which we leave to those who know their grid. One process a machine measures.
+        # The country only matters for CO2, which we do not report. One process per machine measures.
         self._tracker = trainer.accelerator.is_local_main_process and OfflineEmissionsTracker(
             country_iso_code="USA", save_to_file=False, log_level="error", allow_multiple_runs=True
         )

@@ -10,7 +10,7 @@ from vla0_trl.envs.pusht.env import CAMERA, MAX_EPISODE_STEPS, WORKSPACE, PushTE
 from vla0_trl.envs.pusht.geometry import MARGIN, TEE, pose_distance, to_block, to_world
 from vla0_trl.envs.pusht.planner import APPROACH, Push, Walks, clear, plan_push
 
-LOOKAHEAD = 48.0  # px that the target is ahead of the agent on its way: about 19 px a step under gym-pusht's control
+LOOKAHEAD = 48.0  # px that the target is ahead of the agent on its way: about 19 px per step under gym-pusht's control
 MAX_DISTANCE = 50.0  # px between agent and target; people's targets run up to 176 px ahead
 MAX_MOVE = 22.0  # px between one step's target and the next
 WALK_CLEARANCE = 17.0  # px from the block that the straight line to the target keeps

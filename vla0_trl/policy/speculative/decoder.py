@@ -103,7 +103,7 @@ class DecodingStats:
 
 
 class ChunkDecoder:
-    """To be given to `generate()` as `custom_generate`, with `drafts` beside it; greedy, whatever the config says.
+    """A `custom_generate` function for `generate()`, which also takes `drafts`; greedy, with any generation config.
 
     Args:
         grammar ([`ActionGrammar`]): of the answers.

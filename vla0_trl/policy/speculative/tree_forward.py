@@ -248,7 +248,7 @@ class TreeForward:
         return head.weight[self.token_ids], None if head.bias is None else head.bias[self.token_ids]
 
     def _capture(self, width: int) -> bool:
-        """Record a pass of this width; False, from then on and said once, if the GPU has no room for it.
+        """Record a pass of this width. If the GPU has no memory for it, warn once, give up graphs and return False.
 
         As in PyTorch's notes on CUDA graphs: warm up on a side stream, capture, and replay on the same tensors.
         """
