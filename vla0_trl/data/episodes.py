@@ -12,6 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from vla0_trl.config import VLAConfig
+from vla0_trl.processing.chat import task_mistake
 
 # On one core, frames per second and bytes per frame: PushT's 96 px: level 2: 5,540 and 1,313, level 3: 5,430 and
 # 1,261, the usual 6: 3,620 and 1,183. A noisy 256 px frame: 200 and 98 kB, 135 and 97 kB, 40 and 91 kB.
@@ -106,8 +107,8 @@ def raw_rows(
         EpisodeError: no frames, no task, a vector of another width or not finite, a camera or state missing, another
             number of frames, a frame that does not decode, is not RGB or has another size than the first.
     """
-    if not episode.task.strip():
-        raise EpisodeError(f"{episode.name}: task is empty: a policy needs an instruction")
+    if mistake := task_mistake(episode.task):
+        raise EpisodeError(f"{episode.name}: task {mistake}")
     if not len(episode.actions):
         raise EpisodeError(f"{episode.name}: has no frames: leave it out with --episodes")
     windows = _action_rows(episode, config)

@@ -6,6 +6,9 @@ Messages are TRL's prompt-completion form with plain strings, so that a chat dat
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from vla0_trl.config import VLAConfig
 
 Message = dict[str, str]
@@ -18,17 +21,40 @@ SYSTEM_PROMPT = (
 )
 # The state comes last and as "State:" + " 12" + " 400": every number has its space before it, as in an answer.
 STATE_LINE = "\nState: "
+# What the chat templates of vision-language models write between texts. A task with such a token would be read as
+# another image, or as the end of the user's turn.
+_SPECIAL = re.compile(
+    r"<\|[^<>|\s]{1,40}\|>|</?s>|<(bos|eos|pad|unk|image|video|audio|end_of_utterance|fake_token_around_image|global-img"
+    r"|row_\d+_col_\d+|(start|end)_of_(turn|image)|image_soft_token)>|\[/?(INST|IMG|IMG_BREAK|IMG_END|SYSTEM_PROMPT)\]"
+)
+
+
+def task_mistake(task: str, special_tokens: Iterable[str] = ()) -> str | None:
+    """Why a text can't be an instruction, in words; None if it can.
+
+    Args:
+        special_tokens (`Iterable[str]`): of the processor that will read it, beside those that are widely used.
+    """
+    if not task.strip():
+        return "is empty: a policy needs an instruction"
+    special = _SPECIAL.search(task)
+    found = special.group() if special else next((token for token in special_tokens if token in task), None)
+    if found is not None:
+        return f"is {task[:60]!r}, and {found!r} is a special token, by which it would change the prompt"
+    if STATE_LINE in task or any(ord(char) < 32 and char not in "\n\t" for char in task):
+        return f"is {task[:60]!r}, and has control characters or a line that begins with {STATE_LINE.strip()!r}"
+    return None
 
 
 def prompt_messages(config: VLAConfig, task: str, state: str = "") -> list[Message]:
     """The user's turn, after VLA-0's system prompt if the config asks for it.
 
     Args:
-        task (`str`): the instruction; must not be empty.
+        task (`str`): the instruction; must not be empty, see [`task_mistake`].
         state (`str`): the state as integers; ignored unless `config.use_state`.
     """
-    if not task.strip():
-        raise ValueError("the task is empty: a policy needs an instruction")
+    if mistake := task_mistake(task):
+        raise ValueError(f"the task {mistake}")
     messages = []
     if config.use_system_prompt:
         system = SYSTEM_PROMPT.format(

@@ -16,7 +16,7 @@ from transformers import ProcessorMixin
 
 from vla0_trl.actions import join_integers
 from vla0_trl.config import VLAConfig
-from vla0_trl.processing.chat import completion_messages, prompt_messages, with_images
+from vla0_trl.processing.chat import completion_messages, prompt_messages, task_mistake, with_images
 
 IGNORED = -100  # torch's cross-entropy leaves such labels out
 MASK_CANDIDATES = ("?", "_", "*", "#")
@@ -36,6 +36,7 @@ class ChatTokenizer:
         mask_id (`int`): an existing token that stands for a hidden value, with the space before it where numbers have
             theirs inside.
         pad_id (`int`): padding.
+        special_tokens (`set[str]`): that no task may hold.
         extra_keys (`set[str]`): what the processor returns per token beside ids and mask (Qwen's `mm_token_type_ids`).
     """
 
@@ -51,6 +52,8 @@ class ChatTokenizer:
         if self.pad_id is None:
             raise ValueError(f"the tokenizer of {config.base_model or 'this model'} has no pad token: set one")
         self._suffix_ids = suffix_ids
+        added = self.tokenizer.added_tokens_decoder.values()
+        self.special_tokens = {token.content for token in added if token.special} | {processor.image_token}
         numbers = list(map(str, range(config.num_bins + 1)))
         self._numbers = self._after_a_number(numbers)
         self._first = self._numbers if self.prefix else [self._ids(number) for number in numbers]
@@ -92,6 +95,8 @@ class ChatTokenizer:
         return self._prompts[task]
 
     def _render_ids(self, task: str) -> tuple[list[int], list[int]]:
+        if mistake := task_mistake(task, self.special_tokens):
+            raise ValueError(f"the task {mistake}")
         text, tail = self.render(task, state="\0"), ""
         if self.config.use_state:
             # The space before the state belongs to its first number, as in an answer.

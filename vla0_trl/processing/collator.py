@@ -102,7 +102,7 @@ class VLADataCollator:
         self.actions = config.action_tokenizer()
         self.states = config.state_quantizer()
         self._multiple = pad_to_multiple_of or 1
-        self._min_length = max(map(self._longest_text, static_tasks), default=0)
+        self._min_length = max(map(self.longest_text, static_tasks), default=0)
         # Shared memory: the trainer turns the epoch while worker processes live on.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -176,7 +176,7 @@ class VLADataCollator:
         stored = dict(zip(self.stored_cameras, row["images"], strict=True))
         return [_as_array(stored[name]) for name in self.config.cameras]
 
-    def _longest_text(self, task: str) -> int:
+    def longest_text(self, task: str) -> int:
         """Tokens of a row with this task, if all of its numbers are as long as they can be."""
         widest = max(range(self.config.num_bins + 1), key=lambda number: len(self.chat.encode_answer([0, number])[0]))
         state, action = ([widest] * count for count in (self.config.state_dim, self.config.num_values))

@@ -19,6 +19,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from vla0_trl.config import NANO, VLAConfig
 from vla0_trl.data.chat_dataset import align_config, episode_indices, load_chat_dataset, tasks_of
+from vla0_trl.data.row_check import check_rows, check_tasks
 from vla0_trl.limits import check_limits
 from vla0_trl.models.adapters import check_named_modules, check_tied_targets
 from vla0_trl.models.fingerprint import base_model_of, is_adapter
@@ -96,6 +97,7 @@ def prepare(data: DataArguments, training: VLASFTConfig, model_args: ModelConfig
     check_limits(vars(data) | vars(training) | vars(model_args))
     check_together(data, training, model_args)
     dataset, stored = load_chat_dataset(data.dataset_name, revision=data.dataset_revision)
+    check_rows(data.dataset_name, dataset, stored)
     config = align_config(dataset, stored, **data.overrides())
     config.base_model = model_args.model_name_or_path
     identity, folder = run_identity(data, training, model_args, config), None
@@ -163,6 +165,8 @@ def build_trainer(run: Run, in_simulator: SimulatorCallbacks | None = None) -> V
         stored_cameras=run.stored_cameras,
         peft_config=lora_config(run.model_args, run.training),
     )
+    max_tokens = trainer.model.config.get_text_config().max_position_embeddings
+    check_tasks(run.data.dataset_name, run.dataset, trainer.eval_collator, max_tokens)
     if isinstance(trainer.model, PeftModel):
         check_named_modules(trainer.model)
         check_tied_targets(trainer.model)

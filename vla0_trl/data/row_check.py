@@ -1,0 +1,130 @@
+"""All rows of a chat dataset are looked at before training starts: column by column, without decoding an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from vla0_trl.config import VLAConfig
+from vla0_trl.processing.chat import task_mistake
+from vla0_trl.processing.collator import VLADataCollator
+
+_BATCH = 10_000  # rows
+_COLUMNS = ("images", "task", "state", "action", "raw_state", "raw_action", "episode_index", "frame_index")
+_FIX = "repair the row, or convert the episodes again"
+
+
+def check_rows(name: str, dataset: Dataset, config: VLAConfig) -> None:
+    """Check what does not depend on a model: presence, widths, finite numbers, integers in range, the task's text.
+
+    Args:
+        name (`str`): the dataset's, for messages.
+        config (`VLAConfig`): as stored with the dataset.
+
+    Raises:
+        ValueError: the first row that can't be trained on, the column, what was found and what is wanted.
+    """
+    _check_types(name, dataset.select_columns(list(_COLUMNS)).features.arrow_schema)
+    known: set[str] = set()
+    start = 0
+    for rows in dataset.select_columns(list(_COLUMNS)).with_format("arrow").iter(_BATCH):
+        for column, bad, wanted in _mistakes(rows, config, known):
+            if len(bad):
+                row = int(bad[0])
+                raise ValueError(f"{_place(name, rows, row, start)}: {column} {wanted}: {_FIX}")
+        start += len(rows)
+
+
+def check_tasks(name: str, dataset: Dataset, collator: VLADataCollator, max_tokens: int) -> None:
+    """Check the tasks against the model that reads them.
+
+    Raises:
+        ValueError: the first task that holds one of the processor's special tokens, or makes rows of more than
+            `max_tokens` tokens; names a row with it.
+    """
+    tasks = dataset.select_columns("task").unique("task")
+    longest_rest = collator.longest_text("task")
+    for task in tasks:
+        mistake = task_mistake(task, collator.chat.special_tokens)
+        # No tokenizer makes more tokens of a text than it has bytes, so that few tasks have to be counted.
+        if mistake is None and longest_rest + len(task.encode()) > max_tokens:
+            length = collator.longest_text(task)
+            if length > max_tokens:
+                mistake = f"makes {length} tokens with image and answer, and the model reads {max_tokens}"
+        if mistake is not None:
+            column = dataset.select_columns(["task", "episode_index", "frame_index"]).with_format("arrow")[:]
+            row = pc.index(column["task"], task).as_py()
+            raise ValueError(f"{_place(name, column, row, 0)}: task {mistake}: {_FIX}")
+
+
+def _check_types(name: str, schema: pa.Schema) -> None:
+    types = pa.types
+    wanted = {
+        "images": ("a list", types.is_list),
+        **dict.fromkeys(
+            ("task", "state", "action"), ("text", lambda t: types.is_string(t) or types.is_large_string(t))
+        ),
+        **dict.fromkeys(
+            ("raw_state", "raw_action"),
+            ("a list of numbers", lambda t: types.is_list(t) and types.is_floating(t.value_type)),
+        ),
+        **dict.fromkeys(("episode_index", "frame_index"), ("whole numbers", types.is_integer)),
+    }
+    for column, (words, fits) in wanted.items():
+        if not fits(schema.field(column).type):
+            raise ValueError(f"{name}: column {column} is of {schema.field(column).type}, wanted {words}: {_FIX}")
+
+
+def _mistakes(rows: pa.Table, config: VLAConfig, known: set[str]) -> Iterator[tuple[str, np.ndarray, str]]:
+    """(column, indices of bad rows, what is wrong), each column's null values first."""
+    for column in _COLUMNS:
+        yield column, _where(pc.is_null(rows[column])), "is null"
+    for column, size in (
+        ("images", len(config.cameras)),
+        ("raw_state", config.state_dim),
+        ("raw_action", config.chunk_size * config.action_dim),
+    ):
+        lengths = pc.list_value_length(rows[column]).to_numpy()
+        bad = np.flatnonzero(lengths != size)
+        found = f"has {lengths[bad[0]]} values, wanted {size}" if len(bad) else ""
+        yield column, bad, found
+    for column in ("raw_state", "raw_action"):
+        values = rows[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        bad = np.flatnonzero(~np.isfinite(values).reshape(len(rows), -1).all(1))
+        yield column, bad, "holds a value that is not a finite number"
+    for column, size in (("state", config.state_dim), ("action", config.num_values)):
+        yield from _bad_integers(rows, column, size, config.num_bins)
+    for task in set(pc.unique(rows["task"]).to_pylist()) - known:
+        known.add(task)
+        if mistake := task_mistake(task):
+            yield "task", _where(pc.equal(rows["task"], task)), mistake
+
+
+def _bad_integers(rows: pa.Table, column: str, size: int, num_bins: int) -> Iterator[tuple[str, np.ndarray, str]]:
+    text = rows[column]
+    if column == "state":  # may be left out
+        text = text.filter(pc.not_equal(text, ""))
+        if len(text) not in (0, len(rows)):
+            yield column, _where(pc.equal(rows[column], "")), "is empty, and other rows have one"
+        if not len(text):
+            return
+    yield column, _where(pc.invert(pc.match_substring_regex(text, r"^\d{1,9}( \d{1,9})*$"))), "is no integers"
+    counts = pc.add(pc.count_substring(text, " "), 1).to_numpy()
+    bad = np.flatnonzero(counts != size)
+    yield column, bad, f"has {counts[bad[0]]} integers, wanted {size}" if len(bad) else ""
+    integers = pc.split_pattern(text, " ").combine_chunks().flatten().cast(pa.int64()).to_numpy().reshape(-1, size)
+    bad = np.flatnonzero((integers > num_bins).any(1))
+    yield column, bad, f"holds an integer above num_bins={num_bins}"
+
+
+def _where(mask: pa.ChunkedArray) -> np.ndarray:
+    return np.flatnonzero(mask.to_numpy())
+
+
+def _place(name: str, rows: pa.Table, row: int, start: int) -> str:
+    episode, frame = (rows[column][row].as_py() for column in ("episode_index", "frame_index"))
+    return f"{name}: row {start + row} (episode {episode}, frame {frame})"
