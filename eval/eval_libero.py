@@ -56,7 +56,8 @@ def main() -> None:
     from vla0_trl.policy.policy import VLAPolicy, resolve_device
 
     runner.join_launch(args)
-    device, dtype = resolve_device(args.device, args.dtype)
+    with user_errors():
+        device, dtype = resolve_device(args.device, args.dtype)
     with user_errors():
         checkpoint = checkpoint_folder(args.model_name_or_path)
         config = libero.evaluation_config(VLAConfig.from_pretrained(checkpoint), args)

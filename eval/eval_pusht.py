@@ -46,7 +46,8 @@ def main() -> None:
 
     runner.join_launch(args)
     seeds = list(range(args.seed, args.seed + args.num_episodes))
-    device, dtype = resolve_device(args.device, args.dtype)
+    with user_errors():
+        device, dtype = resolve_device(args.device, args.dtype)
     with user_errors():
         checkpoint = checkpoint_folder(args.model_name_or_path)
         config = VLAConfig.from_pretrained(checkpoint)

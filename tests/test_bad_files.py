@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 
 from vla0_trl.config import VLAConfig
+from vla0_trl.data.chat_dataset import check_loadable
 from vla0_trl.data.sources.lerobot_meta import LeRobotMeta
 from vla0_trl.data.sources.lerobot_schema import filled
 from vla0_trl.data.staging import ConversionError
+from vla0_trl.evaluation.episode_log import read_episodes
+from vla0_trl.evaluation.report.summary import load_runs
+from vla0_trl.policy.policy import resolve_device
 from vla0_trl.stats import NormStats
 
 STATS = NormStats.from_array(np.array([[0.0, 0.0], [1.0, 1.0]]))
@@ -173,3 +177,40 @@ def test_a_link_out_of_a_dataset_is_not_followed(tmp_path):
     assert meta.path("cached") == root / "cached"
     with pytest.raises(ConversionError, match=f"out leads to {tmp_path}/secret, outside the dataset"):
         meta.path("out")
+
+
+@pytest.mark.parametrize("name", ["a[0]", "a]", "a::b", "a\nb", "a*", "a?"], ids=repr)
+def test_a_folder_that_would_be_read_as_a_pattern_is_refused(name):
+    with pytest.raises(ValueError, match="rename it"):
+        check_loadable(f"data/{name}")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cuda:x", "cpu cpu"])
+def test_an_unknown_device_is_one_line(device):
+    with pytest.raises(ValueError, match=f"--device .*{device}"):
+        resolve_device(device)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "results.json: is no JSON"),
+        ("[]", "wanted an object with fields"),
+        ("{}", "success_rate is absent, wanted a number from 0 to 1"),
+        ('{"success_rate": 1.5}', "success_rate is 1.5"),
+        ('{"success_rate_interval": [0]}', "wanted a list of 2 values"),
+        ('{"num_episodes": -1}', "num_episodes is -1, wanted a whole number"),
+    ],
+)
+def test_damaged_results(tmp_path, text, message):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError) as error:
+        load_runs([tmp_path])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"seed": "1"}', "null", "\0"])
+def test_a_damaged_episode_names_its_line(tmp_path, line):
+    (tmp_path / "episodes.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"episodes.jsonl, line 1: "):
+        read_episodes(tmp_path)

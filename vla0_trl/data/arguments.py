@@ -10,9 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
+from huggingface_hub.utils import validate_repo_id
+
 from vla0_trl.command_line import as_flags, check_positive, option, user_errors
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.card import push_dataset
+from vla0_trl.data.chat_dataset import check_loadable
 from vla0_trl.data.convert import Selection, Source, convert
 from vla0_trl.data.episodes import EpisodeError, ImageFormat
 from vla0_trl.data.staging import ConversionError
@@ -57,6 +60,9 @@ class ConversionArguments:
     def __post_init__(self):
         check_positive(self, "max_episodes_per_task", "num_proc")
         self.selection()
+        if self.push_to_hub:
+            validate_repo_id(self.push_to_hub)  # before hours of work
+        check_loadable(self.output_dir)
         _normalization(self.normalization)
 
     def config(self, **fields: Any) -> VLAConfig:

@@ -81,6 +81,7 @@ def load_chat_dataset(
         ValueError: columns of the contract are missing.
     """
     config = VLAConfig.from_pretrained(name_or_path, repo_type="dataset", revision=revision)
+    check_loadable(name_or_path)
     dataset = load_dataset(str(name_or_path), split=split, revision=revision)
     missing = FEATURES.keys() - set(dataset.column_names)
     if missing:
@@ -89,6 +90,13 @@ def load_chat_dataset(
             "the episodes again with data_prep/"
         )
     return dataset, config
+
+
+def check_loadable(path: str | Path) -> None:
+    """`ValueError` for a folder that `load_dataset` would read as a pattern, or as a chain of URLs."""
+    name = str(path)
+    if "::" in name or not name.isprintable() or set("*?[]") & set(name):
+        raise ValueError(f"the dataset's folder {name!r} has one of * ? [ ] :: or a line's end in its name: rename it")
 
 
 def episode_indices(dataset: Dataset) -> np.ndarray:

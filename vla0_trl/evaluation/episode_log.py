@@ -25,11 +25,19 @@ from vla0_trl.evaluation.metrics import identity
 from vla0_trl.evaluation.rollout import EpisodeResult, Seed
 from vla0_trl.files import delete_leftovers, write_whole
 from vla0_trl.run_folder import RunFolder, belongs_to_another
+from vla0_trl.schema import boolean, checked, mapping, number, parse_json, text, whole
 
 EPISODES = "episodes.jsonl"
 _SHARDS = "episodes-*.jsonl"
 RESULTS = "results.json"
 VIDEOS = "videos"
+_ROW = {
+    **dict.fromkeys(("task", "checkpoint", "checkpoint_hash"), text),
+    **dict.fromkeys(("seed", "model_calls"), whole),
+    "success": boolean,
+    **dict.fromkeys(("steps", "seconds", "model_seconds"), number),
+    "protocol": mapping,
+}
 
 
 class WriteError(OSError):
@@ -51,8 +59,9 @@ def read_episodes(folder: Path, seeds: dict[str, list[int]] | None = None) -> li
     rows = {}
     for path in [*sorted(folder.glob(_SHARDS)), folder / EPISODES]:
         with suppress(FileNotFoundError):  # another process may have merged it into EPISODES, which comes last
-            for line in path.read_bytes().split(b"\n")[:-1]:
-                row = json.loads(line)
+            for count, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+                where = f"{path}, line {count}"
+                row = checked(where, parse_json(where, line), _ROW, "delete the line, and run the evaluation again")
                 rows[identity(row)] = row
     return [rows[key] for key in sorted(rows) if seeds is None or _in_ranges(key, seeds)]
 

@@ -224,7 +224,12 @@ def resolve_device(
     device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> tuple[torch.device, torch.dtype]:
     """Where to run, by default on a GPU if there is one, and in what: bfloat16 there, float32 on a CPU."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {device!r} is none: use cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs that torch can use")
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     return device, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+matplotlib.rcParams["text.parse_math"] = False  # a folder may be called $x_$
 COLORS = ("#2563eb", "#ea580c", "#0d9488", "#9333ea", "#ca8a04", "#475569")
 _INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
 

@@ -9,8 +9,25 @@ from vla0_trl.envs.libero.protocol import COLUMNS
 from vla0_trl.evaluation.episode_log import RESULTS, VIDEOS, read_episodes, video_name
 from vla0_trl.evaluation.metrics import aggregate_suites, aggregate_tasks, identity, mean_rate
 from vla0_trl.run_folder import ENERGY_FILE
+from vla0_trl.schema import items, mapping, number, optional, read_record, share, text, whole
 
 OFFLINE = "offline.json"
+_RESULTS = {
+    **dict.fromkeys(("checkpoint", "checkpoint_hash"), text),
+    **dict.fromkeys(("num_episodes", "successes"), whole),
+    "success_rate": share,
+    "success_rate_interval": items(share, 2, 2),
+    **dict.fromkeys(("mean_steps", "seconds_per_episode", "ms_per_chunk"), number),
+    "mean_max_coverage": optional(number),
+    "mean_max_coverage_interval": optional(items(number, 2, 2)),
+    "protocol": mapping,
+}
+_OFFLINE = {
+    **dict.fromkeys(("checkpoint", "checkpoint_hash"), text),
+    "num_frames": whole,
+    **dict.fromkeys(("token_accuracy", "rmse", "first_rmse"), number),
+    "baselines": mapping,
+}
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -59,8 +76,10 @@ def load_runs(folders: list[Path]) -> list[Run]:
 def _load_run(folder: Path, name: str) -> Run:
     if not (folder / RESULTS).is_file():
         raise FileNotFoundError(f"{folder} has no {RESULTS}: no evaluation, or one to finish by running it again")
-    results = json.loads((folder / RESULTS).read_text())
-    offline = _read_if_there(folder / OFFLINE)
+    results = read_record(folder / RESULTS, _RESULTS)
+    if results["mean_max_coverage"] is None:  # tables ask whether it is there
+        del results["mean_max_coverage"], results["mean_max_coverage_interval"]
+    offline = read_record(folder / OFFLINE, _OFFLINE) if (folder / OFFLINE).is_file() else None
     if offline is not None and offline["checkpoint_hash"] != results["checkpoint_hash"]:
         raise ValueError(
             f"{folder}/{OFFLINE} is of checkpoint {offline['checkpoint']} ({offline['checkpoint_hash'][:8]}), "
