@@ -2,6 +2,7 @@
 
 import json
 import resource
+from pathlib import Path
 
 import pytest
 from support.general import libero_assets
@@ -48,7 +49,7 @@ def test_another_mujoco_is_a_failure(shell):
 
 
 def test_liberos_assets_are_found_or_told(shell):
-    shell.env["LIBERO_ASSETS"] = libero_assets()
+    shell.env["LIBERO_ASSETS"] = str(Path(libero_assets()).resolve())
     assert shell.check("libero_assets")[:2] == ("ok", shell.env["LIBERO_ASSETS"])
     shell.env["LIBERO_ASSETS"] = str(shell.home)
     status, text, _ = shell.check("libero_assets")

@@ -7,13 +7,14 @@ import pytest
 import torch
 from packaging.version import Version
 from support.backbones import QWEN, SMOLVLM, TINY, shrunk
+from support.general import REPOSITORY
 from support.runs import run
 from transformers import AutoModelForImageTextToText
 from trl import ModelConfig
 from trl import __version__ as TRL
 
 from vla0_trl.models.nano import NanoConfig, build_nano
-from vla0_trl.training.arguments import DataArguments, VLASFTConfig
+from vla0_trl.training.arguments import DataArguments, VLASFTConfig, parse_recipe
 from vla0_trl.training.run import lora_config, prepare
 from vla0_trl.training.settings import HONOURED, IRRELEVANT, NEEDS, REFUSED, by_name, check_settings, default
 
@@ -153,3 +154,22 @@ def test_lora_without_targets_takes_all_linear_layers_but_the_head(backbone, tmp
     assert layers == linear - {"lm_head"}
     for part in ("text_model|language_model", "connector|merger", "vision_model|visual"):
         assert any(word in name for name in layers for word in part.split("|")), part
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags"),
+    [("policy", ["--dagger_steps", "0"]), ("lora", ["--use_peft=false"]), ("lora", ["--use_peft", "False"])],
+)
+def test_a_switch_turned_off_takes_along_what_the_yaml_sets_for_it(recipe, flags):
+    config = REPOSITORY / "recipes" / "pusht" / f"{recipe}.yaml"
+    _, training, model_args = parse_recipe(
+        config, "", [*flags, "--use_cpu", "true", "--bf16", "false", "--output_dir", "runs/x"]
+    )
+    assert not training.dagger_steps and training.dagger_teacher is None
+    assert not model_args.use_peft and model_args.lora_target_modules is None
+
+
+def test_what_the_command_line_sets_beside_a_switch_that_it_turns_off_is_refused():
+    config = REPOSITORY / "recipes" / "pusht" / "policy.yaml"
+    with pytest.raises(ValueError, match="dagger_episodes"):
+        parse_recipe(config, "", ["--dagger_steps", "0", "--dagger_episodes", "7", "--output_dir", "runs/x"])

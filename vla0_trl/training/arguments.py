@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.training.muon import MUON
-from vla0_trl.training.settings import check_settings
+from vla0_trl.training.settings import NEEDS, check_settings
 
 
 @dataclass
@@ -219,6 +220,19 @@ def _cpu_has_bfloat16() -> bool:
     return known.get("avx512_bf16", False) or known.get("amx_bf16", False)
 
 
+class _RecipeParser(TrlParser):
+    """`TrlParser` for recipes: a switch that the command line turns off takes along what the YAML sets for it."""
+
+    def parse_args_and_config(self, args: list[str]) -> tuple[Any, ...]:
+        pairs = set(pairwise(" ".join(args).replace("=", " ").lower().split()))
+        off = [switch for switch in NEEDS for value in ("false", "0") if (f"--{switch}", value) in pairs]
+        self._unused = {name for switch in off for name in NEEDS[switch].split()}
+        return super().parse_args_and_config(args)
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        return super().set_defaults_with_config(**{k: v for k, v in config.items() if k not in self._unused})
+
+
 def parse_recipe(
     default_config: Path, description: str, arguments: list[str] | None = None
 ) -> tuple[DataArguments, VLASFTConfig, ModelConfig]:
@@ -229,5 +243,5 @@ def parse_recipe(
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--config" not in arguments:
         arguments = ["--config", str(default_config), *arguments]
-    parser = TrlParser((DataArguments, VLASFTConfig, ModelConfig), description=description)
+    parser = _RecipeParser((DataArguments, VLASFTConfig, ModelConfig), description=description)
     return parser.parse_args_and_config(arguments)
