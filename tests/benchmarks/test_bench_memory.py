@@ -62,7 +62,8 @@ def test_the_extrapolation_meets_the_whole_model(report, tmp_path, monkeypatch):
     vocabulary = AutoConfig.from_pretrained(report["source"]).text_config.vocab_size
     head = 6 * found["answer_tokens"] * vocabulary * 2
     estimated = report["configs"][report["config"]]["activations_gib"] * 2**30 - head
-    assert estimated == pytest.approx(found["kept"] + found["passing"], rel=0.02)
+    # Rows differ in length with how many of their values are hidden: 2 % with mask_max 0.15.
+    assert estimated == pytest.approx(found["kept"] + found["passing"], rel=0.03)
 
 
 def memory_plan(report: dict, folder: Path):
