@@ -57,7 +57,7 @@ CONFIG = [
     ("crop_ratio", 1.5, "crop_ratio is 1.5"),
     ("image_jitter", 0.2, "image_jitter is 0.2, wanted a list of 4 values"),
     ("image_jitter", [0.2], "wanted a list of 4 values"),
-    ("image_jitter", [0.2, 0.2, 0.2, "x"], "each a number"),
+    ("image_jitter", [0.2, 0.2, 0.2, "x"], "each a number from 0"),
     ("image_jitter", [0.2, 0.2, 0.2, -1], "each a number from 0"),
     ("tile_images", "false", "tile_images is 'false', wanted true or false"),
     ("use_state", 1, "use_state is 1, wanted true or false"),

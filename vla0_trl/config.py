@@ -18,22 +18,22 @@ from vla0_trl.schema import (
     boolean,
     items,
     mistakes,
+    not_negative,
     number,
     one_line,
     optional,
     positive,
+    positive_share,
     read_record,
-    share,
     text,
     whole,
 )
-from vla0_trl.stats import NormStats, check_range
+from vla0_trl.stats import NormStats, check_range, stats_or_record
 
 CONFIG_NAME = "vla_config.json"
 NANO = "nano"  # as a `model_name_or_path`: build the backbone (models/nano.py) instead of loading one
 ENSEMBLE_WEIGHTS = ("uniform", "vla0_v1", "vla0_v2")  # by name; see `policy.execution.TemporalEnsembler`
-_MAX_CAMERAS, _MAX_DIM = 16, 4096
-_MAX_VALUES = 10_000  # integers in one answer
+_MAX_CAMERAS, _MAX_DIM, _MAX_VALUES = 16, 4096, 10_000  # values: the integers in one answer
 
 
 @dataclass
@@ -248,41 +248,20 @@ class VLAConfig:
             raise ValueError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from error
 
 
-def _crop_ratio(value: Any) -> float:
-    if not share(value):
-        raise ValueError("a number above 0, at most 1")
-    return value
-
-
-def _strength(value: Any) -> float:
-    if number(value) < 0:
-        raise ValueError("a number from 0")
-    return value
-
-
-def _stats(value: Any) -> NormStats | dict[str, Any]:
-    if not isinstance(value, NormStats | dict):
-        raise ValueError("an object with min, max, q01, q99, mean, std and count")
-    return value
-
-
 _KINDS: dict[str, Kind] = {
     "cameras": items(one_line, 1, _MAX_CAMERAS),
     "action_dim": between(1, _MAX_DIM),
     "state_dim": between(0, _MAX_DIM),
-    **{name: between(*LIMITS[name]) for name in ("chunk_size", "num_bins", "image_size")},
+    **{name: between(*LIMITS[name]) for name in ("chunk_size", "num_bins", "image_size", "ensemble_size")},
     "waypoints": optional(items(whole, 1)),
     "n_action_steps": optional(between(*LIMITS["n_action_steps"])),
-    "ensemble_size": between(*LIMITS["ensemble_size"]),
     "ensemble_decay": optional(number),
-    "ensemble_weights": optional(one_line),
-    "crop_ratio": _crop_ratio,
-    "image_jitter": optional(items(_strength, 4, 4)),  # brightness, contrast, saturation, hue
+    "crop_ratio": positive_share,
+    "image_jitter": optional(items(not_negative, 4, 4)),  # brightness, contrast, saturation, hue
     **dict.fromkeys(("tile_images", "use_state", "relative_actions", "use_system_prompt"), boolean),
-    **dict.fromkeys(("action_stats", "state_stats"), optional(_stats)),
-    "gripper": optional(one_line),
+    **dict.fromkeys(("action_stats", "state_stats"), optional(stats_or_record)),
     "fps": positive,
-    "base_model": optional(one_line),
+    **dict.fromkeys(("base_model", "gripper", "ensemble_weights"), optional(one_line)),
     **dict.fromkeys(("robot", "source", "source_revision"), optional(text)),  # a card escapes them
 }
 

@@ -54,6 +54,18 @@ def share(value: Any) -> float:
     return value
 
 
+def positive_share(value: Any) -> float:
+    if not is_number(value) or not 0 < value <= 1:
+        raise ValueError("a number above 0, at most 1")
+    return value
+
+
+def not_negative(value: Any) -> float:
+    if not is_number(value) or value < 0:
+        raise ValueError("a number from 0")
+    return value
+
+
 def boolean(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError("true or false")

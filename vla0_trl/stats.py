@@ -147,6 +147,13 @@ def check_range(normalization: str | list[float]) -> None:
         raise ValueError(f"normalization={normalization!r} must be low < high, and their difference a finite float32")
 
 
+def stats_or_record(value: object) -> object:
+    """For schemas: statistics, or the object that a file holds of them."""
+    if not isinstance(value, NormStats | dict):
+        raise ValueError("an object with min, max, q01, q99, mean, std and count")
+    return value
+
+
 def _list(value: object) -> object:
     if not isinstance(value, list):
         raise ValueError("a list with a number for each dimension")
