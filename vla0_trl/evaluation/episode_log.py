@@ -61,8 +61,9 @@ def read_episodes(folder: Path, seeds: dict[str, list[int]] | None = None) -> li
         with suppress(FileNotFoundError):  # another process may have merged it into EPISODES, which comes last
             for count, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
                 where = f"{path}, line {count}"
-                row = checked(where, parse_json(where, line), _ROW, "delete the line, and run the evaluation again")
-                rows[identity(row)] = row
+                row = parse_json(where, line)
+                checked(where, row, _ROW, "delete the line, and run the evaluation again")
+                rows[identity(row)] = row  # as it was written: merging must not change a line
     return [rows[key] for key in sorted(rows) if seeds is None or _in_ranges(key, seeds)]
 
 
