@@ -20,7 +20,7 @@ from vla0_trl.actions import NormStats
 from vla0_trl.command_line import parse
 from vla0_trl.config import VLAConfig
 from vla0_trl.envs.pusht.env import PushTEnv
-from vla0_trl.evaluation.arguments import LiberoArguments
+from vla0_trl.evaluation.arguments import EvaluationArguments, LiberoArguments
 from vla0_trl.evaluation.report.summary import load_runs
 from vla0_trl.evaluation.runner import execution_config, execution_protocol
 from vla0_trl.internals import FallbackWarning
@@ -329,3 +329,10 @@ def test_the_folder_of_another_checkpoint_is_refused_until_overwritten(evaluate,
     assert (tmp_path / "out" / "episodes.jsonl").read_bytes() == before
     folder = evaluate("--model_name_or_path", other, "--num_episodes", "1", "--overwrite")
     assert [row["checkpoint"] for row in _rows(folder)] == [other]
+
+
+def test_an_evaluation_has_a_folder_of_its_checkpoints_name_by_default():
+    assert EvaluationArguments(model_name_or_path="recipes/pusht/checkpoint").output_dir == Path(
+        "runs/eval/recipes_pusht_checkpoint"
+    )
+    assert EvaluationArguments(model_name_or_path="USER/NAME", output_dir=Path("a")).output_dir == Path("a")

@@ -30,7 +30,9 @@ class EvaluationArguments(ModelArguments):
     `rank`, `num_processes`, `launch` and `store` are no flags: `runner.join_launch` sets them.
     """
 
-    output_dir: Path = option(help="gets episodes.jsonl, results.json and videos/; one folder per run")
+    output_dir: Path | None = option(
+        None, "gets episodes.jsonl, results.json and videos/; one folder per run (default: runs/eval/CHECKPOINT)"
+    )
     num_envs: int = option(8, "episodes side by side: speed, not results (default: %(default)s)")
     n_action_steps: int | None = option(None, "steps of a chunk to execute before the next (default: its own)")
     ensemble_size: int | None = option(
@@ -55,6 +57,11 @@ class EvaluationArguments(ModelArguments):
     num_processes: int = field(init=False, default=1)
     launch: str | None = field(init=False, default=None)  # a word that this launch's processes share
     store: Any = field(init=False, default=None, repr=False)  # of torch.distributed, to be kept until they end
+
+    def __post_init__(self):
+        if self.output_dir is None:
+            name = self.model_name_or_path.strip("./").replace("/", "_") or "checkpoint"
+            self.output_dir = Path("runs", "eval", name)
 
 
 @dataclass(kw_only=True)
