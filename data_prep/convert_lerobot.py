@@ -1,7 +1,7 @@
 """A LeRobotDataset (v2.1 or v3.0; images or video) from a folder or the Hub -> chat dataset.
 
     python data_prep/convert_lerobot.py --source HuggingFaceVLA/libero --gripper sign --output_dir data/libero
-    python data_prep/convert_lerobot.py --source HuggingFaceVLA/libero --max_episodes_per_task 1 --output_dir …
+    python data_prep/convert_lerobot.py --source HuggingFaceVLA/libero --gripper sign --num_episodes 40 --output_dir …
     python data_prep/convert_lerobot.py --source lerobot/pusht --relative_actions --output_dir data/pusht
     python data_prep/convert_lerobot.py --source ~/recordings/so100 --tasks "red cube" --output_dir data/so100
 

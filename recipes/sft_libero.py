@@ -2,7 +2,7 @@
 
 The full recipe (VLA-0-Smol's), on the four suites' demonstrations from the Hub:
 
-    python data_prep/convert_lerobot.py --source HuggingFaceVLA/libero --output_dir data/libero
+    python data_prep/convert_lerobot.py --source HuggingFaceVLA/libero --gripper sign --output_dir data/libero
     accelerate launch recipes/sft_libero.py
 
 Another recipe, and any field of it on the command line:

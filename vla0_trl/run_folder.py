@@ -27,7 +27,7 @@ from typing import Any
 from vla0_trl.files import delete_leftovers, write_whole
 from vla0_trl.manifest import CONVERSION_NAME, damage, delete_claimed, move_files, read_json
 
-RUN_FILE = "run.json"  # every setting that changes what is learnt; `training.run` writes it
+RUN_FILE = "run.json"  # every setting that changes what is learnt; `training.claim` writes it
 STATE_FILE = "trainer_state.json"  # steps and logs: transformers' TRAINER_STATE_NAME, without importing its trainer
 BEST = "best"  # the policy that did best in the rollouts during training
 ENERGY_FILE = "energy.json"  # what the training took; `training.progress` writes it, `report` reads it

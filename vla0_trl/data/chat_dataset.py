@@ -1,6 +1,6 @@
 """The chat dataset: its columns, its text, loading it, and fitting its config to what a recipe asks for.
 
-`conversion` writes such datasets.
+`convert` and `shards` write such datasets.
 """
 
 from __future__ import annotations

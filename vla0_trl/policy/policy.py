@@ -45,7 +45,7 @@ class VLAPolicy:
 
     Args:
         model: a backbone, full or with adapter; its own generation_config is replaced: evaluation is greedy.
-        processor: made by [`modeling.load_processor`].
+        processor: made by [`models.loading.load_processor`].
         config ([`VLAConfig`]): with statistics.
         decoding ([`DecodingOptions`], *optional*): which methods of fast decoding to use, and how to check it.
 

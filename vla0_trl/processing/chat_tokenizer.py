@@ -27,7 +27,7 @@ class ChatTokenizer:
     """Token ids of prompts and answers.
 
     Args:
-        processor (`ProcessorMixin`): with a chat template; made for the config by [`modeling.load_processor`].
+        processor (`ProcessorMixin`): with a chat template; made for the config by [`models.loading.load_processor`].
         config ([`VLAConfig`]): cameras, bins and prompt options.
 
     Attributes:

@@ -36,7 +36,7 @@ class VLADataCollator:
     What is drawn depends on seed, epoch, episode and frame alone: not on workers, batch order or where a run resumed.
 
     Args:
-        processor (`ProcessorMixin`): of the model, made by [`modeling.load_processor`].
+        processor (`ProcessorMixin`): of the model, made by [`models.loading.load_processor`].
         config ([`VLAConfig`]): with statistics; how rows become text.
         mask_max (`float`, *optional*, defaults to `0.4`): upper end of the fraction of hidden values.
         mask_skip (`float`, *optional*, defaults to `0.1`): share of samples without masking.

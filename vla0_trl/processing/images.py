@@ -95,7 +95,7 @@ def model_inputs(
     """Resize, tile, rescale, normalise and pack, batched, on the device where the images are.
 
     Args:
-        image_processor: the model's own, set up by [`modeling.load_processor`]; it normalises and packs.
+        image_processor: the model's own, set up by [`models.loading.load_processor`]; it normalises and packs.
         cameras: C tensors uint8 (B, 3, H, W), already cropped.
         jitter (`torch.Tensor`, *optional*): float32 (B, C, 4), see [`jitter_colors`]; in training only.
 
