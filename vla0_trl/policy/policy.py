@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -143,18 +143,36 @@ class VLAPolicy:
         return way_of_decoding(self.model, self.decoder)
 
     @torch.no_grad()
-    def predict_action_chunk(self, observations: list[Observation]) -> np.ndarray:
+    def predict_action_chunk(
+        self, observations: list[Observation], prefixes: Sequence[np.ndarray | None] | None = None
+    ) -> np.ndarray:
         """B observations -> float32 (B, chunk_size, action_dim) in environment units.
 
+        Args:
+            prefixes: per observation, the actions (d, action_dim) in environment units, d < chunk_size, that the robot
+                will execute from this observation on while it waits for the chunk; None or d = 0: none. The answer
+                begins with them, counted from this observation's state where actions are relative, and the model
+                writes what follows: no jump where old and new actions meet, and fewer passes. They come back
+                as they were given. Of waypoints, those before step d are set; those from step d on are the model's.
+
         Raises:
-            ValueError: an observation lacks a camera or state, does not fit the config, or could mean two things.
+            ValueError: an observation lacks a camera or state, does not fit the config, or could mean two things; or a
+                prefix is not (d, action_dim) finite numbers.
         """
         observations = [check_observation(observation, self.config) for observation in observations]
+        prefixes = self._checked_prefixes(prefixes, len(observations))
         inputs = self._inputs(observations)
         keys = [observation.get("episode", place) for place, observation in enumerate(observations)]
-        drafts = [self._draft(key, o) for key, o in zip(keys, observations, strict=True)]
-        answers = decode(self.model, inputs, self.generation_config, self.grammar, self.decoder, drafts).cpu()
+        drafts = [self._draft(key, o, p) for key, o, p in zip(keys, observations, prefixes, strict=True)]
+        beginnings = [self._beginning(p, o) for p, o in zip(prefixes, observations, strict=True)]
+        if not any(beginnings):
+            beginnings = None
+        answers = decode(
+            self.model, inputs, self.generation_config, self.grammar, self.decoder, drafts, beginnings
+        ).cpu()
         chunks = np.stack([self._decode(a, o) for a, o in zip(answers, observations, strict=True)])
+        for chunk, prefix in zip(chunks, prefixes, strict=True):
+            chunk[: len(prefix)] = prefix
         for key, chunk in zip(keys, chunks, strict=True):
             self._last_chunks[key] = chunk
             self._last_chunks.move_to_end(key)
@@ -178,14 +196,44 @@ class VLAPolicy:
         self._executor.reset()
         self._last_chunks: OrderedDict[Hashable, np.ndarray] = OrderedDict()
 
-    def _draft(self, key: Hashable, observation: Observation) -> list[int] | None:
+    def _checked_prefixes(self, prefixes: Sequence[np.ndarray | None] | None, count: int) -> list[np.ndarray]:
+        none = np.zeros((0, self.config.action_dim), np.float32)
+        if prefixes is None:
+            return [none] * count
+        if len(prefixes) != count:
+            raise ValueError(f"{len(prefixes)} prefixes for {count} observations: give one per observation, or None")
+        checked = [none if prefix is None else np.asarray(prefix, np.float32) for prefix in prefixes]
+        for prefix in checked:
+            if prefix.ndim != 2 or prefix.shape[1] != self.config.action_dim or not np.isfinite(prefix).all():
+                raise ValueError(
+                    f"a prefix must be (d, {self.config.action_dim}) finite numbers, got shape {prefix.shape}"
+                )
+            if len(prefix) >= self.config.chunk_size:
+                raise ValueError(
+                    f"a prefix of {len(prefix)} actions leaves nothing to predict of chunk_size="
+                    f"{self.config.chunk_size}: give at most {self.config.chunk_size - 1}"
+                )
+        return checked
+
+    def _beginning(self, prefix: np.ndarray, observation: Observation) -> list[int]:
+        """The tokens of the steps that are written before the prefix ends."""
+        written = sum(step < len(prefix) for step in self.config.written_steps)
+        if not written:
+            return []
+        padded = np.concatenate([prefix, np.repeat(prefix[-1:], self.config.chunk_size - len(prefix), axis=0)])
+        integers = self.action_tokenizer.to_integers(padded, observation["state"])
+        return self.chat_tokenizer.encode_beginning(integers[: written * self.config.action_dim])
+
+    def _draft(self, key: Hashable, observation: Observation, prefix: np.ndarray) -> list[int] | None:
         """A guess of the answer: the last chunk from where its execution ended, then its last action on and on.
 
-        At the beginning a robot that counts from its own state is expected to stay; about others nothing is known.
+        With a prefix, the last chunk from where the prefix is found in it. At the beginning a robot that counts from
+        its own state is expected to stay; about others nothing is known.
         """
         last = self._last_chunks.get(key)
         if last is not None:
-            rest = last[self.config.n_action_steps :]
+            found = np.flatnonzero((last == prefix[0]).all(1)) if len(prefix) else []
+            rest = last[found[0] if len(found) else self.config.n_action_steps :]
             guess = np.concatenate([rest, np.repeat(last[-1:], self.config.chunk_size - len(rest), axis=0)])
         elif self.config.relative_actions:
             guess = np.tile(

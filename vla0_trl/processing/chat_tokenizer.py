@@ -151,6 +151,10 @@ class ChatTokenizer:
                 labels += spelled[targets[position]]
         return ids + self._suffix_ids, labels + self._suffix_ids
 
+    def encode_beginning(self, integers: Sequence[int] | np.ndarray) -> list[int]:
+        """Ids of an answer's first numbers, (n,) in 0…num_bins, spelled as by `encode_answer`; nothing of the next."""
+        return [t for place, number in enumerate(integers) for t in (self._numbers if place else self._first)[number]]
+
     @property
     def can_keep_labels(self) -> bool:
         """Whether a hidden value takes as many tokens as any number does, so that its label fits in its place."""

@@ -139,12 +139,14 @@ class ChunkDecoder:
         stopping_criteria=None,
         generation_config=None,
         drafts: list[list[int] | None] | None = None,
+        beginnings: list[list[int]] | None = None,
         **inputs,
     ) -> torch.Tensor:
         """(B, P) prompts, padded on the left -> (B, P + A) with the answers, padded on the right.
 
         Args:
             drafts: one guess per row, as token ids from the prefix through the end of the turn.
+            beginnings: token ids that each row's answer begins with, whatever the model thinks of them.
             inputs: as `generate` prepares them: `attention_mask` (B, P), None without padding; `position_ids`
                 (…, B, P); other inputs of the prompt's pass, such as `pixel_values`.
 
@@ -163,6 +165,8 @@ class ChunkDecoder:
         if drafts is None or not self.options.drafts:
             drafts = [None] * prompts
         rows = [DraftState(self._speller, draft, self.period if self.options.drafts else None) for draft in drafts]
+        for row, tokens in zip(rows, beginnings or [], strict=False):
+            row.begin_with(tokens)
         pad = int(generation_config.pad_token_id)
         # Not parameters: `generate` would hand over the caller's own beside those that it has prepared.
         mask, position_ids = inputs.pop("attention_mask"), inputs.pop("position_ids")

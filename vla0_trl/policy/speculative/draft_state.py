@@ -190,6 +190,21 @@ class DraftState:
         self.accepted += accepted
         self.read = certain + accepted
 
+    def begin_with(self, tokens: list[int]) -> None:
+        """Write the answer's first tokens, which the caller has chosen, and what they force.
+
+        Raises:
+            ValueError: they leave the grammar.
+        """
+        for place, token in enumerate(tokens[len(self.tokens) :], start=len(self.tokens)):
+            column = self.speller.column.get(token)
+            if column not in self.grammar.choices(self.count, self.state):
+                raise ValueError(
+                    f"an answer can't begin with the tokens {tokens}: {token}, at {place}, must not follow"
+                )
+            self._write(column)
+        self._write_forced()
+
     def write(self, column: int) -> None:
         """Add a token, which is certain, and those that it forces."""
         self._write(column)

@@ -45,25 +45,28 @@ def decode(
     grammar: ActionGrammar,
     decoder: ChunkDecoder | None,
     drafts: list[list[int] | None] | None = None,
+    beginnings: list[list[int]] | None = None,
 ) -> torch.Tensor:
     """(B, A) answers, padded on the right: ours where it has proved itself, else those of stock `generate()`.
 
     Args:
         inputs: of `generate`: prompts padded on the left, images.
         decoder: None for stock decoding.
-        drafts: see [`ChunkDecoder`].
+        drafts, beginnings: see [`ChunkDecoder`].
 
     Raises:
         PromptError: prompt and answer don't fit the model's positions.
         SelfCheckError: ours failed, and its options insist on it.
     """
+    begin = [_Beginnings(inputs["input_ids"].shape[1], beginnings)] if beginnings else []
     if way_of_decoding(model, decoder) == STOCK:
-        return _stock(model, inputs, config, grammar)
+        return _stock(model, inputs, config, grammar, *begin)
+    more = {"drafts": drafts} | ({"beginnings": beginnings} if beginnings else {})
     if decoder.options.check == "skip":
-        return _fast(model, inputs, config, decoder, drafts)
+        return _fast(model, inputs, config, decoder, more)
     failure, cause = None, None
     try:
-        answers = _fast(model, inputs, config, decoder, drafts)
+        answers = _fast(model, inputs, config, decoder, more)
     except PromptError:
         raise
     # Broad on purpose: what a changed library does to our code can't be told in advance, and stock decoding is right
@@ -75,7 +78,7 @@ def decode(
             return answers
     scores = _Scores(model, grammar)
     with scores.watching():
-        expected = _stock(model, inputs, config, grammar, scores)
+        expected = _stock(model, inputs, config, grammar, *begin, scores)
     failure = failure or scores.difference(answers, expected)
     if failure is None:
         _outcomes[model] = None
@@ -89,8 +92,8 @@ def decode(
     return expected
 
 
-def _fast(model, inputs, config, decoder: ChunkDecoder, drafts) -> torch.Tensor:
-    output = model.generate(**inputs, generation_config=config, custom_generate=decoder, drafts=drafts)
+def _fast(model, inputs, config, decoder: ChunkDecoder, more: dict) -> torch.Tensor:
+    output = model.generate(**inputs, generation_config=config, custom_generate=decoder, **more)
     return output[:, inputs["input_ids"].shape[1] :]
 
 
@@ -98,6 +101,21 @@ def _stock(model, inputs, config, grammar: ActionGrammar, *more: LogitsProcessor
     processors = LogitsProcessorList([ActionGrammarLogitsProcessor(grammar=grammar), *more])
     output = model.generate(**inputs, generation_config=config, logits_processor=processors)
     return output[:, inputs["input_ids"].shape[1] :]
+
+
+class _Beginnings(LogitsProcessor):
+    """Forces the first tokens of each row's answer, for stock decoding."""
+
+    def __init__(self, prompt_length: int, beginnings: list[list[int]]):
+        self.prompt_length, self.beginnings = prompt_length, beginnings
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        place = input_ids.shape[1] - self.prompt_length
+        for row, tokens in enumerate(self.beginnings):
+            if place < len(tokens):
+                scores[row] = -torch.inf
+                scores[row, tokens[place]] = 0.0
+        return scores
 
 
 class _Scores(LogitsProcessor):
