@@ -137,6 +137,6 @@ def test_a_prefix_that_does_not_fit_is_one_line(prefixes, message):
 def test_tokens_outside_the_grammar_begin_no_answer():
     policy = build_policy("nano")
     row = DraftState(policy.decoder._speller)
-    (five,) = policy.chat_tokenizer.encode_beginning([5])
-    with pytest.raises(ValueError, match=f"{five}, at 2, must not follow"):
-        row.begin_with([five, five, five])  # the largest number is 511
+    space, five = policy.chat_tokenizer.encode_beginning([5])
+    with pytest.raises(ValueError, match=f"{five}, at 3, must not follow"):
+        row.begin_with([space, five, five, five])  # the largest number is 511
