@@ -20,13 +20,12 @@ episode whose simulator crashes is tried once more in a fresh process, and is ne
 """
 
 import warnings
+from functools import partial
 from pathlib import Path
 
 from vla0_trl.command_line import parse, user_errors
-from vla0_trl.config import VLAConfig
 from vla0_trl.envs.libero import protocol
 from vla0_trl.envs.libero.perturb import parse_perturbation
-from vla0_trl.envs.libero.setup import check_mujoco, find_assets
 from vla0_trl.evaluation.arguments import LiberoArguments
 from vla0_trl.evaluation.report.page import REPORT, write_report
 from vla0_trl.evaluation.report.summary import format_table, load_runs, suite_table, summary_table, task_table
@@ -49,49 +48,19 @@ def main() -> None:
     args = parse(LiberoArguments, __doc__)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     with user_errors():
-        episodes = protocol.select_episodes(args.suites, args.task_ids, args.num_episodes_per_task)
-        conditions = {None: None} | {name: parse_perturbation(name) for name in args.perturb}
-    from vla0_trl.evaluation import libero, runner  # after parsing: they import torch, which takes seconds
-    from vla0_trl.models.loading import checkpoint_folder
-    from vla0_trl.policy.policy import VLAPolicy, resolve_device
+        protocol.select_episodes(args.suites, args.task_ids, args.num_episodes_per_task)
+        for name in args.perturb:
+            parse_perturbation(name)
+    from vla0_trl.evaluation import driver, libero  # after parsing: they import torch, which takes seconds
 
-    runner.join_launch(args)
-    with user_errors():
-        device, dtype = resolve_device(args.device, args.dtype)
-    with user_errors():
-        checkpoint = checkpoint_folder(args.model_name_or_path)
-        config = libero.evaluation_config(VLAConfig.from_pretrained(checkpoint), args)
-        check_mujoco()
-        args.assets_dir = str(find_assets(args.assets_dir))
-        if args.benchmark_envs:
-            make_env = libero.environment_factory(config, args, None)
-            one, many = libero.benchmark_envs(make_env, config, episodes[0], args.num_envs)
-            print(
-                f"1 environment: {one:.1f} steps/s; {args.num_envs}: {many:.1f} steps/s, {many / one:.2f} times that"
-            )
-            return
-        base = runner.run_identity(args, checkpoint, {})
-
-    policy, folders, crashed, unfinished = None, [], [], False
-    for name, perturbation in conditions.items():
-        folders.append(args.output_dir / ("" if name is None else f"perturbed/{name.replace(':', '_')}"))
-        run = base | {"protocol": libero.run_protocol(config, args, name, str(dtype))}
+    prepare = partial(libero.prepare, args=args)
+    if args.benchmark_envs:
         with user_errors():
-            log = runner.open_log(folders[-1], run, episodes, args)
-        with log, runner.stopping_well(log):
-            missing = runner.missing_share(log, episodes, args)
-            if missing:
-                policy = policy or VLAPolicy.from_pretrained(checkpoint, device, dtype, load_in_4bit=args.load_in_4bit)
-                policy.config = config
-                make_env = libero.environment_factory(config, args, perturbation)
-                crashed += libero.run_missing(policy, log, missing, make_env, args)
-            unfinished |= not runner.finish(log, episodes, str(device), protocol.PACKAGES, libero.suite_results)
-    for episode in crashed:
-        print(f"crashed twice, so without a result: {episode.seed}")
-    if unfinished:
-        # launchers end the other processes when one fails
-        runner.leave(1 if crashed and args.num_processes == 1 else 0, runner.NOT_ALL)
-    report(folders)
+            simulation = prepare(driver.checkpoint_policy(args).config)
+        one, many = libero.benchmark_envs(simulation, args.num_envs)
+        print(f"1 environment: {one:.1f} steps/s; {args.num_envs}: {many:.1f} steps/s, {many / one:.2f} times that")
+        return
+    report(driver.evaluate(args, prepare))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ Success is gym-pusht's own: the block covers more than 95 % of the target within
 
 import json
 from dataclasses import dataclass
+from functools import partial
 
-from vla0_trl.command_line import option, parse, user_errors
+from vla0_trl.command_line import option, parse
 from vla0_trl.config import VLAConfig
 from vla0_trl.envs.pusht.env import FPS, MAX_EPISODE_STEPS, SUCCESS_COVERAGE, PushTEnv, check_speaks_pusht, state_mode
 from vla0_trl.evaluation.arguments import EvaluationArguments
@@ -40,46 +41,33 @@ class Arguments(EvaluationArguments):
 
 def main() -> None:
     args = parse(Arguments, __doc__)
-    from vla0_trl.evaluation import runner  # after parsing: it imports torch, which takes seconds
-    from vla0_trl.models.loading import checkpoint_folder
-    from vla0_trl.policy.policy import VLAPolicy, resolve_device
+    from vla0_trl.evaluation import driver  # after parsing: it imports torch, which takes seconds
 
-    runner.join_launch(args)
-    seeds = list(range(args.seed, args.seed + args.num_episodes))
-    with user_errors():
-        device, dtype = resolve_device(args.device, args.dtype)
-    with user_errors():
-        checkpoint = checkpoint_folder(args.model_name_or_path)
-        config = VLAConfig.from_pretrained(checkpoint)
+    def prepare(config: VLAConfig) -> driver.Simulation:
         check_speaks_pusht(config, args.model_name_or_path)
-        config = runner.execution_config(config, args)
         state = state_mode(config.state_dim)
         protocol = {
             "env": "gym_pusht/PushT-v0",
             "state": state,
-            "simulator": runner.simulator_version("gym-pusht", "pymunk", "shapely"),
+            "simulator": driver.simulator_version("gym-pusht", "pymunk", "shapely"),
             "seed": args.seed,
             "max_steps": args.max_steps,
             "success_coverage": SUCCESS_COVERAGE,
-            **runner.execution_protocol(config, args, str(dtype)),
         }
-        log = runner.open_log(args.output_dir, runner.run_identity(args, checkpoint, protocol), seeds, args)
+        run = driver.Run(folder=args.output_dir, protocol=protocol, make_env=partial(PushTEnv, state, args.max_steps))
+        return driver.Simulation(
+            config=config,
+            seeds=list(range(args.seed, args.seed + args.num_episodes)),
+            filmed=range(args.seed, args.seed + args.num_videos),
+            fps=FPS,
+            runs=[run],
+            packages=PACKAGES,
+        )
 
-    with log, runner.stopping_well(log):
-        missing = runner.missing_share(log, seeds, args)
-        if missing:
-            policy = VLAPolicy.from_pretrained(checkpoint, device, dtype, load_in_4bit=args.load_in_4bit)
-            policy.config = config
-            envs = [PushTEnv(state, args.max_steps) for _ in range(min(args.num_envs, len(missing)))]
-            filmed = range(args.seed, args.seed + args.num_videos)
-            runner.run_episodes(policy, log, envs, missing, filmed, FPS)
-            for env in envs:
-                env.close()
-        if not runner.finish(log, seeds, str(device), PACKAGES):
-            runner.leave(0, runner.NOT_ALL)
-    results = json.loads((log.folder / RESULTS).read_text())
+    [folder] = driver.evaluate(args, prepare)
+    results = json.loads((folder / RESULTS).read_text())
     print(format_table(summary_table([(args.model_name_or_path, results)])))
-    print(f"\nresults, episodes and videos: {log.folder}")
+    print(f"\nresults, episodes and videos: {folder}")
 
 
 if __name__ == "__main__":

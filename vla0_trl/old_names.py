@@ -1,4 +1,4 @@
-"""Submodules under the names that they had in 0.1: they still import, with a warning, until 0.3."""
+"""Submodules under the names that they had in earlier versions: they still import, with a warning, until 0.3."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ MOVED = {
     "rollout": "evaluation.rollout",
     "results": "evaluation.episode_log",
     "metrics": "evaluation.metrics",
+    "evaluation.runner": "evaluation.driver",
 }
 
 

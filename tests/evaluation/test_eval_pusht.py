@@ -21,8 +21,8 @@ from vla0_trl.command_line import parse
 from vla0_trl.config import VLAConfig
 from vla0_trl.envs.pusht.env import PushTEnv
 from vla0_trl.evaluation.arguments import EvaluationArguments, LiberoArguments
+from vla0_trl.evaluation.driver import execution_config, execution_protocol
 from vla0_trl.evaluation.report.summary import load_runs
-from vla0_trl.evaluation.runner import execution_config, execution_protocol
 from vla0_trl.internals import FallbackWarning
 from vla0_trl.models.nano import NanoConfig, build_nano
 from vla0_trl.policy.policy import VLAPolicy
@@ -258,7 +258,7 @@ def test_flags_replace_the_checkpoints_way_to_execute_chunks(arguments, saved, f
     config = execution_config(VLAConfig(**saved), args)
     names = ("n_action_steps", "ensemble_size", "ensemble_decay", "ensemble_weights")
     assert tuple(getattr(config, name) for name in names) == expected
-    protocol = execution_protocol(config, args, "torch.float32")
+    protocol = execution_protocol(config)
     assert [protocol.get(name) for name in names] == list(expected)
 
 

@@ -11,7 +11,7 @@ from trl import ModelConfig, SFTConfig
 
 from vla0_trl import VLAConfig
 from vla0_trl.envs.libero.protocol import LiberoEpisode
-from vla0_trl.evaluation.runner import num_trained_on
+from vla0_trl.evaluation.policy_source import seeds_trained_on
 from vla0_trl.manifest import damage, trained_on, write_manifest
 from vla0_trl.run_folder import FolderError, RunFolder, checkpoints
 from vla0_trl.training import claim
@@ -180,12 +180,12 @@ def test_an_evaluation_says_what_was_trained_on(whole_run, tmp_path):
     )
     known = claim.episodes_trained_on(str(tmp_path), [0, 2])
     write_manifest(tmp_path, {}, known)
-    assert known["seeds"] == [100, 102] and num_trained_on(tmp_path, range(100, 104)) == 2
+    assert known["seeds"] == [100, 102] and seeds_trained_on(tmp_path) == {100, 102}
     libero = {"episodes": [["libero_object", 3, 0], ["libero_object", 3, 1]]}
     (tmp_path / "conversion.json").write_text(json.dumps({"staging": {"source": {"options": libero}}}))
     write_manifest(tmp_path, {}, claim.episodes_trained_on(str(tmp_path), [1]))
-    asked = [LiberoEpisode("libero_object", 3, seed) for seed in range(3)]
-    assert num_trained_on(tmp_path, asked) == 1 and num_trained_on(tmp_path / "nowhere", asked) == 0
+    assert seeds_trained_on(tmp_path) == {LiberoEpisode("libero_object", 3, 1)}
+    assert seeds_trained_on(tmp_path / "nowhere") == set()
 
 
 def test_old_checkpoints_go_but_no_copy_of_the_users(dot_dataset, tmp_path):

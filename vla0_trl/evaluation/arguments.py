@@ -27,7 +27,7 @@ class ModelArguments:
 class EvaluationArguments(ModelArguments):
     """What every simulator's evaluation can be told; a script adds its own fields, and the defaults that suit it.
 
-    `rank`, `num_processes`, `launch` and `store` are no flags: `runner.join_launch` sets them.
+    `rank`, `num_processes`, `launch` and `store` are no flags: `driver.join_launch` sets them.
     """
 
     output_dir: Path | None = option(

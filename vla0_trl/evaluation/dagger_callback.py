@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from vla0_trl.evaluation.rollout import Environment
+from vla0_trl.evaluation.env_runner import Environment
 from vla0_trl.evaluation.rollout_callback import drive
 
 # No other command starts here: recordings count from 0, final evaluations from 100,000 and 3,000,000.
@@ -94,7 +94,7 @@ class DaggerCallback(TrainerCallback):
     def _round(self, step: int) -> tuple[float, float]:
         args, states = self.trainer.args, []
         first = DAGGER_SEED + step // args.dagger_steps * args.dagger_episodes
-        envs = [StateRecorder(self.make_env(), states) for _ in range(self.num_envs)]
-        scores = drive(self.trainer, envs, range(first, first + args.dagger_episodes))
+        seeds = range(first, first + args.dagger_episodes)
+        scores = drive(self.trainer, lambda: StateRecorder(self.make_env(), states), self.num_envs, seeds)
         self.trainer.growing_rows.write_round(step, self.rows_from_states(np.stack(states)))
         return scores

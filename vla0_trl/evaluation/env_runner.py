@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-Observation = dict[str, Any]
+if TYPE_CHECKING:  # it imports torch, which a worker does without
+    from vla0_trl.policy.observation import Observation
+
 Seed = Hashable  # what an environment's `reset` takes: a number, or a tuple that names task and initial state
 
 
@@ -90,3 +93,16 @@ class EnvRunner:
 
     def _film(self) -> list[np.ndarray]:
         return [self.env.frame()] if self.record else []
+
+
+@contextmanager
+def local_envs(make_env: Callable[[], Environment], count: int) -> Iterator[list[Environment]]:
+    """`count` environments in this process, which are closed at the end of the block."""
+    envs: list[Environment] = []
+    try:
+        for _ in range(count):
+            envs.append(make_env())
+        yield envs
+    finally:
+        for env in envs:
+            env.close()

@@ -1,32 +1,34 @@
-"""What eval/eval_libero.py runs: the protocol's episodes in worker processes, resumable, over several machines."""
+"""LIBERO's part of an evaluation: its episodes, environments in worker processes, and results by suite and task."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.envs.libero import protocol
-from vla0_trl.envs.libero.env import LiberoTasks, Perturbation
+from vla0_trl.envs.libero.env import LiberoTasks
+from vla0_trl.envs.libero.perturb import parse_perturbation
 from vla0_trl.envs.libero.protocol import LiberoEpisode
-from vla0_trl.envs.libero.setup import assets_fingerprint, choose_renderer
+from vla0_trl.envs.libero.setup import assets_fingerprint, check_mujoco, choose_renderer, find_assets
 from vla0_trl.evaluation.arguments import LiberoArguments
+from vla0_trl.evaluation.driver import Run, Simulation, simulator_version
 from vla0_trl.evaluation.env_runner import EnvRunner
-from vla0_trl.evaluation.episode_log import EpisodeLog
 from vla0_trl.evaluation.metrics import aggregate_suites, aggregate_tasks, mean_rate
-from vla0_trl.evaluation.rollout import EpisodeResult, rollout
-from vla0_trl.evaluation.runner import execution_config, execution_protocol, run_episodes, simulator_version
+from vla0_trl.evaluation.rollout import rollout
 from vla0_trl.evaluation.workers import worker_pool
-from vla0_trl.policy.policy import VLAPolicy
 
 
-def evaluation_config(config: VLAConfig, args: LiberoArguments) -> VLAConfig:
-    """The checkpoint's config with the execution that the flags ask for; `ValueError` if it can't act in LIBERO."""
+def prepare(config: VLAConfig, args: LiberoArguments) -> Simulation:
+    """The benchmark's episodes, in clean environments and in each of the perturbed ones that `args` ask for.
+
+    Raises:
+        ValueError: the policy can't act in LIBERO, or a flag's value is none; FileNotFoundError: no assets.
+    """
     unknown = [name for name in config.cameras if name not in protocol.CAMERAS]
     if unknown or config.action_dim != protocol.ACTION_DIM or config.state_dim not in (0, protocol.STATE_DIM):
         raise ValueError(
@@ -34,55 +36,45 @@ def evaluation_config(config: VLAConfig, args: LiberoArguments) -> VLAConfig:
             f"{config.action_dim}, state_dim={config.state_dim}; the simulator gives {sorted(protocol.CAMERAS)}, "
             f"takes {protocol.ACTION_DIM} dimensions and has a state of {protocol.STATE_DIM}"
         )
-    return execution_config(config, args).replace(gripper="sign")
-
-
-def run_protocol(config: VLAConfig, args: LiberoArguments, perturbation: str | None, dtype: str) -> dict[str, Any]:
-    """What makes a number comparable, and what a resumed evaluation must have in common."""
-    return {
+    check_mujoco()
+    assets = find_assets(args.assets_dir)
+    shared = {
         "env": "LIBERO",
         "renderer": choose_renderer(),
         "simulator": simulator_version("hf-libero", "robosuite", "mujoco"),
-        "assets": assets_fingerprint(Path(args.assets_dir)),
+        "assets": assets_fingerprint(assets),
         "max_steps": args.max_steps or protocol.MAX_STEPS,
         "settling_steps": protocol.SETTLING_STEPS,
         "image_size": protocol.IMAGE_SIZE,
         "seed": protocol.SEED,
-        "perturbation": perturbation,
-        **execution_protocol(config, args, dtype),
     }
-
-
-def environment_factory(
-    config: VLAConfig, args: LiberoArguments, perturbation: Perturbation | None
-) -> Callable[[], LiberoTasks]:
-    """Builds a worker's environment; only the cameras that the policy looks through are drawn."""
-    return partial(
-        LiberoTasks,
-        cameras=tuple(config.cameras),
-        max_steps=args.max_steps,
-        assets_dir=args.assets_dir,
-        perturbation=perturbation,
+    # only the cameras that the policy looks through are drawn
+    env = {"cameras": tuple(config.cameras), "max_steps": args.max_steps, "assets_dir": str(assets)}
+    runs = [
+        Run(
+            folder=args.output_dir / ("" if name is None else f"perturbed/{name.replace(':', '_')}"),
+            protocol=shared | {"perturbation": name},
+            make_env=partial(LiberoTasks, **env, perturbation=name and parse_perturbation(name)),
+        )
+        for name in (None, *dict.fromkeys(args.perturb))
+    ]
+    episodes = protocol.select_episodes(args.suites, args.task_ids, args.num_episodes_per_task)
+    return Simulation(
+        config=config.replace(gripper="sign"),
+        seeds=episodes,
+        filmed={episode for episode in episodes if episode.seed < args.num_videos},
+        fps=protocol.CONTROL_FREQUENCY,
+        runs=runs,
+        packages=protocol.PACKAGES,
+        environments=worker_pool,
+        group=task_of,
+        more_results=suite_results,
     )
 
 
 def task_of(episode: LiberoEpisode) -> tuple[str, int]:
     """What makes an episode cheap to run after another: the environment stays."""
     return episode.suite, episode.task_id
-
-
-def run_missing(
-    policy: VLAPolicy,
-    log: EpisodeLog,
-    missing: list[LiberoEpisode],
-    make_env: Callable[[], LiberoTasks],
-    args: LiberoArguments,
-) -> list[EpisodeResult]:
-    """Run and write these episodes; returns those that crashed twice."""
-    filmed = {episode for episode in missing if episode.seed < args.num_videos}
-    with worker_pool(make_env, min(args.num_envs, len(missing))) as workers:
-        fps = protocol.CONTROL_FREQUENCY
-        return run_episodes(policy, log, workers, missing, filmed, fps, task_of)
 
 
 def suite_results(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -107,20 +99,15 @@ class StandStill:
         return np.zeros((len(observations), self.config.chunk_size, self.config.action_dim), np.float32)
 
 
-def benchmark_envs(
-    make_env: Callable[[], LiberoTasks], config: VLAConfig, episode: LiberoEpisode, num_envs: int
-) -> tuple[float, float]:
+def benchmark_envs(simulation: Simulation, num_envs: int) -> tuple[float, float]:
     """Steps per second of one environment, and of `num_envs` in parallel, rendering where a policy needs images.
 
     Starting, building and a first episode, in which libraries compile, are not counted.
     """
-    policy = StandStill(config)
-    with worker_pool(make_env, num_envs) as workers:
-        _steps_per_second(policy, workers, [episode] * num_envs)
-        return (
-            _steps_per_second(policy, workers[:1], [episode] * num_envs),
-            _steps_per_second(policy, workers, [episode] * num_envs),
-        )
+    policy, episodes = StandStill(simulation.config), [simulation.seeds[0]] * num_envs
+    with worker_pool(simulation.runs[0].make_env, num_envs) as workers:
+        _steps_per_second(policy, workers, episodes)
+        return _steps_per_second(policy, workers[:1], episodes), _steps_per_second(policy, workers, episodes)
 
 
 def _steps_per_second(policy: StandStill, workers: Sequence[EnvRunner], episodes: list[LiberoEpisode]) -> float:

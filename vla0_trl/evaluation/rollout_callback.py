@@ -9,7 +9,8 @@ import torch
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from vla0_trl.evaluation.rollout import Environment, rollout
+from vla0_trl.evaluation.env_runner import Environment, local_envs
+from vla0_trl.evaluation.rollout import rollout
 from vla0_trl.manifest import replace_folder
 from vla0_trl.policy.policy import VLAPolicy
 from vla0_trl.run_folder import BEST
@@ -18,8 +19,10 @@ from vla0_trl.run_folder import BEST
 ROLLOUT_SEED = 50_000
 
 
-def drive(trainer: SFTTrainer, envs: Sequence[Environment], seeds: Sequence[int]) -> tuple[float, float]:
-    """Let the model in training act, once per seed; closes the environments.
+def drive(
+    trainer: SFTTrainer, make_env: Callable[[], Environment], num_envs: int, seeds: Sequence[int]
+) -> tuple[float, float]:
+    """Let the model in training act, once per seed, in `num_envs` environments side by side.
 
     Returns:
         `tuple[float, float]`: success rate and mean of the largest coverage.
@@ -27,10 +30,9 @@ def drive(trainer: SFTTrainer, envs: Sequence[Environment], seeds: Sequence[int]
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     policy = VLAPolicy(model, trainer.processing_class, trainer.vla_config)
     try:
-        results = [episode.result for episode in rollout(policy, envs, seeds, progress=False)]
+        with local_envs(make_env, num_envs) as envs:
+            results = [episode.result for episode in rollout(policy, envs, seeds, progress=False)]
     finally:
-        for env in envs:
-            env.close()
         model.train()
     return tuple(sum(float(r[key]) for r in results) / len(results) for key in ("success", "max_coverage"))
 
@@ -55,8 +57,8 @@ class RolloutCallback(TrainerCallback):
             return
         score = (0.0, 0.0)
         if state.is_world_process_zero:
-            envs = [self.make_env() for _ in range(self.num_envs)]
-            score = drive(self.trainer, envs, range(ROLLOUT_SEED, ROLLOUT_SEED + args.rollout_episodes))
+            seeds = range(ROLLOUT_SEED, ROLLOUT_SEED + args.rollout_episodes)
+            score = drive(self.trainer, self.make_env, self.num_envs, seeds)
         names = ("rollout/success_rate", "rollout/mean_max_coverage")
         scores = self.trainer.accelerator.gather(torch.tensor([score], device=args.device))[0].tolist()
         self.trainer.log_beside_training(control, dict(zip(names, scores, strict=True)))

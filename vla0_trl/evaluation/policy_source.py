@@ -1,0 +1,77 @@
+"""The policy that an evaluation measures: a checkpoint's, or anything else that answers observations with chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from vla0_trl.config import VLAConfig
+from vla0_trl.evaluation.arguments import EvaluationArguments
+from vla0_trl.evaluation.env_runner import Seed
+from vla0_trl.evaluation.rollout import Policy
+from vla0_trl.manifest import trained_on
+from vla0_trl.models.fingerprint import checkpoint_hash
+from vla0_trl.models.loading import checkpoint_folder
+from vla0_trl.policy.policy import VLAPolicy, resolve_device
+
+
+class EvaluatedPolicy(Policy, Protocol):
+    """A policy that evaluations measure: [`VLAPolicy`], or anything else that answers like it."""
+
+    decoding: str  # how its answers come about, noted in each episode's line
+
+    def reset(self) -> None:
+        """Forget all earlier observations: a run begins. Episodes are told apart by an observation's `"episode"`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySource:
+    """A policy before it is loaded; it is loaded only if an episode is missing.
+
+    Attributes:
+        checkpoint (`str`), checkpoint_hash (`str`): which one, for every line of `episodes.jsonl`.
+        config ([`VLAConfig`]): what it observes and how its chunks are executed, unless flags say otherwise.
+        protocol (`dict`): what of its running may change results, such as `dtype`.
+        device (`str`): where it runs, for `results.json`.
+        trained_on (`set[Seed]`): the seeds that it has learnt from, as far as known.
+        load (`Callable`): gives the policy, which executes as the config that it is called with.
+    """
+
+    checkpoint: str
+    checkpoint_hash: str
+    config: VLAConfig
+    protocol: dict[str, Any]
+    device: str
+    trained_on: set[Seed]
+    load: Callable[[VLAConfig], EvaluatedPolicy]
+
+
+def checkpoint_policy(args: EvaluationArguments) -> PolicySource:
+    """The checkpoint that `args` name; `ValueError` if there is none, or the device or type is none."""
+    device, dtype = resolve_device(args.device, args.dtype)
+    folder = checkpoint_folder(args.model_name_or_path)
+
+    def load(config: VLAConfig) -> VLAPolicy:
+        policy = VLAPolicy.from_pretrained(folder, device, dtype, load_in_4bit=args.load_in_4bit)
+        policy.config = config
+        return policy
+
+    return PolicySource(
+        checkpoint=args.model_name_or_path,
+        checkpoint_hash=checkpoint_hash(folder),
+        config=VLAConfig.from_pretrained(folder),
+        protocol={
+            "dtype": str(dtype).removeprefix("torch."),
+            **({"load_in_4bit": True} if args.load_in_4bit else {}),
+        },
+        device=str(device),
+        trained_on=seeds_trained_on(folder),
+        load=load,
+    )
+
+
+def seeds_trained_on(checkpoint: Path) -> set[Seed]:
+    """The simulator's seeds that a checkpoint's training data were recorded on, as far as it knows them."""
+    return {tuple(seed) if isinstance(seed, list) else seed for seed in trained_on(checkpoint).get("seeds", ())}
