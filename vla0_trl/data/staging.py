@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
-import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +20,7 @@ from tqdm import tqdm
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import RAW_SCHEMA
 from vla0_trl.data.episodes import EpisodeError, ImageFormat, Source, raw_rows
-from vla0_trl.stopping import blocked_in_workers
+from vla0_trl.process_pool import ProcessPool
 
 MAX_RUN = 16  # episodes that a process reads in a row
 # Frames are compressed already, and all of it is deleted in the end.
@@ -50,7 +47,7 @@ def parquet_writer(path: Path, schema: pa.Schema, **options: Any) -> Iterator[pq
     try:
         yield writer
         writer.close()
-    except BaseException:
+    except BaseException:  # Ctrl-C, too, must leave no file with a valid footer
         with suppress(OSError):  # of a disk that is still full
             writer.close()
         path.unlink(missing_ok=True)
@@ -146,47 +143,24 @@ def _stage_in_parallel(staging: Staging, missing: list[int], num_proc: int, prog
     # row, few enough to keep all of them busy until the end.
     length = min(MAX_RUN, -(-len(missing) // (4 * num_proc)))
     runs = [missing[start : start + length] for start in range(0, len(missing), length)]
-    # "spawn", because forking copies whatever threads and locks zarr, torch or a GL context hold at that moment.
-    others = set(multiprocessing.active_children())
-    executor = ProcessPoolExecutor(
-        max_workers=min(num_proc, len(missing)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(staging,),
-    )
     try:
-        with blocked_in_workers():
-            futures = [executor.submit(_stage_in_worker, run) for run in runs]
-        for future in as_completed(futures):
-            progress.update(future.result())
-    except BaseException as error:
-        # An episode can take a minute; what it has written so far is not under a final name. And an executor that
-        # loses a process while it is starting the next one would wait for that one for ever (CPython 3.11).
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.kill()
-        if isinstance(error, BrokenProcessPool):
-            raise ConversionError(
-                "a worker process died, out of memory perhaps: run the same command again with a smaller --num_proc; "
-                f"finished episodes are kept in {staging.folder}"
-            ) from error
-        raise
-    finally:
-        executor.shutdown(cancel_futures=True)
+        with ProcessPool(min(num_proc, len(missing)), _take_staging, staging) as pool:
+            futures = [pool.submit(_stage_in_worker, run) for run in runs]
+            for future in as_completed(futures):
+                progress.update(future.result())
+    except BrokenProcessPool as error:
+        raise ConversionError(
+            "a worker process died, out of memory perhaps: run the same command again with a smaller --num_proc; "
+            f"finished episodes are kept in {staging.folder}"
+        ) from error
 
 
 _worker_staging: Staging
 
 
-def _start_worker(staging: Staging) -> None:
+def _take_staging(staging: Staging) -> None:
     global _worker_staging
     _worker_staging = staging
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """A killed parent leaves workers that wait for work for ever."""
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
 
 
 def _stage_in_worker(run: list[int]) -> int:

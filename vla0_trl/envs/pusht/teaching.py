@@ -13,15 +13,10 @@ All of it is in one folder and goes on where it was stopped:
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +27,7 @@ from vla0_trl.envs.pusht.driving import StateEpisode, drive, record_states, reco
 from vla0_trl.envs.pusht.fitting import FitSettings, TeacherData, TeacherFit
 from vla0_trl.envs.pusht.teacher import PushTTeacher, through_waypoints
 from vla0_trl.files import write_whole
-from vla0_trl.stopping import blocked_in_workers
+from vla0_trl.process_pool import ProcessPool
 
 SEEDS_PER_FILE = 50
 # Seeds of episodes, so that none is in two of them; the fit's own seed times SEED_STRIDE is added to the first two.
@@ -156,7 +151,7 @@ def load_episodes(path: Path) -> list[StateEpisode]:
 
 
 # a function of one argument, arguments, what is done -> the results in order, with a progress bar
-_RunEach = Callable[[Callable, Iterable, str], Iterator]
+_RunEach = Callable[[Callable, Sequence, str], Iterator]
 
 
 def _expert_episodes(folder: Path, settings: TeachSettings, run_each: _RunEach) -> list[StateEpisode]:
@@ -226,29 +221,12 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
 @contextmanager
 def _each_in_parallel(num_proc: int) -> Iterator[_RunEach]:
     """Processes to run functions in; with one, this one."""
-    if num_proc == 1:
-        yield lambda function, arguments, name: map(function, tqdm(arguments, desc=name, unit="episode", leave=False))
-        return
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(num_proc, context, initializer=_exit_with_parent)
 
-    def run_each(function: Callable, arguments: Iterable, name: str) -> Iterator:
-        arguments = list(arguments)
-        with blocked_in_workers():
-            results = executor.map(function, arguments)
+    def shown(results: Iterator, arguments: Sequence, name: str) -> Iterator:
         return tqdm(results, name, len(arguments), unit="episode", leave=False)
 
-    try:
-        yield run_each
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)
-
-
-def _exit_with_parent() -> None:
-    """In a worker process: end when the parent has been killed, instead of waiting for work for ever."""
-
-    def end() -> None:
-        wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end, daemon=True).start()
+    if num_proc == 1:
+        yield lambda function, arguments, name: shown(map(function, arguments), arguments, name)
+        return
+    with ProcessPool(num_proc) as pool:
+        yield lambda function, arguments, name: shown(pool.map(function, arguments), arguments, name)
