@@ -18,7 +18,7 @@ FLOORS = [
     {"root"},  # config.py, actions.py, and what else lies in vla0_trl/ itself
     {"processing", "models", "envs"},
     {"data", "policy"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "serving"},
     {"benchmarks"},
     {"check"},  # tries a part of every room, each in a process of its own
 ]

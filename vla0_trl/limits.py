@@ -13,11 +13,12 @@ _NAMES = {
         pad_to_multiple_of dataloader_prefetch_factor max_steps
         num_episodes num_envs num_proc max_episodes_per_task episodes_per_task num_episodes_per_task num_frames
         batch_size batch_sizes rows steps turns chunks dagger_episodes
+        max_batch max_mb max_connections
     """,
     _MAYBE_NONE: """
         num_eval_episodes rollout_steps probe_steps dagger_steps dataloader_num_workers warmup_steps eval_delay
         eval_accumulation_steps torch_empty_cache_steps ddp_timeout num_videos first_init_state warmup jitter
-        num_workers
+        num_workers window_ms
     """,
     _SHARE: """
         mask_max mask_skip mask_full label_smoothing_factor adam_beta1 adam_beta2 lora_dropout crop_ratio

@@ -1,0 +1,129 @@
+"""Which keys a robot's messages have, and how they become observations of the checkpoint. Nothing is guessed.
+
+A layout is data: it names the keys of pictures, state and instruction. openpi's example clients (LIBERO, DROID, ALOHA)
+have one each; a YAML file with the fields of [`Layout`] makes another. What a message lacks, and keys that nobody
+knows, are an error that names both sides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vla0_trl.schema import Kind, between, boolean, items, mapping, mistakes, one_line, optional
+from vla0_trl.serving.codec import one_line as shortened
+
+MAX_LAYOUT_BYTES = 1 << 20
+CAMERA = "{camera}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The keys of one robot's messages. `a/b` is the key "a/b", or "b" in the map "a".
+
+    Args:
+        images (`dict[str, list[str]]` or `str`): key -> the names that this camera may have in a checkpoint; or one
+            key for any camera, such as "observation/{camera}".
+        state (`list[str]`): keys whose numbers, joined in this order, are the state.
+        task (`str`), default_task (`str`, *optional*): the instruction's key; what counts where it is absent.
+        chunk_size (`int`, *optional*): actions that the client executes of each reply, which gets that many.
+        needs_units (`bool`): the joints may be in degrees or in −100…100, and server and requests must say which.
+        state_names, action_names (`list[str]`, *optional*): of each dimension, for the metadata.
+    """
+
+    images: dict[str, list[str]] | str
+    state: list[str] = field(default_factory=list)
+    task: str = "prompt"
+    default_task: str | None = None
+    chunk_size: int | None = None
+    needs_units: bool = False
+    state_names: list[str] | None = None
+    action_names: list[str] | None = None
+
+
+_SERVOS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
+_JOINTS = [f"{servo}.pos" for servo in _SERVOS]
+_POSE = ["x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z"]
+LAYOUTS = {
+    "plain": Layout(f"observation/{CAMERA}", ["observation/state"]),
+    # openpi: examples/libero/main.py; the camera at the wrist is called image2 in HuggingFaceVLA/libero
+    "libero": Layout(
+        {"observation/image": ["image"], "observation/wrist_image": ["wrist_image", "image2"]},
+        ["observation/state"],
+        state_names=[*_POSE, "finger_left", "finger_right"],
+        action_names=[*(f"delta_{name}" for name in _POSE), "gripper"],
+    ),
+    # the keys of LIBERO's client, as openpi's issue tracker recommends for robots of one's own
+    "pusht": Layout(
+        {"observation/image": ["image"]},
+        ["observation/state"],
+        default_task="Push the T-shaped block onto the T-shaped target.",
+    ),
+    # openpi: examples/droid/main.py, which asserts chunks of shape (10, 8)
+    "droid": Layout(
+        {
+            "observation/exterior_image_1_left": ["exterior_image_1_left", "exterior_1_left", "image"],
+            "observation/wrist_image_left": ["wrist_image_left", "wrist_left", "wrist_image"],
+        },
+        ["observation/joint_position", "observation/gripper_position"],
+        chunk_size=10,
+        state_names=[*(f"joint_{n}" for n in range(7)), "gripper"],
+    ),
+    # openpi: examples/aloha_real, which sends no prompt, and aloha_sim; its broker executes 25 actions
+    "aloha": Layout(
+        {f"images/cam_{name}": [f"cam_{name}"] for name in ("high", "low", "left_wrist", "right_wrist")},
+        ["state"],
+        chunk_size=25,
+    ),
+    # LeRobot's SO-100 and SO-101: what robot.get_observation() gives
+    "so100": Layout(CAMERA, _JOINTS, needs_units=True, state_names=_JOINTS, action_names=_JOINTS),
+}
+
+
+def load_layout(name: str) -> Layout:
+    """One of `LAYOUTS`, or that of a YAML file.
+
+    Raises:
+        ValueError: no such layout or file, or the file's fields are not those of [`Layout`]; one line each.
+    """
+    if name in LAYOUTS:
+        return LAYOUTS[name]
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        raise ValueError(f"--layout {name} is no file, and none of {', '.join(LAYOUTS)}: name one, or a FILE.yaml")
+    if path.stat().st_size > MAX_LAYOUT_BYTES:
+        raise ValueError(f"{path}: has {path.stat().st_size} bytes: is it a layout?")
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is no YAML: {shortened(str(error))}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must hold fields such as images, state and task")
+    known = [f.name for f in fields(Layout)]
+    lines = [f"{key!r} is no field of a layout, which has {', '.join(known)}" for key in found if key not in known]
+    lines += mistakes(found, {"images": _images} | {key: kind for key, kind in _KINDS.items() if key in found})
+    if lines:
+        raise ValueError("\n".join(f"{path}: {line}" for line in lines))
+    return Layout(**found | {"images": _images(found["images"])})
+
+
+def _images(value: Any) -> dict[str, list[str]] | str:
+    if isinstance(value, str):
+        if value.count(CAMERA) != 1 or not value.isprintable():
+            raise ValueError(f"one key with {CAMERA} in it, or a map of key to camera names")
+        return value
+    names = {one_line(key): [name] if isinstance(name, str) else name for key, name in mapping(value).items()}
+    return {key: items(one_line, 1, 16)(cameras) for key, cameras in names.items()}
+
+
+_KINDS: dict[str, Kind] = {
+    "state": items(one_line, 0, 256),
+    "task": one_line,
+    "default_task": optional(one_line),
+    "chunk_size": optional(between(1, 1000)),
+    "needs_units": boolean,
+    **dict.fromkeys(("state_names", "action_names"), optional(items(one_line, 1, 4096))),
+}

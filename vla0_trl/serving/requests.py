@@ -1,0 +1,232 @@
+"""Messages become requests: what a robot sends is checked against its layout and the checkpoint, key by key."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vla0_trl.config import VLAConfig
+from vla0_trl.policy.observation import Observation, check_observation
+from vla0_trl.serving.codec import one_line
+from vla0_trl.serving.layouts import CAMERA, Layout
+
+MAX_PIXELS = 16 << 20  # of a compressed picture, before it is decoded
+MAX_DEPTH = 4  # of maps in maps
+DEGREES, NORMALIZED = "degrees", "normalized"  # what LeRobot records of a servo's joints: `use_degrees`, or −100…100
+UNITS = (DEGREES, NORMALIZED)
+LARGEST_NORMALIZED = 100.5  # a calibrated joint that is pushed a little beyond its stops
+# What any request may carry beside its layout's keys.
+OPTIONS = ("episode", "prefix", "units", "deadline_s")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One message, read: an observation of the policy's contract, and what was asked for beside it.
+
+    Attributes:
+        episode: the client's name of its episode, if it gave one.
+        prefix: float32 (d, action_dim), actions that the robot executes meanwhile; None without.
+        deadline_s: after how many seconds the answer is of no use; None: never.
+    """
+
+    observation: Observation
+    episode: str | int | None = None
+    prefix: np.ndarray | None = None
+    deadline_s: float | None = None
+
+
+class RequestReader:
+    """Messages of one layout -> requests to one checkpoint.
+
+    Args:
+        layout ([`Layout`]), config ([`VLAConfig`]): the two sides.
+        units (`str`, *optional*): what the checkpoint's joints are in, where the layout needs it: one of `UNITS`.
+
+    Attributes:
+        cameras (`dict[str, str]`): the checkpoint's camera -> its key in a message.
+
+    Raises:
+        ValueError: the two don't fit; names both.
+    """
+
+    def __init__(self, layout: Layout, config: VLAConfig, units: str | None = None):
+        self.layout, self.config, self.units = layout, config, units
+        if isinstance(layout.images, str):
+            self.cameras = {camera: layout.images.replace(CAMERA, camera) for camera in config.cameras}
+            known = self.cameras.values()
+        else:
+            names = {name: key for key, cameras in layout.images.items() for name in cameras}
+            absent = [camera for camera in config.cameras if camera not in names]
+            if absent:
+                raise ValueError(
+                    f"the checkpoint sees cameras {config.cameras}, the layout has {layout.images}: name the key of "
+                    f"{', '.join(absent)} in a layout file"
+                )
+            self.cameras = {camera: names[camera] for camera in config.cameras}
+            known = layout.images
+        self.known = {*known, *layout.state, layout.task}
+        if layout.chunk_size is not None and layout.chunk_size > config.chunk_size:
+            raise ValueError(
+                f"the layout's robot executes {layout.chunk_size} actions of each reply, the checkpoint predicts "
+                f"chunk_size={config.chunk_size}: serve another checkpoint, or a layout file with another chunk_size"
+            )
+        self._check_dimensions()
+        self._check_units()
+
+    def read(self, message: Any) -> Request:
+        """The request in a message.
+
+        Raises:
+            ValueError: keys are absent or unknown, or a value is not what it must be; one line.
+        """
+        if not isinstance(message, dict):
+            raise ValueError(f"a request is a map of {sorted(self.known)}, not {type(message).__name__}")
+        found = dict(_leaves(message))
+        options = {key: found.pop(key) for key in OPTIONS if key in found and key not in self.known}
+        needed = {*self.cameras.values(), *(self.layout.state if self._reads_state else ())}
+        if self.layout.default_task is None:
+            needed.add(self.layout.task)
+        absent, unknown = sorted(needed - found.keys()), sorted(found.keys() - self.known)
+        if absent or unknown:
+            parts = [f"lacks {absent}"] * bool(absent) + [f"has unknown keys {unknown}"] * bool(unknown)
+            raise ValueError(one_line(f"the request {' and '.join(parts)}; this server takes {sorted(self.known)}"))
+        observation = {
+            "images": {camera: _picture(found[key], key) for camera, key in self.cameras.items()},
+            "state": self._state(found) if self._reads_state else None,
+            "task": found.get(self.layout.task, self.layout.default_task),
+        }
+        self._check_request_units(options.get("units"), observation["state"])
+        return Request(check_observation(observation, self.config), *self._options(options))
+
+    def example(self) -> dict[str, Any]:
+        """A message that this reads, of noise."""
+        rng, side = np.random.default_rng(0), max(64, self.config.image_size)
+        message: dict[str, Any] = {
+            key: rng.integers(0, 256, (side, side, 3), np.uint8) for key in self.cameras.values()
+        }
+        if self._reads_state:
+            stats = self.config.state_stats or self.config.action_stats
+            state = np.resize(np.asarray(stats.mean, np.float64), self.config.state_dim)
+            first, rest = self.layout.state[:-1], self.layout.state[-1]
+            message |= {key: state[place : place + 1] for place, key in enumerate(first)}
+            message[rest] = state[len(first) :]
+        if self.layout.needs_units:
+            message["units"] = self.units
+        return message | {self.layout.task: self.layout.default_task or "Do the task."}
+
+    def describe(self) -> dict[str, Any]:
+        """What a client should know: for the server's first message."""
+        layout = {key: value for key, value in asdict(self.layout).items() if key in ("state", "task", "default_task")}
+        names = {"state_names": self.layout.state_names, "action_names": self.layout.action_names}
+        return {"cameras": self.cameras, "units": self.units, "options": list(OPTIONS)} | layout | names
+
+    @property
+    def _reads_state(self) -> bool:
+        return self.config.use_state or self.config.relative_actions
+
+    def _state(self, found: dict[str, Any]) -> np.ndarray:
+        parts = [np.asarray(found[key]) for key in self.layout.state]
+        for key, part in zip(self.layout.state, parts, strict=True):
+            if part.dtype.kind not in "iuf" or part.ndim > 1:
+                raise ValueError(f"{key} must be a number or a vector of numbers, got {part.dtype} of {part.shape}")
+        state = np.concatenate([part.reshape(-1) for part in parts])
+        if len(state) != self.config.state_dim:
+            sizes = " + ".join(f"{key} {part.size}" for key, part in zip(self.layout.state, parts, strict=True))
+            raise ValueError(
+                f"the state has {len(state)} numbers ({sizes}), the checkpoint reads {self.config.state_dim}"
+            )
+        return state
+
+    def _options(self, options: dict[str, Any]) -> tuple[str | int | None, np.ndarray | None, float | None]:
+        episode, prefix, deadline = (options.get(key) for key in ("episode", "prefix", "deadline_s"))
+        if isinstance(episode, np.integer):
+            episode = int(episode)
+        if not isinstance(episode, str | int | None) or len(str(episode)) > 200:
+            raise ValueError("'episode' must be a short text or a whole number")
+        if prefix is not None and (not isinstance(prefix, np.ndarray) or prefix.dtype.kind not in "iuf"):
+            raise ValueError(f"'prefix' must be an array of (d, {self.config.action_dim}) actions")
+        if deadline is not None and not (isinstance(deadline, int | float | np.number) and 0 < deadline < 86_400):
+            raise ValueError("'deadline_s' must be a number of seconds above 0")
+        return episode, prefix, None if deadline is None else float(deadline)
+
+    def _check_dimensions(self) -> None:
+        if self._reads_state and not self.layout.state:
+            raise ValueError("the checkpoint reads the state, and the layout names no key of it: set state")
+        for names, size, what in (
+            (self.layout.state_names, self.config.state_dim, "state"),
+            (self.layout.action_names, self.config.action_dim, "action"),
+        ):
+            if names is not None and (self._reads_state or what == "action") and len(names) != size:
+                raise ValueError(
+                    f"the layout's {what} is {names}, the checkpoint's {what}_dim is {size}: not this robot"
+                )
+
+    def _check_units(self) -> None:
+        if not self.layout.needs_units:
+            if self.units is not None:
+                raise ValueError(f"--units {self.units} would do nothing: this layout's units are fixed")
+            return
+        if self.units not in UNITS:
+            raise ValueError(
+                f"--units must say what the checkpoint's joints were recorded in: {DEGREES} (LeRobot's default since "
+                f"0.4.4) or {NORMALIZED} (−100…100); one taken for the other moves an arm wrongly"
+            )
+        for what, stats in (("state", self.config.state_stats), ("action", self.config.action_stats)):
+            if (
+                self.units == NORMALIZED
+                and stats is not None
+                and not (what == "action" and self.config.relative_actions)
+            ):
+                largest = max(map(abs, [*stats.min, *stats.max]))
+                if largest > LARGEST_NORMALIZED:
+                    raise ValueError(
+                        f"--units {NORMALIZED}, but the checkpoint's {what} reaches {largest:g}: degrees?"
+                    )
+
+    def _check_request_units(self, units: Any, state: np.ndarray | None) -> None:
+        if not self.layout.needs_units:
+            if units is not None:
+                raise ValueError("'units' would do nothing: this layout's units are fixed")
+            return
+        if units != self.units:
+            said = "does not say 'units'" if units is None else f"has units {one_line(repr(units), 40)}"
+            raise ValueError(f"the request {said}, the checkpoint's are {self.units!r}: convert, or say so")
+        if units == NORMALIZED and state is not None and np.abs(state).max() > LARGEST_NORMALIZED:
+            raise ValueError(f"the state reaches {np.abs(state).max():g}, beyond −100…100: is it in degrees?")
+
+
+def _leaves(message: dict, before: str = "", depth: int = 1) -> Iterator[tuple[str, Any]]:
+    """`a/b` and value of everything that is no map."""
+    for key, value in message.items():
+        if not isinstance(key, str):
+            raise ValueError(f"the request has a key that is {type(key).__name__}, not text")
+        if isinstance(value, dict):
+            if depth == MAX_DEPTH:
+                raise ValueError(f"the request has more than {MAX_DEPTH} maps in each other")
+            yield from _leaves(value, f"{before}{key}/", depth + 1)
+        else:
+            yield before + key, value
+
+
+def _picture(value: Any, key: str) -> Any:
+    """An array as it is; bytes are a JPEG or PNG."""
+    if not isinstance(value, bytes):
+        if not isinstance(value, np.ndarray):
+            raise ValueError(
+                f"{key} must be an array (H, W, 3), or a JPEG or PNG as bytes, not {type(value).__name__}"
+            )
+        return value
+    try:
+        image = Image.open(io.BytesIO(value), formats=("JPEG", "PNG"))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"it has {image.width} × {image.height} pixels, at most {MAX_PIXELS} are read")
+        image.load()
+    # Image.DecompressionBombError is no ValueError, SyntaxError is what Pillow says of a broken PNG.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{key} is no JPEG or PNG that can be read: {one_line(str(error), 200)}") from error
+    return image
