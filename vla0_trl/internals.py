@@ -2,7 +2,8 @@
 
 Beside their public classes and arguments, our code relies on the following. None of it is promised to stay:
 
-decoding (`policy/speculative/`), compared with stock `generate()` on each model's first chunk
+decoding (`policy/speculative/`), compared with stock `generate()` on each model's first chunk; parallel decoding with
+one plain forward pass, whose `logits_to_keep` we set
 - `generate(custom_generate=f)`: hands prompts, prepared inputs and generation config to `f`; takes more arguments (our
   `drafts`) from the signature of `f`;
 - a `Cache` of our own (`SlotCache`): attention layers call `update(keys, values, layer_idx)` and attend to what that
@@ -33,7 +34,7 @@ import warnings
 from importlib.metadata import version
 
 # Which way ran, in results, benchmarks and logs.
-FAST, STOCK = "fast", "stock"
+FAST, STOCK, PARALLEL = "fast", "stock", "parallel"
 
 
 class FallbackWarning(UserWarning):

@@ -13,7 +13,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Logits
 from vla0_trl import VLAPolicy
 from vla0_trl.policy.grammar import ActionGrammar, ActionGrammarLogitsProcessor
 from vla0_trl.policy.speculative import decoder as decoding
-from vla0_trl.policy.speculative.decoder import ChunkDecoder, DecodingOptions
+from vla0_trl.policy.speculative.decoder import ChunkDecoder
+from vla0_trl.policy.speculative.options import DecodingOptions
 from vla0_trl.policy.speculative.tree_forward import PassToken, TreeForward
 
 OPTIONS = {

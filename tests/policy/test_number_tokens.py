@@ -11,7 +11,8 @@ from vla0_trl.models.loading import set_image_size
 from vla0_trl.models.nano import NanoConfig, build_nano
 from vla0_trl.policy.grammar import ActionGrammarLogitsProcessor
 from vla0_trl.policy.speculative import decoder as decoding
-from vla0_trl.policy.speculative.decoder import ChunkDecoder, DecodingOptions
+from vla0_trl.policy.speculative.decoder import ChunkDecoder
+from vla0_trl.policy.speculative.options import DecodingOptions
 
 STEPS = {"all steps": None, "waypoints": [0, 2]}
 

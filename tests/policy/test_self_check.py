@@ -12,7 +12,7 @@ from transformers import Cache, LlamaModel
 from vla0_trl import VLAPolicy
 from vla0_trl.internals import FallbackWarning
 from vla0_trl.models.nano import NanoConfig, build_nano
-from vla0_trl.policy.speculative.decoder import DecodingOptions
+from vla0_trl.policy.speculative.options import DecodingOptions
 from vla0_trl.policy.speculative.self_check import SelfCheckError
 from vla0_trl.policy.speculative.tree_forward import TreeForward, cache_parameter
 
@@ -167,3 +167,31 @@ def test_a_users_mistake_stays_one(example_config):
     with pytest.raises(ValueError, match="2 dimensions"):
         policy.predict_action_chunk([{**observations(1)[0], "state": np.zeros(3)}])
     assert policy.decoding == "fast"
+
+
+def test_parallel_decoding_is_compared_with_plain_forward_passes(example_config, monkeypatch):
+    policy, batch = build(example_config, mode="parallel"), observations(3)
+    right = policy.predict_action_chunk(batch)
+    assert policy.decoding == "parallel" and policy.decoder.stats.passes <= 4
+    exact = VLAPolicy(policy.model, policy.processor, policy.config, DecodingOptions(check="raise"))
+    assert np.array_equal(exact.predict_action_chunk(batch), stock(example_config, batch))
+    step = TreeForward.step
+    monkeypatch.setattr(TreeForward, "step", lambda self, tokens: step(self, tokens)[:, ::-1])
+    assert not np.array_equal(policy.predict_action_chunk(batch), right)  # it is compared once
+    broken = build(example_config, mode="parallel")
+    with pytest.warns(
+        FallbackWarning, match=r"parallel decoding of Smol.*: it read \d+ as number 5 of row \d, where a"
+    ):
+        chunks = broken.predict_action_chunk(batch)
+    assert broken.decoding == "stock" and np.array_equal(chunks, stock(example_config, batch))
+
+
+def test_stock_decoding_can_be_asked_for_and_rounds_need_parallel_decoding(example_config):
+    policy = build(example_config, mode="stock")
+    assert policy.decoding == "stock"
+    assert np.array_equal(policy.predict_action_chunk(observations(2)), stock(example_config, observations(2)))
+    assert policy.decoder.stats.chunks == 0
+    with pytest.raises(ValueError, match=r"refine=1 with exact decoding: .* only parallel decoding has any"):
+        DecodingOptions(refine=1)
+    with pytest.raises(ValueError, match="mode='fast' is none of exact, parallel, stock"):
+        DecodingOptions(mode="fast")

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from vla0_trl.command_line import option
-from vla0_trl.config import ENSEMBLE_WEIGHTS
+from vla0_trl.config import ENSEMBLE_WEIGHTS, VLAConfig
 from vla0_trl.envs.libero import protocol
 from vla0_trl.envs.libero.perturb import NAMES
+from vla0_trl.policy.speculative.options import EXACT, MODES, DecodingOptions
 
 DTYPES = ("bfloat16", "float32")
 
@@ -46,6 +47,15 @@ class EvaluationArguments(ModelArguments):
         "instead: a plain mean; or VLA-0's released weights: 0.5 for all but the newest (v1), 0.5^age (v2)",
         choices=ENSEMBLE_WEIGHTS,
     )
+    decoding: str = option(
+        EXACT,
+        "exact: greedy decoding; stock: the same, slowly; parallel: each number without seeing the others, in the "
+        "fewest passes (default: %(default)s)",
+        choices=MODES,
+    )
+    refine: int = option(
+        0, "with --decoding parallel: rounds that ask the least certain numbers again (default: %(default)s)"
+    )
     max_steps: int | None = option(None, "time limit of an episode (default: the protocol's)")
     num_videos: int = option(
         1, "film the first N episodes, in LIBERO of each task (default: %(default)s)", metavar="N"
@@ -62,6 +72,12 @@ class EvaluationArguments(ModelArguments):
         if self.output_dir is None:
             name = self.model_name_or_path.strip("./").replace("/", "_") or "checkpoint"
             self.output_dir = Path("runs", "eval", name)
+
+    def decoding_options(self, config: VLAConfig) -> DecodingOptions:
+        """`ValueError` where the flags disagree with each other or with the config."""
+        options = DecodingOptions(mode=self.decoding, refine=self.refine)
+        options.check_rounds(config.num_values)
+        return options
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,7 @@ from vla0_trl.config import VLAConfig
 from vla0_trl.evaluation.arguments import EvaluationArguments
 from vla0_trl.evaluation.env_runner import Seed
 from vla0_trl.evaluation.rollout import Policy
+from vla0_trl.internals import PARALLEL
 from vla0_trl.manifest import trained_on
 from vla0_trl.models.fingerprint import checkpoint_hash
 from vla0_trl.models.loading import checkpoint_folder
@@ -52,19 +53,23 @@ def checkpoint_policy(args: EvaluationArguments) -> PolicySource:
     """The checkpoint that `args` name; `ValueError` if there is none, or the device or type is none."""
     device, dtype = resolve_device(args.device, args.dtype)
     folder = checkpoint_folder(args.model_name_or_path)
+    config = VLAConfig.from_pretrained(folder)
+    decoding = args.decoding_options(config)
 
     def load(config: VLAConfig) -> VLAPolicy:
-        policy = VLAPolicy.from_pretrained(folder, device, dtype, load_in_4bit=args.load_in_4bit)
+        policy = VLAPolicy.from_pretrained(folder, device, dtype, load_in_4bit=args.load_in_4bit, decoding=decoding)
         policy.config = config
         return policy
 
     return PolicySource(
         checkpoint=args.model_name_or_path,
         checkpoint_hash=checkpoint_hash(folder),
-        config=VLAConfig.from_pretrained(folder),
+        config=config,
         protocol={
             "dtype": str(dtype).removeprefix("torch."),
             **({"load_in_4bit": True} if args.load_in_4bit else {}),
+            # Exact and stock decoding write the same answers: either may go on with the other's run.
+            **({"decoding": PARALLEL, "refine": args.refine} if args.decoding == PARALLEL else {}),
         },
         device=str(device),
         trained_on=seeds_trained_on(folder),

@@ -14,11 +14,14 @@ from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, 
 
 from vla0_trl.actions import parse_integers, relative_reference
 from vla0_trl.config import VLAConfig
+from vla0_trl.internals import PARALLEL
 from vla0_trl.models.loading import checkpoint_folder, load_model, load_processor
 from vla0_trl.policy.execution import ChunkExecutor
 from vla0_trl.policy.grammar import ActionGrammar
 from vla0_trl.policy.observation import Observation, check_observation
-from vla0_trl.policy.speculative.decoder import ChunkDecoder, DecodingOptions
+from vla0_trl.policy.speculative.decoder import ChunkDecoder
+from vla0_trl.policy.speculative.options import DecodingOptions
+from vla0_trl.policy.speculative.parallel import ParallelReader
 from vla0_trl.policy.speculative.self_check import decode, way_of_decoding
 from vla0_trl.processing.chat_tokenizer import ChatTokenizer
 from vla0_trl.processing.images import crop, model_inputs, stack_cameras
@@ -47,7 +50,7 @@ class VLAPolicy:
         model: a backbone, full or with adapter; its own generation_config is replaced: evaluation is greedy.
         processor: made by [`models.loading.load_processor`].
         config ([`VLAConfig`]): with statistics.
-        decoding ([`DecodingOptions`], *optional*): which methods of fast decoding to use, and how to check it.
+        decoding ([`DecodingOptions`], *optional*): exact or parallel, by which methods, and how to check it.
 
     Attributes:
         decoder ([`ChunkDecoder`] or `None`): set to None to decode with stock `generate()` and a logits processor.
@@ -72,7 +75,14 @@ class VLAPolicy:
         before_image = (prompt[: prompt.index(self.chat_tokenizer.image_token_id)] for prompt in prompts)
         shared = takewhile(lambda pair: pair[0] == pair[1], zip(*before_image, strict=False))
         prefix = [token for token, _ in shared]
-        self.decoder: ChunkDecoder | None = ChunkDecoder(self.grammar, decoding, prefix, config.action_dim)
+        decoding = decoding or DecodingOptions()
+        try:
+            reader = ParallelReader(self.chat_tokenizer, self.grammar)
+        except ValueError:
+            if decoding.mode == PARALLEL:
+                raise
+            reader = None  # exact decoding does without: no drafts of its own
+        self.decoder: ChunkDecoder | None = ChunkDecoder(self.grammar, decoding, prefix, config.action_dim, reader)
         # A checkpoint's own sampling, penalties or lengths must not affect evaluation, and generate() fills
         # unset fields from the model's own generation_config.
         self.generation_config = GenerationConfig(
@@ -93,6 +103,7 @@ class VLAPolicy:
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
         load_in_4bit: bool = False,
+        decoding: DecodingOptions | None = None,
     ) -> VLAPolicy:
         """Load a checkpoint, full or adapter, from a folder or the Hub; it needs nothing else.
 
@@ -101,6 +112,7 @@ class VLAPolicy:
             load_in_4bit: keep the linear layers' weights as NF4 (QLoRA, Dettmers et al. 2023), with bitsandbytes:
                 a quarter of bfloat16's memory and, where reading weights is what takes the time, faster. Another
                 model, strictly: evaluate it as such.
+            decoding ([`DecodingOptions`], *optional*): exact by default.
         """
         folder = checkpoint_folder(name_or_path, revision)
         device, dtype = resolve_device(device, dtype)
@@ -111,7 +123,7 @@ class VLAPolicy:
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
             )
         model = load_model(folder, dtype=dtype, quantization_config=quantization).to(device)
-        return cls(model.eval().requires_grad_(False), load_processor(folder, config), config)
+        return cls(model.eval().requires_grad_(False), load_processor(folder, config), config, decoding)
 
     @property
     def config(self) -> VLAConfig:

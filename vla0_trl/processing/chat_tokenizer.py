@@ -141,11 +141,11 @@ class ChatTokenizer:
         ids: list[int] = []
         labels: list[int] = []
         for position, number in enumerate(integers):
-            spelled = self._numbers if position else self._first
+            spelled = self.spellings(position)
             if hidden is not None and hidden[position]:
-                space = self._space if position or self.prefix else []
-                ids += [*space, self.mask_id]
-                labels += spelled[targets[position]] if keep_labels else [*space, IGNORED]
+                placeholder = self.placeholder(position)
+                ids += placeholder
+                labels += spelled[targets[position]] if keep_labels else [*placeholder[:-1], IGNORED]
             else:
                 ids += spelled[number]
                 labels += spelled[targets[position]]
@@ -153,7 +153,15 @@ class ChatTokenizer:
 
     def encode_beginning(self, integers: Sequence[int] | np.ndarray) -> list[int]:
         """Ids of an answer's first numbers, (n,) in 0…num_bins, spelled as by `encode_answer`; nothing of the next."""
-        return [t for place, number in enumerate(integers) for t in (self._numbers if place else self._first)[number]]
+        return [t for place, number in enumerate(integers) for t in self.spellings(place)[number]]
+
+    def spellings(self, position: int) -> list[list[int]]:
+        """Ids of each number 0…num_bins at this place of an answer, with what separates it from the one before."""
+        return self._numbers if position else self._first
+
+    def placeholder(self, position: int) -> list[int]:
+        """Ids that stand at this place of an answer where its number is hidden."""
+        return [*(self._space if position or self.prefix else []), self.mask_id]
 
     @property
     def can_keep_labels(self) -> bool:

@@ -1,4 +1,5 @@
 """Greedy decoding of action text in fewer forward passes, with the same tokens as stock `generate()`.
 
-Read `decoder.py` first (the loop), then `draft_state.py` (what is guessed) and `tree_forward.py` (one forward pass).
+Read `decoder.py` first (the loop), then `draft_state.py` (what is guessed), `tree_forward.py` (one forward pass) and
+`parallel.py` (all numbers at once: a draft, or an answer of its own).
 """

@@ -1,6 +1,6 @@
 """Decoding of action chunks under `generate()`: the tokens of greedy decoding under the grammar, in fewer passes.
 
-Answers have a known form. Four methods use it, none of them changes a token, and each can be switched off:
+Answers have a known form. Five methods use it, none of them changes a token, and each can be switched off:
 
 - *forced tokens*: a token without alternative needs no pass (a space after a number of full width);
 - *small head*: logits only for the dozen tokens that the grammar ever allows, not for 49k to 152k;
@@ -9,6 +9,9 @@ Answers have a known form. Four methods use it, none of them changes a token, an
 - *drafts*: a guess of the whole answer is read in one pass, with the prompt, and its correct first part becomes the
   answer's. A row that left its draft rejoins it at the next number. Without a draft, a step is guessed to equal the
   step before it. (Speculative decoding, Leviathan et al. 2023; from the text itself: prompt lookup, Saxena 2023.)
+- *own drafts*: the draft is the model's own answer with all numbers hidden from each other, see [`parallel`].
+
+With `mode="parallel"` that answer is taken as it is: other tokens, in the fewest passes.
 
 Exact means: each token is the argmax over what the grammar allows, of logits that are mathematically those of stock
 greedy decoding. In floating point a pass over several tokens rounds differently from a pass over one, as a batch
@@ -20,15 +23,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel
 
+from vla0_trl.internals import PARALLEL
 from vla0_trl.policy.grammar import ActionGrammar
 from vla0_trl.policy.speculative.draft_state import DraftState, Speller, Tree
+from vla0_trl.policy.speculative.options import DecodingOptions, DecodingStats, DraftChoice, PromptError
+from vla0_trl.policy.speculative.parallel import ParallelReader, Reading
 from vla0_trl.policy.speculative.tree_forward import TreeForward
 
 # Tokens of candidates in a pass, summed over its rows, up to which they cost less than the passes that they save. CPUs
@@ -39,67 +45,14 @@ CANDIDATE_SLOTS = 64  # room for candidates in the cache of each row
 # The same limit for tokens of drafts; fewer than `FEWEST_DRAFTED` per row are not worth a wider pass.
 MAX_DRAFTED = {"cpu": 64, "cuda": 1024}
 FEWEST_DRAFTED = 8
+# Tokens of a pass, over all rows, that cost as much as reading the weights: for choosing between drafts.
+TOKENS_PER_PASS = {"cpu": 16, "cuda": 512}
 # A prompt prefix shorter than this is read again for each prompt: that costs next to nothing.
 SHORTEST_PREFIX = 8
 # The cache's size is a multiple of this, so that most prompts fit the cache, and the CUDA graphs, of the last one.
 CAPACITY_STEP = 128
 # Inputs of a model that [`TreeForward`] makes itself, beside the cache.
 OUR_INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache"}
-CHECKS = ("fall_back", "raise", "skip")
-
-
-class PromptError(ValueError):
-    """The caller's mistake: what was asked for can't be decoded in any way."""
-
-
-@dataclass
-class DecodingOptions:
-    """Which methods [`ChunkDecoder`] uses. None of them changes a token.
-
-    Args:
-        check (`str`): a model's first chunk is compared with stock `generate()`, see [`self_check`]. If they differ,
-            or if ours raises, then or later: `"fall_back"` warns and continues with stock, `"raise"` raises an error;
-            `"skip"` compares nothing.
-        forced_tokens, small_head, tries, drafts (`bool`): see the module; `tries` are the candidates.
-        reuse_prefix (`bool`): compute keys and values of the prompt up to the first image only once. Applies to frozen
-            weights only; switch it off where an adapter is enabled and disabled between chunks.
-        graphs (`bool`): CUDA graphs, on a GPU.
-    """
-
-    forced_tokens: bool = True
-    small_head: bool = True
-    tries: bool = True
-    drafts: bool = True
-    reuse_prefix: bool = True
-    graphs: bool = True
-    check: str = "fall_back"
-
-    def __post_init__(self):
-        if self.check not in CHECKS:
-            raise ValueError(f"check={self.check!r} is none of {', '.join(CHECKS)}")
-
-
-@dataclass
-class DecodingStats:
-    """Counts since it was made.
-
-    Attributes:
-        chunks (`int`): answers.
-        passes (`int`): forward passes of the model, the prompts' included; one pass serves a whole batch.
-        tokens (`int`): tokens of the answers.
-        drafted, accepted (`int`): tokens of drafts that were read, and how many of them were right.
-    """
-
-    chunks: int = 0
-    passes: int = 0
-    tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-
-    @property
-    def acceptance(self) -> float:
-        """Share of the drafted tokens that were right; NaN without drafts."""
-        return self.accepted / self.drafted if self.drafted else float("nan")
 
 
 class ChunkDecoder:
@@ -110,9 +63,14 @@ class ChunkDecoder:
         options ([`DecodingOptions`], *optional*): everything on by default.
         prefix (`Sequence[int]`, *optional*): ids that all prompts begin with, up to the first image: read only once.
         period (`int`, *optional*): numbers per step: steps without a draft are guessed to equal the one before.
+        reader ([`ParallelReader`], *optional*): for parallel decoding and own drafts.
 
     Attributes:
         stats ([`DecodingStats`]): may be replaced to start counting anew.
+        reading ([`Reading`] or `None`): the last parallel reading.
+
+    Raises:
+        ValueError: parallel decoding without a reader, or with more rounds than numbers.
     """
 
     def __init__(
@@ -121,10 +79,17 @@ class ChunkDecoder:
         options: DecodingOptions | None = None,
         prefix: Sequence[int] = (),
         period: int | None = None,
+        reader: ParallelReader | None = None,
     ):
         self.grammar, self.options = grammar, options or DecodingOptions()
-        self.prefix, self.period = list(prefix), period
+        self.prefix, self.period, self.reader = list(prefix), period, reader
+        if self.options.mode == PARALLEL and reader is None:
+            raise ValueError("parallel decoding needs a ParallelReader")
+        self.options.check_rounds(grammar.num_values)
         self.stats = DecodingStats()
+        self.reading: Reading | None = None
+        # Separately where there is a draft at hand, and where there is none.
+        self._choices = {True: DraftChoice(), False: DraftChoice()}
         self._speller = Speller(grammar, self.options.forced_tokens)
         self._forward: TreeForward | None = None
         self._weights: list[tuple[int, int]] = []
@@ -164,25 +129,31 @@ class ChunkDecoder:
             )
         if drafts is None or not self.options.drafts:
             drafts = [None] * prompts
-        rows = [DraftState(self._speller, draft, self.period if self.options.drafts else None) for draft in drafts]
-        for row, tokens in zip(rows, beginnings or [], strict=False):
-            row.begin_with(tokens)
         pad = int(generation_config.pad_token_id)
         # Not parameters: `generate` would hand over the caller's own beside those that it has prepared.
         mask, position_ids = inputs.pop("attention_mask"), inputs.pop("position_ids")
         prompt_mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
         with torch.inference_mode():  # less bookkeeping for each small operation than no_grad
             forward = self._ready(model, prompts, length)
-            self._read_prompt(forward, rows, input_ids, prompt_mask, position_ids, pad, inputs)
-            while not all(row.done for row in rows):
-                self._step(forward, rows, first_slot=length)
-
+            passes, tokens = forward.passes, forward.tokens
+            read_prompt = partial(self._read_prompt, forward, input_ids, prompt_mask, position_ids, pad, inputs)
+            if self.options.mode == PARALLEL:
+                given = list(map(self.reader.parse, beginnings or [[]] * prompts))
+                self.reading = self.reader.read(forward, length, read_prompt, given, self.options.refine)
+                answers = list(map(self.reader.answer, self.reading.numbers))
+            else:
+                own = not beginnings and self._own_drafts(forward, prompts, drafts)
+                answers = self._exact(forward, length, read_prompt, drafts, beginnings, own)
+            passes, tokens = forward.passes - passes, forward.tokens - tokens
+        if self.options.mode != PARALLEL:
+            choice = self._choices[any(draft is not None for draft in drafts)]
+            choice.record(own, passes + tokens / TOKENS_PER_PASS.get(forward.device.type, 1))
         self.stats.chunks += prompts
-        self.stats.tokens += sum(len(row.tokens) for row in rows)
-        self.stats.accepted += sum(row.accepted for row in rows)
-        longest = max(len(row.tokens) for row in rows)
-        answers = [row.tokens + [pad] * (longest - len(row.tokens)) for row in rows]
-        return torch.cat([input_ids, torch.tensor(answers, device=input_ids.device)], 1)
+        self.stats.passes += passes
+        self.stats.tokens += sum(map(len, answers))
+        longest = max(map(len, answers))
+        padded = [answer + [pad] * (longest - len(answer)) for answer in answers]
+        return torch.cat([input_ids, torch.tensor(padded, device=input_ids.device)], 1)
 
     def release(self) -> None:
         """Give back the memory of the cache and of captured passes."""
@@ -193,7 +164,8 @@ class ChunkDecoder:
         weights = [(weight.data_ptr(), weight._version) for weight in model.parameters()]
         if weights != self._weights:
             self._weights, self._forward, self._prefix = weights, None, None
-        needed = length + self.grammar.max_new_tokens + CANDIDATE_SLOTS + 1
+        longest = max(self.grammar.max_new_tokens, self.reader.num_slots if self.reader else 0)
+        needed = length + longest + CANDIDATE_SLOTS + 1
         if self._forward is None or self._forward.rows != rows or self._forward.capacity < needed:
             self._forward = TreeForward(
                 model,
@@ -205,10 +177,43 @@ class ChunkDecoder:
             )
         return self._forward
 
-    def _read_prompt(self, forward, rows, input_ids, prompt_mask, position_ids, pad, inputs) -> None:
-        """One pass over the prompts, and the forced and drafted tokens at the beginning of the answers."""
-        trees = [row.grow(0, self._guess(forward, row, len(rows)), []) for row in rows]
-        known = [[token.token_id for token in tree.tokens] for tree in trees]
+    def _own_drafts(self, forward: TreeForward, rows: int, drafts: list[list[int] | None]) -> bool:
+        """Whether to draft by a parallel reading."""
+        if self.reader is None or not (self.options.drafts and self.options.own_drafts):
+            return False
+        if MAX_DRAFTED.get(forward.device.type, 0) // rows < FEWEST_DRAFTED:
+            return False
+        return self._choices[any(draft is not None for draft in drafts)].own()
+
+    def _exact(self, forward: TreeForward, first_slot: int, read_prompt, drafts, beginnings, own) -> list[list[int]]:
+        """The answers of greedy decoding."""
+        if own:
+            self.reading = self.reader.read(forward, first_slot, read_prompt, [[]] * len(drafts))
+            drafts = list(map(self.reader.answer, self.reading.numbers))
+            self.stats.own_drafts += len(drafts)
+        rows = [DraftState(self._speller, draft, self.period if self.options.drafts else None) for draft in drafts]
+        for row, tokens in zip(rows, beginnings or [], strict=False):
+            row.begin_with(tokens)
+        # After a parallel reading the first token is chosen already, and its draft is still to be read.
+        trees = [row.grow(0, [] if own else self._guess(forward, row, len(rows)), []) for row in rows]
+        logits = self.reading.logits if own else read_prompt([[token.token_id for token in t.tokens] for t in trees])
+        # Here and below: a tree begins with an answer's first certain token; the logits after the prompt are last.
+        for row, tree, row_logits in zip(rows, trees, logits, strict=True):
+            row.follow(tree, row_logits)
+        self._count(trees)
+        while not all(row.done for row in rows):
+            self._step(forward, rows, first_slot)
+        self.stats.accepted += sum(row.accepted for row in rows)
+        return [row.tokens for row in rows]
+
+    def _read_prompt(
+        self, forward: TreeForward, input_ids, prompt_mask, position_ids, pad: int, inputs, known: list[list[int]]
+    ) -> np.ndarray:
+        """One pass over the prompts and what is known, or guessed, of the answers.
+
+        Returns:
+            float32 (B, longest + 1, columns): logits after each known token and, last, after the prompt.
+        """
         width = max(map(len, known))
         ids = torch.tensor([tokens + [pad] * (width - len(tokens)) for tokens in known], dtype=torch.int64)
         images = _image_inputs(forward.model, inputs, input_ids.shape)
@@ -219,10 +224,7 @@ class ChunkDecoder:
         logits = forward.prompt(
             torch.cat([input_ids, ids.to(input_ids.device)], 1), prompt_mask, position_ids, skip, width + 1, **images
         )
-        # A tree begins with an answer's first certain token, the logits with the prompt's last, which is index −1.
-        for row, tree, row_logits in zip(rows, trees, np.roll(logits, -1, axis=1), strict=True):
-            row.follow(tree, row_logits)
-        self._count(trees)
+        return np.roll(logits, -1, axis=1)
 
     def _step(self, forward: TreeForward, rows: list[DraftState], first_slot: int) -> None:
         """One pass for all rows that are not done."""
@@ -265,7 +267,6 @@ class ChunkDecoder:
         return width
 
     def _count(self, trees: list[Tree]) -> None:
-        self.stats.passes += 1
         self.stats.drafted += sum(tree.guesses for tree in trees)
 
 

@@ -1,5 +1,7 @@
 """The decoder's check: a model's first chunk is also decoded by stock `generate()`, which goes on if they differ.
 
+Parallel decoding, which writes other answers, is compared with a plain forward pass over rows as in training.
+
 Our decoder uses transformers' inside (see [`vla0_trl.internals`]); a release that changes it must not stop a robot, or
 move it wrongly. The check costs one stock chunk per model and process; its outcome is shared by all policies of
 that model object, such as those that roll out during training.
@@ -15,17 +17,14 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from vla0_trl.internals import FAST, STOCK, disagreement, raised, warn_fallback
+from vla0_trl.internals import FAST, PARALLEL, STOCK, disagreement, raised, warn_fallback
 from vla0_trl.policy.grammar import ActionGrammar, ActionGrammarLogitsProcessor
-from vla0_trl.policy.speculative.decoder import ChunkDecoder, PromptError
+from vla0_trl.policy.speculative.decoder import ChunkDecoder
+from vla0_trl.policy.speculative.options import PromptError
+from vla0_trl.policy.speculative.parallel_check import parallel_difference, rounding_share
 
-# Two logits that differ by less than this share of the largest one are within rounding of each other. Measured: up to
-# 0.9 % in bfloat16; up to 2 % between float32 and bfloat16 autocast, in which every product is rounded otherwise.
-ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-AUTOCAST_ROUNDING = 0.1
-
-# Models that were compared: None where ours agreed, else what it did instead.
-_outcomes: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
+# Models that were compared, in which mode: None where ours agreed, else what it did instead.
+_outcomes: WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = WeakKeyDictionary()
 
 
 class SelfCheckError(RuntimeError):
@@ -33,9 +32,14 @@ class SelfCheckError(RuntimeError):
 
 
 def way_of_decoding(model: PreTrainedModel, decoder: ChunkDecoder | None) -> str:
-    """How the next chunk of this model is decoded: `"fast"`, or `"stock"` without a decoder or where ours failed."""
-    failed = decoder is not None and decoder.options.check == "fall_back" and _outcomes.get(model) is not None
-    return STOCK if decoder is None or failed else FAST
+    """How the next chunk of this model is decoded: `"stock"` if that is asked for, or if ours failed; or `"parallel"`,
+    or `"fast"`."""
+    if decoder is None or decoder.options.mode == STOCK:
+        return STOCK
+    failed = _outcomes.get(model, {}).get(decoder.options.mode) is not None
+    if failed and decoder.options.check == "fall_back":
+        return STOCK
+    return PARALLEL if decoder.options.mode == PARALLEL else FAST
 
 
 def decode(
@@ -64,32 +68,35 @@ def decode(
     more = {"drafts": drafts} | ({"beginnings": beginnings} if beginnings else {})
     if decoder.options.check == "skip":
         return _fast(model, inputs, config, decoder, more)
-    failure, cause = None, None
+    outcomes, mode = _outcomes.setdefault(model, {}), decoder.options.mode
+    failure, cause, expected = None, None, None
     try:
         answers = _fast(model, inputs, config, decoder, more)
+        if mode in outcomes and outcomes[mode] is None:
+            return answers
+        if mode == PARALLEL:
+            failure = parallel_difference(model, inputs, decoder.reader, decoder.reading)
     except PromptError:
         raise
     # Broad on purpose: what a changed library does to our code can't be told in advance, and stock decoding is right
     # without it. Mistakes of users don't get here: observations are checked before, prompts just above.
     except Exception as error:
         failure, cause = raised(error), error
-    else:
-        if model in _outcomes and _outcomes[model] is None:
-            return answers
-    scores = _Scores(model, grammar)
-    with scores.watching():
-        expected = _stock(model, inputs, config, grammar, *begin, scores)
-    failure = failure or scores.difference(answers, expected)
+    if mode != PARALLEL:
+        scores = _Scores(model, grammar)
+        with scores.watching():
+            expected = _stock(model, inputs, config, grammar, *begin, scores)
+        failure = failure or scores.difference(answers, expected)
     if failure is None:
-        _outcomes[model] = None
+        outcomes[mode] = None
         return answers
-    message = disagreement("fast decoding", model, failure, ("transformers", "torch"))
+    message = disagreement(f"{way_of_decoding(model, decoder)} decoding", model, failure, ("transformers", "torch"))
     if decoder.options.check == "raise":
         raise SelfCheckError(message) from cause
-    _outcomes[model] = failure
+    outcomes[mode] = failure
     decoder.release()
     warn_fallback(message, "transformers' generate()")
-    return expected
+    return _stock(model, inputs, config, grammar, *begin) if expected is None else expected
 
 
 def _fast(model, inputs, config, decoder: ChunkDecoder, more: dict) -> torch.Tensor:
@@ -143,8 +150,7 @@ class _Scores(LogitsProcessor):
     def difference(self, answers: torch.Tensor, expected: torch.Tensor) -> str | None:
         """Where (B, A) answers first leave the expected ones, unless rounding decided there; None if nowhere."""
         column = {token: column for column, token in enumerate(self.token_ids.tolist())}
-        same = self.dtypes == {self.weights_dtype}
-        rounding = ROUNDING.get(self.weights_dtype, AUTOCAST_ROUNDING) if same else AUTOCAST_ROUNDING
+        rounding = rounding_share(self.weights_dtype, self.dtypes)
         for row, (ours, theirs) in enumerate(zip(answers.tolist(), expected.tolist(), strict=True)):
             theirs = theirs[: theirs.index(self.end) + 1]
             pairs = enumerate(zip_longest(ours[: len(theirs)], theirs))

@@ -37,7 +37,7 @@ from transformers import Cache, PreTrainedModel
 logger = logging.getLogger(__name__)
 
 # Captured passes are as wide as the next of these: a graph has fixed shapes.
-GRAPH_WIDTHS = (2, 4, 8, 16, 32, 64, 128)
+GRAPH_WIDTHS = (2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class PassToken(NamedTuple):
@@ -124,6 +124,7 @@ class TreeForward:
         self.decoder = model.get_decoder()
         self.cache = SlotCache(self.decoder.config.num_hidden_layers, rows, capacity, self.device)
         self.rows, self.capacity = rows, capacity
+        self.passes = self.tokens = 0  # read so far; of tokens, those of answers, over all rows
         dtype = model.get_input_embeddings().weight.dtype
         self._hidden_value = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.device)
         self._visible_value = torch.zeros_like(self._hidden_value)
@@ -152,6 +153,7 @@ class TreeForward:
             float32 (B, last, columns).
         """
         length, width = prompt_mask.shape[1], ids.shape[1]
+        self._count(width - length)
         for copied, current in zip((self._weight, self._bias), self._head_rows(), strict=True):
             if copied is not None:
                 copied.copy_(current)  # the model may have been trained since
@@ -177,6 +179,7 @@ class TreeForward:
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """One pass over Q [`PassToken`]s per row: int64 (B, Q, 5) -> logits float32 (B, Q, columns)."""
+        self._count(tokens.shape[1])
         width = next((width for width in GRAPH_WIDTHS if width >= tokens.shape[1]), None)
         if self._use_graphs and width is not None and (width in self._graphs or self._capture(width)):
             graph, inputs, logits = self._graphs[width]
@@ -184,9 +187,13 @@ class TreeForward:
             inputs[:, : tokens.shape[1]] = torch.from_numpy(tokens).to(self.device)
             graph.replay()
             return logits[:, : tokens.shape[1]].cpu().numpy()
-        visible_until = tokens[..., PassToken._fields.index("visible_until")]
-        used = self.capacity if self._use_graphs else int(visible_until.max()) + 1 + tokens.shape[1]
-        return self._step(torch.from_numpy(tokens).to(self.device), min(used, self.capacity)).cpu().numpy()
+        token = PassToken(*np.moveaxis(tokens, -1, 0))
+        used = self.capacity if self._use_graphs else int(token.cache_slot[token.visible_until >= 0].max()) + 1
+        return self._step(torch.from_numpy(tokens).to(self.device), used).cpu().numpy()
+
+    def _count(self, width: int) -> None:
+        self.passes += 1
+        self.tokens += self.rows * width
 
     def padding(self, width: int) -> np.ndarray:
         """[`PassToken`]s, int64 (B, width, 5), that no other token attends to."""

@@ -1,0 +1,222 @@
+"""Numbers read in parallel: logits as in a training row with the same numbers hidden, in as many passes as digits."""
+
+import numpy as np
+import pytest
+import torch
+from support.backbones import TINY, observations
+from support.random_policies import BACKBONES, build_policy, sharpened
+from transformers import LogitsProcessorList
+
+from vla0_trl import VLADataCollator, VLAPolicy
+from vla0_trl.models.nano import NanoConfig, build_nano
+from vla0_trl.policy.grammar import ActionGrammarLogitsProcessor
+from vla0_trl.policy.speculative import decoder as decoding
+from vla0_trl.policy.speculative.decoder import ChunkDecoder
+from vla0_trl.policy.speculative.options import DecodingOptions, DraftChoice
+from vla0_trl.policy.speculative.parallel import ParallelReader
+
+NUMBER_TOKENS = "nano, one token per number"
+
+
+@pytest.fixture(scope="module", params=[*BACKBONES, NUMBER_TOKENS])
+def policy(request):
+    """A policy for 8 values of a random backbone."""
+    if request.param != NUMBER_TOKENS:
+        return build_policy(request.param)
+    config = build_policy("nano").config
+    texts = ["Push it.\nState: ", "Push that thing over there, as far as you can."]
+    model, processor = build_nano(NanoConfig(**TINY, number_tokens=True), num_bins=config.num_bins, texts=texts)
+    return VLAPolicy(sharpened(model), processor, config)
+
+
+def decoder_of(policy, **options) -> ChunkDecoder:
+    return ChunkDecoder(policy.grammar, DecodingOptions(**options), policy.decoder.prefix, 2, policy.decoder.reader)
+
+
+def generate(policy, batch, **options) -> torch.Tensor:
+    inputs = policy._inputs(batch)
+    if not options:
+        processor = ActionGrammarLogitsProcessor(grammar=policy.grammar)
+        options = {"logits_processor": LogitsProcessorList([processor])}
+    output = policy.model.generate(**inputs, generation_config=policy.generation_config, **options)
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+class Watched(ParallelReader):
+    """A reader that keeps the logits from which it chooses."""
+
+    def step(self, node, logits):
+        self.seen.append(logits)
+        return super().step(node, logits)
+
+
+def watched_reading(policy, batch, **options):
+    """A parallel reading and the logits of each of its steps, float32 (B, N, columns) by token id."""
+    reader = Watched(policy.chat_tokenizer, policy.grammar)
+    reader.seen = []
+    decoder = ChunkDecoder(
+        policy.grammar, DecodingOptions(mode="parallel", **options), policy.decoder.prefix, 2, reader
+    )
+    generate(policy, batch, custom_generate=decoder)
+    return reader, decoder, [logits[..., reader.tree.order] for logits in reader.seen]
+
+
+def row_logits(policy, observation, numbers, hidden, token_ids) -> tuple[int, np.ndarray]:
+    """A plain forward pass over a training row: where its answer begins, and logits (L, columns)."""
+    inputs = policy._inputs([observation])
+    answer, _ = policy.chat_tokenizer.encode_answer(numbers, hidden)
+    begin = inputs["input_ids"].shape[1]
+    ids = torch.cat([inputs["input_ids"], torch.tensor([answer])], 1)
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | policy.chat_tokenizer.token_types(ids)
+    with torch.no_grad():
+        return begin, policy.model(**inputs).logits[0][:, token_ids].numpy()
+
+
+def assert_equal_logits(ours, theirs) -> None:
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
+
+
+def test_every_step_of_every_branch_has_the_logits_of_a_training_row(policy):
+    batch = observations(3, seed=3)  # their prompts differ in length
+    reader, decoder, seen = watched_reading(policy, batch)
+    numbers = decoder.reading.numbers
+    assert len({row.tobytes() for row in numbers}) > 1  # else the test would say little
+    lengths = set()
+    for row, observation in enumerate(batch):
+        for position in range(8):
+            hidden = np.arange(8) < position
+            begin, logits = row_logits(policy, observation, numbers[row], hidden, reader.tree.token_ids)
+            own = reader.spelled[min(position, 1)][numbers[row, position]][reader.shared[min(position, 1)] :]
+            _, roots = reader.trunk(numbers[row], np.ones(8, bool))
+            # Behind its last token a number is chosen to end there, if it could go on.
+            for step in range(len(own) + (len(own) < reader.tree.depth)):
+                if step < len(own) or seen[step][row, position].any():
+                    assert_equal_logits(seen[step][row, position], logits[begin + roots[position] + step])
+            lengths.add(len(own))
+    assert lengths >= ({1} if policy.chat_tokenizer.can_keep_labels else {3})
+    assert decoder.stats.passes == (1 if policy.chat_tokenizer.can_keep_labels else 3)
+
+
+def test_the_first_pass_reads_the_row_that_the_collator_makes(policy):
+    batch = observations(2, seed=5)
+    reader, decoder, seen = watched_reading(policy, batch)
+    collator = VLADataCollator(policy.processor, policy.config, mask_full=1.0, mask_skip=0.0, mask_max=1.0)
+    rows = [
+        {
+            "images": [observation["images"]["image"]],
+            "task": observation["task"],
+            "raw_state": observation["state"],
+            "raw_action": np.full(8, 256.0),
+        }
+        for observation in batch
+    ]
+    inputs = collator(rows)
+    labels = inputs.pop("labels")
+    with torch.no_grad():
+        logits = policy.model(**inputs).logits[..., reader.tree.token_ids].numpy()
+    masked = inputs["input_ids"] == policy.chat_tokenizer.mask_id
+    for row in range(2):
+        answer = np.flatnonzero(labels[row] != -100)[0] if reader.hidden[0][:-1] else np.flatnonzero(masked[row])[-8]
+        places = np.flatnonzero(masked[row])
+        places = places[places >= answer]
+        assert (
+            len(places) == 8 and decoder.reading.trunks[row] == inputs["input_ids"][row, answer : places[-1]].tolist()
+        )
+        assert_equal_logits(seen[0][row], logits[row, places - 1])
+
+
+def test_answers_are_the_most_likely_numbers_and_follow_the_grammar(policy):
+    batch = observations(4, seed=7)
+    decoder = decoder_of(policy, mode="parallel")
+    answers = generate(policy, batch, custom_generate=decoder)
+    for row, tokens in enumerate(answers.tolist()):
+        tokens = tokens[: tokens.index(policy.chat_tokenizer.end_of_turn_id) + 1]
+        count, state = policy.grammar.initial_count, policy.grammar.initial_state
+        for token in tokens:
+            column = policy.grammar.token_ids.tolist().index(token)
+            assert column in policy.grammar.choices(count, state)
+            count, state = count + policy.grammar.finishes[column], policy.grammar.next_state[state, column]
+        assert state == policy.grammar.done
+        text = policy.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert [int(number) for number in text.split()] == decoder.reading.numbers[row].tolist()
+    alone = [generate(policy, [o], custom_generate=decoder)[0].tolist() for o in batch]
+    for row, tokens in zip(answers.tolist(), alone, strict=True):
+        assert row[: len(tokens)] == tokens
+
+
+def test_refinement_asks_the_least_certain_again_with_the_others_visible(policy):
+    """The last round against plain forward passes over rows in which exactly the asked numbers are hidden."""
+    batch = observations(2, seed=11)
+    first = decoder_of(policy, mode="parallel")
+    generate(policy, batch, custom_generate=first)
+    before, certain = first.reading.numbers.copy(), first.reading.confidence.copy()
+    reader, decoder, seen = watched_reading(policy, batch, refine=1)
+    np.testing.assert_array_equal(decoder.reading.unrefined, before)
+    passes = 1 if policy.chat_tokenizer.can_keep_labels else 3
+    assert passes + 1 <= decoder.stats.passes <= 2 * passes
+    second = seen[first.stats.passes]
+    for row, observation in enumerate(batch):
+        asked = np.zeros(8, bool)
+        asked[certain[row].argsort(kind="stable")[:4]] = True
+        np.testing.assert_array_equal(decoder.reading.numbers[row][~asked], before[row][~asked])
+        begin, logits = row_logits(policy, observation, before[row], asked, reader.tree.token_ids)
+        _, roots = reader.trunk(before[row], asked)
+        assert_equal_logits(second[row][asked], logits[begin + roots[asked]])
+
+
+def test_numbers_that_are_given_are_seen_and_kept(policy):
+    """In one row two numbers are given, in another one none, in a third one all."""
+    batch, given = observations(3, seed=17), [[511, 40], [], [5, 6, 7, 8, 9, 10, 11, 12]]
+    beginnings = [policy.chat_tokenizer.encode_beginning(numbers) for numbers in given]
+    assert [policy.decoder.reader.parse(tokens) for tokens in beginnings] == given
+    decoder = decoder_of(policy, mode="parallel", refine=1)
+    generate(policy, batch, custom_generate=decoder, beginnings=beginnings)
+    reading, reader = decoder.reading, decoder.reader
+    for row, (observation, known) in enumerate(zip(batch, given, strict=True)):
+        assert reading.numbers[row, : len(known)].tolist() == known
+        hidden = np.arange(8) >= len(known)
+        begin, logits = row_logits(policy, observation, reading.unrefined[row], hidden, reader.tree.token_ids)
+        ours = reading.logits[row][reading.roots[row][hidden]][:, reader.tree.order]
+        assert_equal_logits(ours, logits[begin + reading.roots[row][hidden]]) if hidden.any() else None
+    with pytest.raises(ValueError, match="can't be part of a number"):
+        reader.parse(reader.hidden[0])
+    if space := reader.hidden[1][:-1]:
+        with pytest.raises(ValueError, match="these are not whole numbers"):
+            reader.parse(beginnings[0] + space)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_own_drafts_never_change_a_token(policy, size, monkeypatch):
+    monkeypatch.setattr(decoding, "MAX_DRAFTED", {"cpu": 1024})
+    monkeypatch.setattr(DraftChoice, "own", lambda self: True)
+    batch = observations(size, seed=13)
+    expected = generate(policy, batch)
+    decoder = decoder_of(policy)
+    for drafts in (None, [row.tolist() for row in expected.roll(1, 1)]):
+        assert torch.equal(generate(policy, batch, custom_generate=decoder, drafts=drafts), expected)
+    assert decoder.stats.own_drafts == 2 * size and decoder.stats.drafted > 0
+    without = decoder_of(policy, own_drafts=False)
+    assert torch.equal(generate(policy, batch, custom_generate=without), expected)
+    assert without.stats.own_drafts == 0
+
+
+def test_the_cheaper_draft_is_chosen_and_the_other_one_tried_again():
+    choice = DraftChoice()
+    chosen = []
+    for _ in range(2 * choice.TRY_AGAIN):
+        own = choice.own()
+        choice.record(own, 3.0 if own else 9.0)
+        chosen.append(own)
+    assert chosen[:2] == [True, False] and chosen.count(False) == 3
+    for _ in range(20):
+        choice.record(True, 20.0)
+    assert [choice.own() for _ in range(3)] == [False] * 3
+
+
+def test_a_grammar_of_another_answer_is_refused(policy):
+    other = policy.config.replace(chunk_size=3)
+    chat = type(policy.chat_tokenizer)(policy.processor, other)
+    with pytest.raises(ValueError, match="the grammar is of 8 integers up to 511, the config of 6 up to 511"):
+        ParallelReader(chat, policy.grammar)
+    with pytest.raises(ValueError, match="refine=8: an answer of 8 numbers has at most 7 rounds"):
+        decoder_of(policy, mode="parallel", refine=8)

@@ -1,0 +1,239 @@
+"""All numbers of an answer at once: each is asked for as if those before it were hidden.
+
+A policy that was trained with hidden values ([`VLADataCollator`]) can answer number 17 while 1 to 16 are placeholders.
+So one pass reads the answer as the collator writes it with all numbers hidden, the *trunk*, and its logits begin every
+number. Where a number takes several tokens, each number is a *branch*: it sees the prompt, the trunk up to where it
+begins, and its own tokens so far, at the positions that they have in a training row in which exactly the numbers
+before it are hidden. All branches advance in the same pass, so an answer takes as many passes as a number has tokens.
+
+Example: two numbers up to 12, one token per digit, the prompt fills cache slots 0 to 3. The first pass reads the
+prompt and the trunk " ? ", and both of its spaces begin a number. Say both begin with "1". The second pass reads
+
+    token  position  cache_slot  visible_until  visible_from    slot 0 1 2 3 4 5 6 7 8
+    "1"           1           7              4             7         x x x x x . . x .
+    "1"           3           8              6             8         x x x x x x x . x
+
+and chooses a second digit for each, or that the number ends there. After "12" nothing may follow: it is whole.
+
+A branch only writes the spelling that training showed, and ends where the model prefers a token that begins the next
+number, or the end of the turn. So every answer is one that the grammar allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import takewhile
+
+import numpy as np
+
+from vla0_trl.policy.grammar import ActionGrammar
+from vla0_trl.policy.speculative.spellings import Spellings
+from vla0_trl.policy.speculative.tree_forward import PassToken, TreeForward
+from vla0_trl.processing.chat_tokenizer import ChatTokenizer
+
+
+@dataclass
+class Reading:
+    """The answers to B prompts.
+
+    Attributes:
+        numbers (`np.ndarray`): int (B, N) in 0…num_bins.
+        confidence (`np.ndarray`): float64 (B, N), log-probabilities among what the grammar allows; inf where given.
+        unrefined, asked, trunks, roots, logits: of the first round: its numbers; which were asked, bool (B, N); see
+            [`ParallelReader.trunk`]; and float32 (B, longest trunk + 1, columns), last after the prompt.
+    """
+
+    numbers: np.ndarray
+    confidence: np.ndarray
+    unrefined: np.ndarray
+    asked: np.ndarray
+    trunks: list[list[int]]
+    roots: np.ndarray
+    logits: np.ndarray
+
+
+class ParallelReader:
+    """Reads all numbers of an answer at once.
+
+    Args:
+        chat ([`ChatTokenizer`]): how numbers, and placeholders for hidden ones, are written.
+        grammar ([`ActionGrammar`]): of the answers.
+
+    Attributes:
+        num_slots (`int`): of the cache, that an answer needs behind its prompt.
+
+    Raises:
+        ValueError: chat and grammar disagree about the answer, or numbers can't be told apart by their tokens.
+    """
+
+    def __init__(self, chat: ChatTokenizer, grammar: ActionGrammar):
+        ours, theirs = (grammar.num_values, grammar.num_bins), (chat.config.num_values, chat.config.num_bins)
+        if ours != theirs:
+            raise ValueError(
+                f"the grammar is of {ours[0]} integers up to {ours[1]}, the config of {theirs[0]} up to {theirs[1]}"
+            )
+        self.chat, self.num_values, self.end_of_turn_id = chat, grammar.num_values, grammar.end_of_turn_id
+        self.spelled, self.hidden = zip(*((chat.spellings(k), chat.placeholder(k)) for k in (0, 1)), strict=True)
+        self.shared = [_shared(*pair) for pair in zip(self.hidden, self.spelled, strict=True)]
+        self.tree = Spellings(grammar)
+        first, other = (
+            self.tree.add(tokens[skip:] for tokens in spelled)
+            for spelled, skip in zip(self.spelled, self.shared, strict=True)
+        )
+        self.tree.freeze()
+        self.begin = np.array([first] + [other] * (self.num_values - 1))
+        self.ends = np.zeros((self.num_values, len(self.tree.token_ids)), bool)
+        self.ends[:-1, self.tree.columns({tokens[0] for tokens in self.spelled[1]})] = True
+        self.ends[-1, self.tree.columns([self.end_of_turn_id])] = True
+        may_go_on = (self.tree.child[self.tree.number >= 0] >= 0).any(0)
+        if (may_go_on & self.ends.any(0)).any():
+            raise ValueError("this tokenizer has a token that may continue a number or begin the next one")
+        longest = max(len(self.hidden[1]), *(len(tokens) for tokens in (*self.spelled[0], *self.spelled[1])))
+        self.num_slots = self.num_values * (longest + self.tree.depth)
+
+    def answer(self, numbers: np.ndarray) -> list[int]:
+        """Ids of an answer of these numbers, from the prefix through the end of the turn."""
+        return [*self.chat.encode_beginning(numbers), self.end_of_turn_id]
+
+    def parse(self, tokens: list[int]) -> list[int]:
+        """The numbers that an answer begins with; `ValueError` if these are not the ids of whole numbers."""
+        numbers: list[int] = []
+        while len(spelled := self.chat.encode_beginning(numbers)) < len(tokens):
+            node = self.begin[len(numbers)]
+            for column in self.tree.columns(tokens[len(spelled) + self.shared[min(len(numbers), 1)] :]):
+                if self.tree.child[node, column] < 0:
+                    break
+                node = self.tree.child[node, column]
+            numbers.append(int(self.tree.number[node]))
+            if numbers[-1] < 0:
+                break
+        if numbers[-1:] == [-1] or spelled != tokens:
+            raise ValueError(f"an answer can't begin with the tokens {tokens}: these are not whole numbers")
+        return numbers
+
+    def trunk(self, numbers: np.ndarray, asked: np.ndarray) -> tuple[list[int], np.ndarray]:
+        """An answer (N,) in which the asked numbers, bool (N,), are hidden; as far as where the last of these begins.
+
+        Returns:
+            its ids, and the index of the token behind which each number begins; −1 is the prompt's last.
+        """
+        ids: list[int] = []
+        roots = np.empty(self.num_values, np.int64)
+        for position, (number, hide) in enumerate(zip(numbers, asked, strict=True)):
+            place = min(position, 1)
+            roots[position] = len(ids) + self.shared[place] - 1
+            ids += self.hidden[place] if hide else self.spelled[place][number]
+        return ids[: roots[asked].max() + 1] if asked.any() else ids, roots
+
+    def read(
+        self,
+        forward: TreeForward,
+        first_slot: int,
+        read_prompt: Callable[[list[list[int]]], np.ndarray],
+        given: list[list[int]],
+        refine: int = 0,
+    ) -> Reading:
+        """Read prompts and all numbers.
+
+        Args:
+            forward: with room for `num_slots` in its cache.
+            first_slot: of the answers.
+            read_prompt: reads the prompts and these ids behind them: float32 (B, longest + 1, columns), the logits
+                after each id and, last, after the prompt.
+            given: B times the numbers that the answer begins with, which are not asked.
+            refine: rounds of mask-predict. Of T rounds in all, round t hides the (T − t) / T that are least certain.
+        """
+        shape = (forward.rows, self.num_values)
+        numbers, asked = np.zeros(shape, np.int64), np.ones(shape, bool)
+        for row, known in enumerate(given):
+            numbers[row, : len(known)], asked[row, : len(known)] = known, False
+        trunks, roots = self._trunks(numbers, asked)
+        logits = read_prompt(trunks)
+        reading = Reading(numbers, np.full(shape, np.inf), numbers, asked, trunks, roots, logits)
+        self._ask(forward, first_slot, reading, logits, roots, asked)
+        reading.unrefined = numbers.copy()
+        for left in range(refine, 0, -1):
+            hide = reading.asked.sum(1, keepdims=True) * left // (refine + 1)
+            rank = reading.confidence.argsort(1, kind="stable").argsort(1, kind="stable")
+            trunks, roots = self._trunks(numbers, rank < hide)
+            read = [forward.step(_row_tokens(forward, first_slot, trunks))] if any(trunks) else []
+            # What follows the prompt directly sees no number, so its logits stay.
+            logits = np.concatenate([*read, reading.logits[:, -1:]], 1)
+            self._ask(forward, first_slot, reading, logits, roots, rank < hide)
+        return reading
+
+    def _trunks(self, numbers: np.ndarray, asked: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
+        trunks, roots = zip(*map(self.trunk, numbers, asked), strict=True)
+        return list(trunks), np.array(roots)
+
+    def _ask(self, forward: TreeForward, first_slot: int, reading: Reading, logits, roots, asked) -> None:
+        """Write the asked numbers, bool (B, N), into a reading, from the logits of their trunks; reads the rest."""
+        # A number that is not asked may begin behind its row's trunk: any logits do for it.
+        logits = np.take_along_axis(logits, roots.clip(max=logits.shape[1] - 1)[..., None], 1)
+        node, open_ = np.broadcast_to(self.begin, asked.shape), asked.copy()
+        reading.confidence[asked] = 0
+        branches = first_slot + roots.max() + 1  # the slots behind all trunks
+        depth = 0
+        while True:
+            node, whole, log_probability = self.step(node, logits)
+            reading.confidence += np.where(open_, log_probability, 0)
+            reading.numbers[open_ & whole] = self.tree.number[node[open_ & whole]]
+            open_ &= ~whole
+            if not open_.any():
+                return
+            depth += 1
+            rows, positions = np.nonzero(open_)
+            places = (open_.cumsum(1) - 1)[rows, positions]
+            begins, at = branches + positions * self.tree.depth, roots[rows, positions]
+            token = PassToken(
+                token_id=self.tree.token_id[node[rows, positions]],
+                position=at + depth,
+                cache_slot=begins + depth - 1,
+                visible_until=first_slot + at,
+                visible_from=begins,
+            )
+            tokens = forward.padding(places.max() + 1)
+            tokens[rows, places] = np.stack(token, -1)
+            logits = np.zeros((*asked.shape, len(self.tree.token_ids)), np.float32)
+            logits[rows, positions] = forward.step(tokens)[rows, places]
+
+    def allowed(self, node: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """bool (…, columns): what may follow these nodes (…), and `ends` (…, columns) where they are whole."""
+        return (self.tree.child[node] >= 0) | ((self.tree.number[node] >= 0)[..., None] & ends)
+
+    def step(self, node: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Choose what follows in each branch.
+
+        Args:
+            node: (B, N) what was written of each number, see [`Spellings`].
+            logits: float32 (B, N, columns) after that.
+
+        Returns:
+            the next node, or the same where the number ends; bool, whether the number is whole; log-probability.
+        """
+        tree, allowed = self.tree, self.allowed(node, self.ends)
+        # Clamped: a forbidden token must lose against an allowed one of score −inf, too.
+        scores = np.maximum(logits[..., tree.order], np.finfo(np.float32).min)
+        scores = np.where(allowed, scores.astype(np.float64), -np.inf)
+        column = scores.argmax(-1)
+        best = np.take_along_axis(scores, column[..., None], -1)
+        child = tree.child[node, column]
+        after = np.where(child < 0, node, child)
+        return after, (child < 0) | tree.leaf[after], -np.log(np.exp(scores - best).sum(-1))
+
+
+def _shared(placeholder: list[int], spelled: list[list[int]]) -> int:
+    """How many tokens a placeholder and all numbers begin with: the space, where that is a token of its own."""
+    columns = zip(placeholder, *spelled, strict=False)
+    return len(list(takewhile(lambda tokens: len(set(tokens)) == 1, columns)))
+
+
+def _row_tokens(forward: TreeForward, first_slot: int, rows: list[list[int]]) -> np.ndarray:
+    """[`PassToken`]s of plain text behind the prompts, (B, longest, 5)."""
+    tokens = forward.padding(max(map(len, rows)))
+    for row, ids in enumerate(rows):
+        places = np.arange(len(ids))
+        slots = first_slot + places
+        tokens[row, : len(ids)] = np.stack([ids, places, slots, slots, slots], -1)
+    return tokens
