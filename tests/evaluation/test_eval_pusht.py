@@ -123,6 +123,19 @@ def test_with_a_broken_decoder_an_evaluation_finishes_and_says_so(evaluate, monk
     assert _rows(folder) == [row | {"decoding": "stock"} for row in right]
 
 
+def test_parallel_decoding_is_another_protocol(evaluate, tmp_path, capsys):
+    exact, stock = tmp_path / "exact", tmp_path / "stock"
+    evaluate("--output_dir", str(exact))
+    evaluate("--output_dir", str(stock), "--decoding", "stock")
+    assert _results(stock) == _results(exact) | {"decoding": "stock"}
+    folder = evaluate("--decoding", "parallel", "--refine", "1")
+    assert {row["decoding"] for row in _rows(folder)} == {"parallel"} and _results(folder)["decoding"] == "parallel"
+    assert _results(folder)["protocol"] == _results(exact)["protocol"] | {"decoding": "parallel", "refine": 1}
+    with pytest.raises(SystemExit):
+        evaluate("--num_episodes", "5")
+    assert "belongs to another run (decoding: parallel" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_killed_and_continued_gives_the_same_episodes_once(evaluate, checkpoint, tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -304,6 +317,8 @@ def test_a_full_disk_is_one_clear_error_and_keeps_what_was_there(evaluate, capsy
         (["--ensemble_size", "2", "--n_action_steps", "2"], "leave n_action_steps out"),
         (["--ensemble_decay", "0.1"], "ensemble_size=1 keeps only the newest"),
         (["--model_name_or_path", "/nowhere"], "no folder '/nowhere'"),
+        (["--refine", "1"], "refine=1 with exact decoding"),
+        (["--decoding", "parallel", "--refine", "4"], "an answer of 4 numbers has at most 3 rounds"),
         (["--num_envs", "0"], "--num_envs 0 must be at least 1"),
         (["--output_dir", __file__], "File exists"),
     ],
