@@ -87,9 +87,9 @@ test-newest test-oldest: test-%: .venv/dev
 	rm -rf .venv-$*
 	$(PYTHON) -m venv .venv-$*
 	@$(BIN)/python .ci/requirements.py $* > .venv-$*/requirements.txt
-	@$(call install,.venv-$*) --requirement .venv-$*/requirements.txt
-	@$(call install,.venv-$*) --no-deps --editable .
-	.venv-$*/bin/python -m pip freeze --exclude-editable
+	@$(BIN)/uv pip install --quiet --python .venv-$*/bin/python --requirement .venv-$*/requirements.txt
+	@$(BIN)/uv pip install --quiet --python .venv-$*/bin/python --no-deps --editable .
+	@$(BIN)/uv pip freeze --python .venv-$*/bin/python --exclude-editable
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --numprocesses auto --dist loadscope -m "not slow" $(VERSIONED) $(PYTEST_ARGS)
 
 # Old and new lines side by side: < what was, > what is.

@@ -64,6 +64,13 @@ def test_a_switch_makes_its_settings_count(tmp_path):
     assert config(tmp_path, completion_only_loss=True).completion_only_loss
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("switch", [{}, {"gradient_checkpointing": True}])
+def test_a_renamed_setting_is_not_warned_of(switch, tmp_path):
+    """transformers 5.24 warns of `gradient_checkpointing`, which TRL and most recipes set."""
+    assert config(tmp_path, **switch).gradient_checkpointing is bool(switch)
+
+
 @pytest.mark.parametrize(
     ("settings", "name"),
     [

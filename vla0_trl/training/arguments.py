@@ -202,6 +202,8 @@ class VLASFTConfig(SFTConfig):
             raise ValueError(f"optim={self.optim} must be one of {MUON}, {', '.join(OptimizerNames)}")
         if muon:
             self.optim = SFTConfig.default_optim  # transformers checks against the names that it knows
+        if "activation_checkpointing" in self.__dataclass_fields__ and self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing  # the newer name; the older one alone warns
         super().__post_init__()
         if muon:
             self.optim = MUON
