@@ -63,8 +63,17 @@ def test_the_shipped_ablation_can_be_trained():
         parsed = {**vars(data), **vars(training), **vars(model)}
         assert {name: parsed[name] for name in arm.train} == arm.train
     assert {name for arm in ablation.arms for name in arm.train} == {
-        *("relative_actions", "use_state", "mask_max", "mask_unit", "freeze_vision", "use_system_prompt"),
-        "dataset_name",
+        *(
+            "relative_actions",
+            "use_state",
+            "mask_max",
+            "mask_full",
+            "mask_skip",
+            "mask_labels",
+            "label_smoothing_bins",
+        ),
+        *("freeze_vision", "use_system_prompt", "num_bins", "waypoints", "nano"),
+        *("optim", "learning_rate", "muon_adamw_learning_rate", "dagger_steps", "dataset_name"),
     }
     assert (REPOSITORY / ablation.recipe).is_file() and (REPOSITORY / ablation.evaluation).is_file()
     baseline, ensemble = ablation.arms[0], next(arm for arm in ablation.arms if "ensemble_size" in arm.evaluate)
@@ -142,40 +151,3 @@ def test_a_name_that_no_arm_has_is_an_error(tmp_path, monkeypatch, capsys):
     arguments = ["--ablations", ablation_file(tmp_path, {"a": {}}), "--output_dir", tmp_path / "o", "--arms", "b"]
     assert run_main("recipes/ablate.py", monkeypatch, *arguments) == 2
     assert "--arms ['b']: the file has ['a']" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_gpu_script_and_its_curves(tmp_path, monkeypatch, capsys):
-    """All of nano_gpu.sh in small, twice: the second time nothing is left to do."""
-    settings = {"WORK": tmp_path / "w", "EPISODES": 3, "MAX_STEPS": 4, "SAVE_STEPS": 2, "EVAL_EPISODES": 2}
-    settings |= {"CURVE_EPISODES": 1, "MAX_EPISODE_STEPS": 6}
-    settings["TRAIN_FLAGS"] = (
-        "--use_cpu true --bf16 false --optim adamw_torch --per_device_train_batch_size 4 --num_eval_episodes 1 "
-        "--probe_steps 2 --logging_steps 1 --dataloader_num_workers 0 --dataloader_persistent_workers false "
-        "--report_to none"
-    )
-    environment = ENV | {name: str(value) for name, value in settings.items()}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{ENV['PATH']}"
-    command = ["bash", "recipes/pusht/nano_gpu.sh"]
-    for again in (False, True):
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        assert ("already trained" in done.stdout) == again
-    results = tmp_path / "w/results"
-    points = json.loads((results / "success_rate.json").read_text())["train"]
-    assert [point["samples"] for point in points] == [8, 16]
-    assert [point["num_episodes"] for point in points] == [1, 2]
-    gaps = json.loads((results / "observation_gap.json").read_text())["train"]
-    assert [(point["step"], point["samples"]) for point in gaps] == [(2, 8), (4, 16)]
-    assert (results / "checkpoint/vla_config.json").is_file() and (results / "checkpoint/model.safetensors").is_file()
-    assert json.loads((results / "eval/final/results.json").read_text())["num_episodes"] == 2
-
-    stopped = subprocess.run(
-        [*command, "evaluate"], cwd=REPOSITORY, env=environment | {"STEP_SECONDS": "1", "EVAL_EPISODES": "3"}
-    )
-    assert stopped.returncode == 130, "stopped by the clock: there is more to do"
-
-    arguments = [tmp_path / "w/train", "--output", tmp_path / "x.png", "--key"]
-    assert run_main("recipes/curves.py", monkeypatch, *arguments, "no_such_key") == 2
-    assert run_main("recipes/curves.py", monkeypatch, tmp_path, *arguments[1:], "loss") == 2
-    assert "is in no log of" in capsys.readouterr().err

@@ -176,6 +176,12 @@ def test_a_switch_turned_off_takes_along_what_the_yaml_sets_for_it(recipe, flags
     assert not model_args.use_peft and model_args.lora_target_modules is None
 
 
+def test_another_optimizer_takes_along_the_second_rate_of_muon():
+    config = REPOSITORY / "recipes" / "pusht" / "policy.yaml"
+    _, training, _ = parse_recipe(config, "", ["--optim", "adamw_torch", "--output_dir", "runs/x"])
+    assert training.optim == "adamw_torch" and training.muon_adamw_learning_rate is None
+
+
 def test_what_the_command_line_sets_beside_a_switch_that_it_turns_off_is_refused():
     config = REPOSITORY / "recipes" / "pusht" / "policy.yaml"
     with pytest.raises(ValueError, match="dagger_episodes"):

@@ -229,6 +229,8 @@ class _RecipeParser(TrlParser):
         pairs = set(pairwise(" ".join(args).replace("=", " ").lower().split()))
         off = [switch for switch in NEEDS for value in ("false", "0") if (f"--{switch}", value) in pairs]
         self._unused = {name for switch in off for name in NEEDS[switch].split()}
+        if any(word == "--optim" and value != MUON for word, value in pairs):
+            self._unused.add("muon_adamw_learning_rate")
         return super().parse_args_and_config(args)
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
