@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, SFTConfig, TrlParser
 
+from vla0_trl.command_line import option
 from vla0_trl.config import VLAConfig
 from vla0_trl.training.muon import MUON
 from vla0_trl.training.settings import NEEDS, check_settings
@@ -22,56 +23,33 @@ from vla0_trl.training.settings import NEEDS, check_settings
 class DataArguments:
     """The chat dataset, and how its rows are written as text. What is left out stays as the dataset was converted."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Chat dataset made by data_prep/: a local folder or a Hub id."}
+    dataset_name: str | None = option(None, "Chat dataset made by data_prep/: a local folder or a Hub id.")
+    dataset_revision: str | None = option(None, "Revision of a dataset on the Hub.")
+    num_eval_episodes: int = option(0, "Hold out this many episodes, the last ones; see eval_strategy.")
+    cameras: list[str] | None = option(None, "Cameras to use, in this order.")
+    chunk_size: int | None = option(None, "Steps predicted at once; at most the stored ones.")
+    waypoints: list[int] | None = option(
+        None, "Steps of the chunk that are written, such as 0 3 7; those between are interpolated."
     )
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the Hub."})
-    num_eval_episodes: int = field(
-        default=0, metadata={"help": "Hold out this many episodes, the last ones; see eval_strategy."}
+    n_action_steps: int | None = option(None, "Steps executed before the next prediction.")
+    ensemble_size: int | None = option(None, "Re-query at every step and average this many overlapping predictions.")
+    ensemble_decay: float | None = option(None, "m of ACT's weights exp(-m*i), i=0 the oldest; default: a plain mean.")
+    ensemble_weights: str | None = option(
+        None, "Instead: uniform, or VLA-0's released weights: 0.5 for all but the newest (vla0_v1), 0.5^age (vla0_v2)."
     )
-    cameras: list[str] | None = field(default=None, metadata={"help": "Cameras to use, in this order."})
-    chunk_size: int | None = field(
-        default=None, metadata={"help": "Steps predicted at once; at most the stored ones."}
+    image_size: int | None = option(None, "Side of the square that the model sees, in pixels.")
+    crop_ratio: float | None = option(
+        None, "Side of the crop over side of the image: random in training, else central."
     )
-    waypoints: list[int] | None = field(
-        default=None,
-        metadata={"help": "Steps of the chunk that are written, such as 0 3 7; those between are interpolated."},
+    image_jitter: list[float] | None = option(
+        None, "Strengths of random brightness, contrast, saturation, hue in training."
     )
-    n_action_steps: int | None = field(default=None, metadata={"help": "Steps executed before the next prediction."})
-    ensemble_size: int | None = field(
-        default=None, metadata={"help": "Re-query at every step and average this many overlapping predictions."}
-    )
-    ensemble_decay: float | None = field(
-        default=None,
-        metadata={"help": "m of ACT's weights exp(-m*i), i=0 the oldest; default: a plain mean."},
-    )
-    ensemble_weights: str | None = field(
-        default=None,
-        metadata={
-            "help": "Instead: uniform, or VLA-0's released weights: 0.5 for all but the newest (vla0_v1), 0.5^age "
-            "(vla0_v2)."
-        },
-    )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Side of the square that the model sees, in pixels."}
-    )
-    crop_ratio: float | None = field(
-        default=None, metadata={"help": "Side of the crop over side of the image: random in training, else central."}
-    )
-    image_jitter: list[float] | None = field(
-        default=None,
-        metadata={"help": "Strengths of random brightness, contrast, saturation, hue in training."},
-    )
-    tile_images: bool | None = field(
-        default=None, metadata={"help": "Show all cameras side by side as one image (VLA-0)."}
-    )
-    num_bins: int | None = field(default=None, metadata={"help": "Integers run from 0 to this, inclusive."})
-    use_state: bool | None = field(default=None, metadata={"help": "Write the state into the prompt."})
-    relative_actions: bool | None = field(default=None, metadata={"help": "Write actions as action − state."})
-    use_system_prompt: bool | None = field(
-        default=None, metadata={"help": "Prepend VLA-0's description of the output format."}
-    )
-    normalization: str | None = field(default=None, metadata={"help": "min_max, quantile, or a range such as -1,1."})
+    tile_images: bool | None = option(None, "Show all cameras side by side as one image (VLA-0).")
+    num_bins: int | None = option(None, "Integers run from 0 to this, inclusive.")
+    use_state: bool | None = option(None, "Write the state into the prompt.")
+    relative_actions: bool | None = option(None, "Write actions as action − state.")
+    use_system_prompt: bool | None = option(None, "Prepend VLA-0's description of the output format.")
+    normalization: str | None = option(None, "min_max, quantile, or a range such as -1,1.")
 
     def __post_init__(self):
         if self.dataset_name is None:
@@ -95,98 +73,60 @@ class VLASFTConfig(SFTConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "nano"]
 
     # The collator needs the raw columns, which TRL would remove.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false."})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute activations: a third slower, for when memory is short."}
+    remove_unused_columns: bool = option(False, "Must stay false.")
+    gradient_checkpointing: bool = option(False, "Recompute activations: a third slower, for when memory is short.")
+    ddp_find_unused_parameters: bool | None = option(
+        False, "All parameters get gradients here: looking for others costs time."
     )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "All parameters get gradients here: looking for others costs time."}
+    logging_nan_inf_filter: bool = option(
+        False, "Hide NaN in the log: not needed, as it ends the run. The look costs time."
     )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide NaN in the log: not needed, as it ends the run. The look costs time."}
+    bf16: bool | None = option(None, "Autocast to bfloat16; default: on GPUs, and on CPUs with instructions for it.")
+    report_to: str = option("tensorboard", "tensorboard, wandb, trackio, none, or a list.")
+    optim: str = option(
+        str(SFTConfig.default_optim),
+        "One of transformers' OptimizerNames, or muon: Muon for matrices, AdamW for the rest.",
     )
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "Autocast to bfloat16; default: on GPUs, and on CPUs with instructions for it."},
+    muon_adamw_learning_rate: float | None = option(
+        None, "With optim=muon, AdamW's own learning rate; default: learning_rate."
     )
-    report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or a list."})
-    optim: str = field(
-        default=str(SFTConfig.default_optim),
-        metadata={"help": "One of transformers' OptimizerNames, or muon: Muon for matrices, AdamW for the rest."},
+    mask_max: float = option(0.4, "Hide up to this fraction of a sample's action values in the input.")
+    mask_skip: float = option(0.1, "Share of samples of which nothing is hidden.")
+    mask_full: float = option(0.0, "Share of those that are not skipped of which all values are hidden.")
+    mask_labels: str = option(
+        "ignore",
+        "Hidden values are no targets (VLA-0), or stay targets: needs one token per number.",
+        choices=["ignore", "keep"],
     )
-    muon_adamw_learning_rate: float | None = field(
-        default=None, metadata={"help": "With optim=muon, AdamW's own learning rate; default: learning_rate."}
+    label_smoothing_bins: float = option(
+        0.0, "Draw targets around the true integer with this deviation; needs one token per number."
     )
-    mask_max: float = field(
-        default=0.4, metadata={"help": "Hide up to this fraction of a sample's action values in the input."}
+    mask_unit: str = option("value", "Hide whole values, or single digits as VLA-0.", choices=["value", "character"])
+    rows_in_memory: bool = option(
+        False, "Read and decode each row once, and keep it: for small datasets and dataloader_num_workers 0."
     )
-    mask_skip: float = field(default=0.1, metadata={"help": "Share of samples of which nothing is hidden."})
-    mask_full: float = field(
-        default=0.0, metadata={"help": "Share of those that are not skipped of which all values are hidden."}
+    freeze_vision: bool = option(False, "Do not train the image encoder.")
+    nano: dict | str | None = option(None, "Sizes of the nano backbone (model_name_or_path: nano), as JSON.")
+    save_initial: bool = option(False, "Save the untrained policy as output_dir/initial, to compare with.")
+    stop_at_token_accuracy: float | None = option(None, "Stop once the logged mean_token_accuracy reaches this.")
+    rollout_steps: int = option(0, "Run episodes in the simulator every this many steps; 0: never.")
+    rollout_episodes: int = option(16, "Episodes of such an evaluation, on fixed seeds.")
+    dagger_steps: int = option(
+        0,
+        "Every this many steps, the policy drives dagger_episodes new episodes; what it saw, "
+        "labelled by dagger_teacher, joins the training rows (DAgger); 0: never.",
     )
-    mask_labels: str = field(
-        default="ignore",
-        metadata={
-            "help": "Hidden values are no targets (VLA-0), or stay targets: needs one token per number.",
-            "choices": ["ignore", "keep"],
-        },
+    dagger_episodes: int = option(40, "Episodes per DAgger round.")
+    dagger_fraction: float = option(0.4, "Share of the rows drawn from what DAgger added, once there is any.")
+    dagger_teacher: str | None = option(None, "The teacher that labels: a file made by data_prep/teach_pusht.py.")
+    probe_steps: int = option(
+        0,
+        "Every this many steps, log the loss on the first action, by how much the loss rises when images "
+        "and states are another sample's (observation_gap: near 0, the policy does not look), and the error of "
+        "the policy's answers beside that of staying; 0: never.",
     )
-    label_smoothing_bins: float = field(
-        default=0.0,
-        metadata={"help": "Draw targets around the true integer with this deviation; needs one token per number."},
-    )
-    mask_unit: str = field(
-        default="value",
-        metadata={"help": "Hide whole values, or single digits as VLA-0.", "choices": ["value", "character"]},
-    )
-    rows_in_memory: bool = field(
-        default=False,
-        metadata={
-            "help": "Read and decode each row once, and keep it: for small datasets and dataloader_num_workers 0."
-        },
-    )
-    freeze_vision: bool = field(default=False, metadata={"help": "Do not train the image encoder."})
-    nano: dict | str | None = field(
-        default=None, metadata={"help": "Sizes of the nano backbone (model_name_or_path: nano), as JSON."}
-    )
-    save_initial: bool = field(
-        default=False, metadata={"help": "Save the untrained policy as output_dir/initial, to compare with."}
-    )
-    stop_at_token_accuracy: float | None = field(
-        default=None, metadata={"help": "Stop once the logged mean_token_accuracy reaches this."}
-    )
-    rollout_steps: int = field(
-        default=0, metadata={"help": "Run episodes in the simulator every this many steps; 0: never."}
-    )
-    rollout_episodes: int = field(default=16, metadata={"help": "Episodes of such an evaluation, on fixed seeds."})
-    dagger_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Every this many steps, the policy drives dagger_episodes new episodes; what it saw, "
-            "labelled by dagger_teacher, joins the training rows (DAgger); 0: never."
-        },
-    )
-    dagger_episodes: int = field(default=40, metadata={"help": "Episodes per DAgger round."})
-    dagger_fraction: float = field(
-        default=0.4, metadata={"help": "Share of the rows drawn from what DAgger added, once there is any."}
-    )
-    dagger_teacher: str | None = field(
-        default=None, metadata={"help": "The teacher that labels: a file made by data_prep/teach_pusht.py."}
-    )
-    probe_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Every this many steps, log the loss on the first action, by how much the loss rises when images "
-            "and states are another sample's (observation_gap: near 0, the policy does not look), and the error of "
-            "the policy's answers beside that of staying; 0: never."
-        },
-    )
-    log_energy: bool = field(
-        default=False, metadata={"help": "Measure the energy of the run with codecarbon, into output_dir/energy.json."}
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Start again in an output_dir that another run has used."}
-    )
+    log_energy: bool = option(False, "Measure the energy of the run with codecarbon, into output_dir/energy.json.")
+    overwrite: bool = option(False, "Start again in an output_dir that another run has used.")
 
     def __post_init__(self):
         check_settings(self)

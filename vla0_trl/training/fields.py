@@ -52,6 +52,8 @@ def _described(value: ast.expr | None) -> RecipeField | None:
     if not isinstance(value, ast.Call):
         return RecipeField(ast.unparse(value) if value else "required", "")
     words = {word.arg: word.value for word in value.keywords}
+    if ast.unparse(value.func) == "option":
+        return RecipeField(ast.unparse(value.args[0]), _text(value.args[1]))
     if "init" in words and ast.unparse(words["init"]) == "False":
         return None
     default = ast.unparse(words["default"]) if "default" in words else "empty"
