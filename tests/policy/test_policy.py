@@ -177,7 +177,10 @@ def test_the_last_chunk_of_an_episode_is_a_draft_of_its_next(policy, relative):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("chunk_size", 4), ("num_bins", 1000), ("cameras", ["front"]), ("use_state", False), ("image_size", 96)],
+    [
+        *(("chunk_size", 4), ("num_bins", 1000), ("cameras", ["front"]), ("use_state", False), ("image_size", 96)),
+        ("relative_actions", True),
+    ],
 )
 def test_what_a_policy_was_built_for_can_not_be_set(policy, name, value):
     before = policy.config
@@ -187,9 +190,9 @@ def test_what_a_policy_was_built_for_can_not_be_set(policy, name, value):
 
 
 def test_a_new_config_brings_its_own_codecs(policy, example_config):
-    """Statistics, normalization and relative actions: what the integers mean follows the config at once."""
+    """Statistics and normalization: what the integers mean follows the config at once."""
     doubled = replace(example_config.action_stats, max=[1022.0, 1022.0])
-    for changes in ({"action_stats": doubled}, {"normalization": [-1.0, 1.0]}, {"relative_actions": True}):
+    for changes in ({"action_stats": doubled}, {"normalization": [-1.0, 1.0]}):
         policy.config = example_config
         policy.predict_action_chunk(observations(2))
         policy.config = example_config.replace(**changes)

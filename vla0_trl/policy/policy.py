@@ -33,7 +33,7 @@ MAX_DRAFTS = 4096  # sessions whose last chunk is remembered: 56 values each in 
 # What the prompt, the pictures and the answers are made of. A policy is built for one such set.
 _FIXED = (
     *("cameras", "tile_images", "image_size", "use_system_prompt", "use_state", "state_dim"),
-    *("action_dim", "chunk_size", "waypoints", "num_bins"),
+    *("action_dim", "chunk_size", "waypoints", "num_bins", "relative_actions"),
 )
 
 
@@ -140,8 +140,8 @@ class VLAPolicy:
             ours, asked = getattr(self._config, name), getattr(config, name)
             if ours != asked:
                 raise ValueError(
-                    f"{name}={asked}, but this policy was made for {name}={ours}: chunk, bins, prompt and cameras are "
-                    "a checkpoint's own; only its execution and the scale of its actions can be set"
+                    f"{name}={asked}, but this policy was made for {name}={ours}: chunk, bins, relative actions, "
+                    "prompt and cameras are a checkpoint's own; execution and the scale of actions can be set"
                 )
         self._config = config
         self.action_tokenizer = config.action_tokenizer()
