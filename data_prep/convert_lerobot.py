@@ -14,14 +14,7 @@ Needs the extra [convert]: pip install -e ".[convert]".
 from dataclasses import dataclass
 
 from vla0_trl.command_line import option, parse
-from vla0_trl.data.arguments import (
-    ConversionArguments,
-    Subset,
-    chosen_cameras,
-    chosen_tasks,
-    command_line_errors,
-    names_in,
-)
+from vla0_trl.data.arguments import ConversionArguments, Subset, chosen_tasks, command_line_errors, names_in
 from vla0_trl.data.sources.gripper import CONVENTIONS
 from vla0_trl.data.sources.lerobot import LeRobotSource
 from vla0_trl.data.sources.lerobot_hub import fetch, open_dataset
@@ -41,8 +34,8 @@ class Arguments(Subset, ConversionArguments):
     action_key: str | None = option(None, "the feature that is the action (default: action or actions)")
     gripper: str | None = option(
         None,
-        "the last action dimension is a gripper of two values, executed as −1 (open) or +1 (closed), as LIBERO needs; "
-        "sign: it is −1 or +1 in the data, too",
+        "how the source encodes a gripper in the last action dimension, open and closed; sign: −1 and +1. The dataset "
+        "and the robot have −1 and +1, as LIBERO needs (default: no such gripper)",
         choices=list(CONVENTIONS),
     )
     ignore_stats: bool = option(False, "convert values that meta's statistics say there are not")
@@ -61,7 +54,7 @@ def main() -> None:
         meta = open_dataset(args.source, args.revision)
         keys = names_in(args.image_keys), args.state_key, args.action_key
         source = LeRobotSource(meta, *keys, not args.ignore_stats, args.trust_timestamps, args.gripper)
-        cameras = chosen_cameras(names_in(args.cameras), list(source.cameras))
+        cameras = args.chosen_cameras(list(source.cameras))
         tasks = chosen_tasks(args.tasks, meta.tasks)
         fetch(source, args.selection(tasks), cameras)
         config = args.config(

@@ -12,14 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vla0_trl.command_line import option, parse
-from vla0_trl.data.arguments import (
-    ConversionArguments,
-    Subset,
-    chosen_cameras,
-    chosen_tasks,
-    command_line_errors,
-    names_in,
-)
+from vla0_trl.data.arguments import ConversionArguments, Subset, chosen_tasks, command_line_errors
 from vla0_trl.data.sources.gripper import CONVENTIONS
 from vla0_trl.data.sources.libero_hdf5 import ACTION_DIM, CAMERAS, STATE_DIM, LiberoDemos
 
@@ -29,7 +22,11 @@ class Arguments(Subset, ConversionArguments):
     source: list[Path] = option(help=".hdf5 files, or folders with them")
     tasks: str | None = option(None, "only tasks whose instruction contains TEXT, or by number", metavar="TEXT|0,3")
     drop_noops: bool = option(False, "leave out frames in which the robot stands still")
-    gripper: str = option("sign", "sign: −1 open, +1 closed, as LIBERO has it", choices=list(CONVENTIONS))
+    gripper: str = option(
+        "sign",
+        "how the files encode it, open and closed; sign: −1 and +1, as LIBERO has it",
+        choices=list(CONVENTIONS),
+    )
 
 
 def main() -> None:
@@ -37,7 +34,7 @@ def main() -> None:
     with command_line_errors(args.output_dir):
         source = LiberoDemos(args.source, args.drop_noops, args.gripper)
         config = args.config(
-            cameras=chosen_cameras(names_in(args.cameras), list(CAMERAS)),
+            cameras=args.chosen_cameras(list(CAMERAS)),
             action_dim=ACTION_DIM,
             state_dim=STATE_DIM,
             gripper="sign",

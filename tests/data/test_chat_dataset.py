@@ -35,18 +35,13 @@ def small_dataset(tmp_path_factory) -> Path:
 
 def test_columns_types_and_order(small_dataset):
     dataset = load_dataset(str(small_dataset), split="train")
-    messages = List({"role": Value("string"), "content": Value("string")})
+    messages, floats = List({"role": Value("string"), "content": Value("string")}), List(Value("float32"))
     assert dataset.features == {
         "images": List(Image()),
-        "task": Value("string"),
-        "state": Value("string"),
-        "action": Value("string"),
-        "prompt": messages,
-        "completion": messages,
-        "episode_index": Value("int64"),
-        "frame_index": Value("int64"),
-        "raw_state": List(Value("float32")),
-        "raw_action": List(Value("float32")),
+        **dict.fromkeys(("task", "state", "action"), Value("string")),
+        **dict.fromkeys(("prompt", "completion"), messages),
+        **dict.fromkeys(("episode_index", "frame_index"), Value("int64")),
+        **dict.fromkeys(("raw_state", "raw_action"), floats),
     }
     assert dataset["episode_index"] == [i for i in range(5) for _ in range(5 + i)]
     assert dataset["frame_index"] == [frame for i in range(5) for frame in range(5 + i)]

@@ -7,19 +7,9 @@ import sys
 import numpy as np
 import pytest
 
+from vla0_trl.envs.pusht import geometry
 from vla0_trl.envs.pusht.env import CAMERA, PushTEnv
 from vla0_trl.envs.pusht.expert import MAX_DISTANCE, MAX_MOVE, PushTExpert, Recording, record_episode
-from vla0_trl.envs.pusht.geometry import (
-    GOAL_POSE,
-    WALLS,
-    beyond_walls,
-    compose,
-    coverage,
-    inside,
-    pose_distance,
-    to_block,
-    to_world,
-)
 from vla0_trl.envs.pusht.planner import (
     APPROACHES,
     CENTRES,
@@ -158,18 +148,23 @@ def test_it_labels_and_repairs_what_another_policy_did():
 
 def test_frames_of_reference_are_inverse():
     pose = np.array([300.0, 120.0, 2.0])
-    assert np.allclose(to_block(pose, to_world(pose, CENTRES)), CENTRES)
-    there = compose(pose, np.array([10.0, -5.0, 0.3]))
-    assert np.allclose(to_world(there, CENTRES), to_world(pose, to_world(np.array([10.0, -5.0, 0.3]), CENTRES)))
+    assert np.allclose(geometry.to_block(pose, geometry.to_world(pose, CENTRES)), CENTRES)
+    there = geometry.compose(pose, np.array([10.0, -5.0, 0.3]))
+    assert np.allclose(
+        geometry.to_world(there, CENTRES),
+        geometry.to_world(pose, geometry.to_world(np.array([10.0, -5.0, 0.3]), CENTRES)),
+    )
 
 
 def test_coverage_is_gym_pushts():
     env = PushTEnv()
     for seed in range(20):
         env.reset(seed)
-        assert coverage(env.full_state[None, 2:])[0] == pytest.approx(env.coverage, abs=1e-9)
-    assert coverage(GOAL_POSE[None])[0] == pytest.approx(1.0)
-    assert pose_distance(GOAL_POSE + np.array([0, 0, 2 * np.pi]), GOAL_POSE) == pytest.approx(0.0, abs=1e-9)
+        assert geometry.coverage(env.full_state[None, 2:])[0] == pytest.approx(env.coverage, abs=1e-9)
+    assert geometry.coverage(geometry.GOAL_POSE[None])[0] == pytest.approx(1.0)
+    assert geometry.pose_distance(
+        geometry.GOAL_POSE + np.array([0, 0, 2 * np.pi]), geometry.GOAL_POSE
+    ) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_planned_push_is_what_the_simulator_does():
@@ -179,18 +174,18 @@ def test_a_planned_push_is_what_the_simulator_does():
     for contact in range(0, len(CENTRES), 7):
         env = PushTEnv()
         env.reset(0)
-        env._env.agent.position = tuple(to_world(pose, APPROACHES[contact]))
+        env._env.agent.position = tuple(geometry.to_world(pose, APPROACHES[contact]))
         env._env.block.angle = pose[2]
         env._env.block.position = tuple(pose[:2])
         for advance in np.minimum(np.arange(0, 120, 10), PUSH_STEP * length):
-            env.step(to_world(pose, CENTRES[contact] + advance * NORMALS[contact]))
-        predicted = compose(pose, push_library()[contact, length])
-        assert pose_distance(pose, predicted) > 15
-        assert pose_distance(env.full_state[2:], predicted) < 3
+            env.step(geometry.to_world(pose, CENTRES[contact] + advance * NORMALS[contact]))
+        predicted = geometry.compose(pose, push_library()[contact, length])
+        assert geometry.pose_distance(pose, predicted) > 15
+        assert geometry.pose_distance(env.full_state[2:], predicted) < 3
 
 
 def test_walks_go_around_the_block():
-    walks = Walks(GOAL_POSE)
+    walks = Walks(geometry.GOAL_POSE)
     below = np.array([0.0, 200.0])
     lengths = walks.lengths(below)
     assert np.isfinite(lengths).all()
@@ -207,29 +202,32 @@ def test_walks_go_around_the_block():
 def test_no_walk_leaves_the_workspace():
     agent = np.array([250.0, 400.0])
     pose = np.array([100.0, 25.0, 0.0])  # the bar along the upper wall, its left end near the left one
-    lengths = Walks(pose).lengths(to_block(pose, agent))
-    open_path = Walks(GOAL_POSE).lengths(to_block(pose, agent))
+    lengths = Walks(pose).lengths(geometry.to_block(pose, agent))
+    open_path = Walks(geometry.GOAL_POSE).lengths(geometry.to_block(pose, agent))
     # right of the stem nothing changes; the top cannot be had, because the way there turns outside the workspace
     right_of_stem = (NORMALS[:, 0] < -0.5) & (CENTRES[:, 0] < 60)
     assert np.array_equal(lengths[right_of_stem], open_path[right_of_stem])
     assert np.isinf(lengths[NORMALS[:, 1] > 0.5]).all()
     assert np.isfinite(open_path).all()
-    assert inside(to_world(pose, APPROACHES[plan_push(agent, pose).contact]))
+    assert geometry.inside(geometry.to_world(pose, APPROACHES[plan_push(agent, pose).contact]))
 
 
 def test_one_push_away_from_the_target_the_plan_is_that_push():
-    pose = compose(GOAL_POSE, np.array([0.0, -60.0, 0.0]))
-    push = plan_push(to_world(pose, np.array([0.0, -60.0])), pose)
+    pose = geometry.compose(geometry.GOAL_POSE, np.array([0.0, -60.0, 0.0]))
+    push = plan_push(geometry.to_world(pose, np.array([0.0, -60.0])), pose)
     assert np.array_equal(push.poses[0], pose)
     assert NORMALS[push.contact].tolist() == [0.0, 1.0]  # the bar's outer edge
     assert push.length == pytest.approx(60, abs=3)
-    assert coverage(push.poses[-1:])[0] > SOLVED
+    assert geometry.coverage(push.poses[-1:])[0] > SOLVED
 
 
 def test_the_planner_knows_the_walls():
     """Against a wall a push moves the block less than in the open, and never through it."""
     pose = np.array([256.0, 127.0, np.pi])  # the stem's end at the upper wall
-    push = simulate_pushes(to_block(pose, WALLS))
+    push = simulate_pushes(geometry.to_block(pose, geometry.WALLS))
     bar = int(np.argmin(np.linalg.norm(CENTRES - [0, -15], axis=1)))
     assert push_library()[bar, 20, 1] > 25
-    assert beyond_walls(compose(pose, push[bar, 20])) < beyond_walls(compose(pose, push_library()[bar, 20])) - 10
+    assert (
+        geometry.beyond_walls(geometry.compose(pose, push[bar, 20]))
+        < geometry.beyond_walls(geometry.compose(pose, push_library()[bar, 20])) - 10
+    )

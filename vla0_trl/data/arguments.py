@@ -73,6 +73,17 @@ class ConversionArguments:
         with user_errors():
             return VLAConfig(**settings | fields)
 
+    def chosen_cameras(self, cameras: list[str]) -> list[str]:
+        """What `--cameras` chooses of a source's cameras.
+
+        Raises:
+            ConversionError: one that the source has not.
+        """
+        asked = names_in(self.cameras) or cameras
+        if unknown := [camera for camera in asked if camera not in cameras]:
+            raise ConversionError(f"--cameras {self.cameras}: there is no {unknown[0]!r}, the source has {cameras}")
+        return asked
+
     def selection(self, tasks: list[str] | None = None) -> Selection:
         """Which episodes the flags choose, of `tasks` only if given."""
         try:
@@ -158,18 +169,6 @@ def chosen_tasks(text: str | None, tasks: dict[int, str]) -> list[str] | None:
         listed = "".join(f"\n  {number} {task}" for number, task in tasks.items())
         raise ConversionError(f"--tasks {text}: the source has these, choose by number or part of the text:{listed}")
     return [tasks[number] for number in numbers]
-
-
-def chosen_cameras(asked: list[str] | None, cameras: list[str]) -> list[str]:
-    """What `--cameras` chooses of a source's cameras.
-
-    Raises:
-        ConversionError: one that the source has not.
-    """
-    unknown = [camera for camera in asked or [] if camera not in cameras]
-    if unknown:
-        raise ConversionError(f"--cameras {','.join(asked)}: there is no {unknown[0]!r}, the source has {cameras}")
-    return asked or cameras
 
 
 def _normalization(text: str) -> str | list[float]:

@@ -24,18 +24,18 @@ class NanoConfig:
 
     Args:
         hidden_size, num_layers, num_heads (`int`): of the language model.
+        rope_theta (`float`): base of the rotary angles; 100 tells neighbours in short texts apart.
+        number_tokens (`bool`): one token for each integer of the actions and each word of the prompts, and a brief
+            chat template, instead of single bytes.
         vision_hidden_size, vision_layers (`int`): of the image encoder.
+        vision_intermediate_size, vision_num_heads (`int`, *optional*): of it, too; default: three times its width, and
+            one head per 64 dimensions.
         image_size (`int`): side of the input it is built for; other sizes interpolate its position embeddings.
         patch_size (`int`): side of a patch; (image_size / patch_size / scale_factor)² tokens per image.
         scale_factor (`int`): side of the square of patches that becomes one token.
         image_mean (`list[float]`): colour in [0, 1] that becomes zero. From scratch it should be the frames' own mean:
             what all frames share, as PushT's white ground, otherwise drowns what differs within some ten steps.
         image_std (`list[float]`): colours are divided by it.
-        vision_intermediate_size, vision_num_heads (`int`, *optional*): of the image encoder; default: three times its
-            width, and one head per 64 dimensions.
-        rope_theta (`float`): base of the rotary angles; 100 tells neighbours in short texts apart.
-        number_tokens (`bool`): one token for each integer of the actions and each word of the prompts, and a brief
-            chat template, instead of single bytes.
         init (`str`): `"code"` gives the weights a start from which looking is learnt within minutes, see
             [`nano_init`], with a head of its own; `"normal"` is transformers' own.
     """
@@ -43,17 +43,17 @@ class NanoConfig:
     hidden_size: int = 192
     num_layers: int = 4
     num_heads: int = 4
+    rope_theta: float = 10000.0
+    number_tokens: bool = False
     vision_hidden_size: int = 128
     vision_layers: int = 2
+    vision_intermediate_size: int | None = None
+    vision_num_heads: int | None = None
     image_size: int = 96
     patch_size: int = 12
     scale_factor: int = 2
     image_mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     image_std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
-    vision_intermediate_size: int | None = None
-    vision_num_heads: int | None = None
-    rope_theta: float = 10000.0
-    number_tokens: bool = False
     init: str = "normal"
 
     def __post_init__(self):
