@@ -56,6 +56,8 @@ class Quantizer:
 class ActionTokenizer:
     """Action chunks <-> text: the one definition of what the model is trained to write and the robot executes.
 
+    It makes text, not token ids; [`ChatTokenizer`] makes those of the text.
+
     Args:
         stats (`NormStats`): of the actions, or of action − state if `relative`.
         num_bins (`int`, *optional*, defaults to `1000`): the largest integer.

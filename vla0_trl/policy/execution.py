@@ -51,8 +51,9 @@ class TemporalEnsembler:
     """One robot's overlapping predictions, averaged for the current step.
 
     From ACT (Zhao et al. 2023, "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware", section IV.B).
-    VLA-0-Smol uses the uniform mean. VLA-0's paper says a mean, too, but its released evaluation has two other ways:
-    `ensemble_version` 1 (`"vla0_v1"`) and 2 (`"vla0_v2"`), both of which trust the newest prediction most.
+    VLA-0-Smol uses the uniform mean. VLA-0's paper says a mean, too, but its released code, whose setting is called
+    `ensemble_version`, has two other ways: 1 (here `"vla0_v1"`) and 2 (`"vla0_v2"`). Both trust the newest prediction
+    most.
 
     Args:
         chunk_size (`int`):
@@ -61,7 +62,7 @@ class TemporalEnsembler:
             Predictions to average, at most; 1 executes the newest alone.
         decay (`float`, *optional*):
             m in ACT's weights exp(−m·i), where i = 0 is the *oldest* prediction: a positive m trusts old predictions
-            more. Without it, all count the same. `decay=log(w)` is VLA-0's version 2 with another weight: w^age, where
+            more. Without it, all count the same. `decay=log(w)` is `"vla0_v2"` with another base: w^age, where
             age = 0 is the newest.
         weights (`str`, *optional*):
             Named weights instead of a decay: `"uniform"`; `"vla0_v1"`: 1 for the newest, 0.5 for each older one;

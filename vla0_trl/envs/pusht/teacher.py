@@ -96,7 +96,7 @@ class PushTTeacher(nn.Module):
 
     @torch.inference_mode()
     def label(self, states: np.ndarray) -> np.ndarray:
-        """What the teacher would do in these states, about 10 microseconds each on one core.
+        """What the teacher would do in these states.
 
         Args:
             states (`np.ndarray`): float[N, 5], full states: agent x, y, block x, y in px, and block angle.
