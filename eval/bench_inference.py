@@ -49,7 +49,7 @@ def main() -> None:
 
     with user_errors():
         check_sources(args.models, args.models_dir)
-    device, dtype = resolve_device(args.device, args.dtype)
+        device, dtype = resolve_device(args.device, args.dtype)
     rows, skipped = [], {}
     for name in args.models:
         try:

@@ -48,7 +48,7 @@ def _run(script: str, flags: list, environment: dict[str, str], delay: float, st
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
             print(end.code if isinstance(end.code, str) else "", file=sys.stderr)
-        except BaseException:
+        except BaseException:  # whatever it is, it must not run on in the forked copy of pytest
             traceback.print_exc()
             code = 70
         sys.stdout.flush()

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow  # every check is a process
             "those",
         ),
         (
-            "--index-url x\nnumpy==0.1\nnot-installed==1\n",
+            "--only-binary :all:\nnumpy==0.1\nnot-installed==1\n",
             "warning",
             "1 differ from requirements.lock: numpy {numpy} (",
         ),

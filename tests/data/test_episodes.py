@@ -16,7 +16,7 @@ from vla0_trl.actions import parse_integers
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import FEATURES, RAW_SCHEMA, chat_rows, with_statistics
 from vla0_trl.data.episodes import Episode, EpisodeError, action_windows, raw_rows
-from vla0_trl.processing.collator import _as_array
+from vla0_trl.processing.collator import decoded_image
 from vla0_trl.processing.images import upright
 
 
@@ -162,7 +162,7 @@ def test_exif_orientation_is_the_same_for_every_reader(tmp_path, form):
     assert np.abs(np.asarray(stored).astype(int) - turned).max() < 12
     before = {"bytes": buffer.getvalue(), "path": None}
     decoded = HubImage().decode_example(before)
-    for image in (_as_array(before), _as_array(decoded), np.asarray(upright(Image.open(buffer)))):
+    for image in (decoded_image(before), decoded_image(decoded), np.asarray(upright(Image.open(buffer)))):
         assert np.abs(image.astype(int) - turned).max() < 12
 
 

@@ -126,7 +126,7 @@ def test_the_collator_pickles(backbone, rows):
     collator = VLADataCollator(processor, config.replace(crop_ratio=0.75), mask_max=1.0, mask_skip=0.0)
     for epoch in (0, 3):
         collator.set_epoch(epoch)
-        copy = pickle.loads(pickle.dumps(collator))
+        copy = pickle.loads(pickle.dumps(collator))  # our own bytes, made in this line
         torch.testing.assert_close(copy(rows), collator(rows), rtol=0, atol=0)
         copy.set_epoch(epoch + 1)
         assert not torch.equal(copy(rows)["input_ids"], collator(rows)["input_ids"])

@@ -83,22 +83,21 @@ class TrainingForward:
         self.checked = True
         device = self.model.device
         generators = [device] if device.type == "cuda" else []
-        # Exceptions are caught broadly, on purpose: what a changed library does to our code can't be told in advance.
         with torch.compiler.set_stance("force_eager"):  # compiling what runs once would take minutes
             self.use_stock()
             try:
                 with torch.random.fork_rng(generators), torch.no_grad():
                     stock = log_probs().float()
-            except Exception:
+            except Exception:  # whatever a library raises: the step itself will, too, and that one is shown
                 # There is nothing to go back to: SmolVLM of transformers 5.17 can't place bfloat16 features under
-                # autocast. What is wrong with model or batch, the step itself will say.
+                # autocast.
                 return None
             finally:
                 self.use_fast()
             try:
                 with torch.random.fork_rng(generators):  # and with gradients, without which attention takes its mask
                     ours = log_probs().detach().float()
-            except Exception as error:
+            except Exception as error:  # what a changed library does to our code can't be told in advance
                 return raised(error)
         labels = (stock != 0).sum().clamp(min=1)
         apart, loss = ((ours - stock).abs().sum() / labels).item(), (-stock.sum() / labels).item()

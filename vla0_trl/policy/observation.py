@@ -64,13 +64,13 @@ def camera_image(image: Any, camera: str) -> np.ndarray:
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         pixels = image
     else:
-        pixels = _three_channels(_eight_bits(_as_array(image), camera), camera)
+        pixels = _three_channels(_eight_bits(_pixels(image), camera), camera)
     if 0 in pixels.shape:
         raise _refused(camera, pixels, "has no pixels")
     return pixels
 
 
-def _as_array(image: Any) -> np.ndarray:
+def _pixels(image: Any) -> np.ndarray:
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         return (image.float() if image.is_floating_point() else image).numpy()

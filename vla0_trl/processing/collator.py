@@ -174,7 +174,7 @@ class VLADataCollator:
                 f"but the dataset has the cameras {self.stored_cameras}"
             )
         stored = dict(zip(self.stored_cameras, row["images"], strict=True))
-        return [_as_array(stored[name]) for name in self.config.cameras]
+        return [decoded_image(stored[name]) for name in self.config.cameras]
 
     def longest_text(self, task: str) -> int:
         """Tokens of a row with this task, if all of its numbers are as long as they can be."""
@@ -198,7 +198,7 @@ class VLADataCollator:
         return tensors | self.chat.token_types(tensors["input_ids"])
 
 
-def _as_array(image: Image.Image | np.ndarray | dict) -> np.ndarray:
+def decoded_image(image: Image.Image | np.ndarray | dict) -> np.ndarray:
     """A decoded image, or one still encoded as `datasets` stores it -> uint8 (H, W, 3)."""
     if isinstance(image, dict):
         image = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])

@@ -84,7 +84,7 @@ def hold_run(identity: dict[str, Any], output_dir: str, overwrite: bool) -> RunF
                 raise belongs_to_another(Path(output_dir), "run", there, here)
             if unknown := sorted(identity.keys() - found.keys()):
                 print(f"{output_dir}/{RUN_FILE} is another version's and does not say: {', '.join(unknown)}")
-    except BaseException:
+    except BaseException:  # Ctrl-C, too, must not leave the folder locked while this process lives
         folder.close()
         raise
     return folder
