@@ -13,8 +13,8 @@ from support.general import contents
 
 from vla0_trl import run_folder
 from vla0_trl.files import write_whole
-from vla0_trl.manifest import CHECKPOINT_FILE, CONVERSION_NAME, damage, delete_claimed, files_of, replace_folder
-from vla0_trl.run_folder import FolderError, RunFolder, checkpoints, last_checkpoint
+from vla0_trl.manifest import CONVERSION_NAME, damage, files_of
+from vla0_trl.run_folder import FolderError, RunFolder
 
 WORK = {"format": 2, "source": {"name": "a"}}
 
@@ -25,14 +25,6 @@ def dataset(folder: Path, rows: str) -> Path:
     (folder / "data" / "train-00000-of-00001.parquet").write_text(rows)
     (folder / "vla_config.json").write_text("{}")
     (folder / CONVERSION_NAME).write_text(json.dumps({"files": files_of(folder)}))
-    return folder
-
-
-def checkpoint(folder: Path, weights: str = "weights") -> Path:
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_text(weights)
-    (folder / "vla_config.json").write_text("{}")
-    (folder / CHECKPOINT_FILE).write_text(json.dumps({"files": files_of(folder)}))
     return folder
 
 
@@ -238,57 +230,6 @@ def test_two_names_of_a_folder_are_one_lock(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "out")
     with RunFolder(tmp_path / "out"), pytest.raises(FolderError, match="at work"):
         RunFolder(tmp_path / "link")
-
-
-# -- checkpoints
-
-
-def test_a_checkpoint_counts_if_all_that_its_manifest_lists_is_there(tmp_path):
-    for step in (2, 4, 10):
-        checkpoint(tmp_path / f"checkpoint-{step}")
-    checkpoint(tmp_path / "checkpoint-best")
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-4", "checkpoint-2"]
-    (tmp_path / "checkpoint-10" / "model.safetensors").write_text("weig")
-    assert damage(tmp_path / "checkpoint-10") == "model.safetensors has 4 bytes instead of 7"
-    (tmp_path / "checkpoint-4" / "model.safetensors").unlink()
-    assert damage(tmp_path / "checkpoint-4") == "model.safetensors is missing"
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    (tmp_path / "checkpoint-2" / CHECKPOINT_FILE).write_text("{")
-    assert damage(tmp_path / "checkpoint-2") == "checkpoint.json is damaged" and last_checkpoint(tmp_path) is None
-
-
-def test_a_checkpoint_of_an_earlier_version_counts_by_its_last_file(tmp_path):
-    (checkpoint(tmp_path / "checkpoint-2") / CHECKPOINT_FILE).unlink()
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    (tmp_path / "checkpoint-2" / "vla_config.json").unlink()
-    assert last_checkpoint(tmp_path) is None
-
-
-def test_only_what_a_manifest_lists_is_deleted(tmp_path):
-    (tmp_path / "outside").write_text("precious")
-    folder = checkpoint(tmp_path / "checkpoint-2")
-    listed = files_of(folder) | {"../outside": 8}
-    (folder / CHECKPOINT_FILE).write_text(json.dumps({"files": listed}))
-    (folder / "eval").mkdir()
-    (folder / "eval" / "results.json").write_text("{}")
-    delete_claimed(folder)
-    assert contents(tmp_path) == {"outside": b"precious", "checkpoint-2/eval/results.json": b"{}"}
-    delete_claimed(folder)
-    (folder / "notes.txt").write_text("mine")
-    delete_claimed(folder)
-    assert (folder / "notes.txt").exists()
-
-
-@pytest.mark.parametrize("left", ["nothing", "old", "old and new"])
-def test_best_is_replaced_whatever_a_kill_left(tmp_path, left):
-    best = tmp_path / "best"
-    if left != "old":
-        checkpoint(best, "first")
-    if left != "nothing":
-        checkpoint(tmp_path / "best.old", "before")
-    replace_folder(checkpoint(tmp_path / "best.partial", "second"), best)
-    assert (best / "model.safetensors").read_text() == "second" and damage(best) is None
-    assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
 def test_leftovers_of_a_killed_write_do_not_claim_a_folder(tmp_path):

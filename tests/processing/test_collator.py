@@ -5,32 +5,13 @@ import pytest
 import torch
 from datasets import load_dataset
 from PIL import Image
-from support.backbones import TINY
 from support.episodes import DotSource
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from vla0_trl import VLADataCollator
 from vla0_trl.data.chat_dataset import load_chat_dataset
-from vla0_trl.models.loading import load_processor, set_image_size
-from vla0_trl.models.nano import NanoConfig, build_nano
+from vla0_trl.models.loading import load_processor
 from vla0_trl.processing.images import model_inputs
-
-
-@pytest.fixture
-def rows(example_config):
-    """Rows whose integers are their values."""
-    rng = np.random.default_rng(0)
-    return [
-        {
-            "images": [Image.fromarray(rng.integers(0, 256, (48, 48, 3), np.uint8))],
-            "task": "Push it." if i % 2 else "Push that thing over there, please.",
-            "raw_state": [12.0, 400.0],
-            "raw_action": rng.integers(0, 512, example_config.num_values).astype(float).tolist(),
-            "episode_index": i,
-            "frame_index": 3,
-        }
-        for i in range(6)
-    ]
 
 
 def answers(processor, batch) -> list[str]:
@@ -65,40 +46,6 @@ def test_equals_trls_own_collator_without_masking(backbone, rows, example_config
     assert set(ours) == set(theirs) - {"pixel_attention_mask"}
     for key in ours:
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-6)
-
-
-def test_masking_hides_whole_values(backbone, rows):
-    _, processor, config = backbone
-    collator = VLADataCollator(processor, config, mask_max=1.0, mask_skip=0.0)
-    mask_id, counts = collator.chat.mask_id, []
-    for epoch in range(40):
-        collator.set_epoch(epoch)
-        batch = collator(rows)
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            hidden = ids == mask_id
-            counts.append(hidden.sum().item())
-            assert (labels[hidden] == -100).all()
-            completion = (labels != -100).nonzero()[0].item()
-            if not hidden[: completion + 1].any():
-                tail = ids[completion:][ids[completion:] != processor.tokenizer.pad_token_id]
-                text = processor.tokenizer.decode(tail).removesuffix(collator.chat._suffix).strip()
-                words = text.split(" ")
-                assert len(words) == config.num_values and all(w == "?" or w.isdigit() for w in words), text
-    # U(0, 1) over six values: 0 to 6 hidden, three in the mean.
-    assert set(counts) == set(range(7)) and 2.5 < np.mean(counts) < 3.5
-
-
-def test_mask_skip_and_evaluation_leave_samples_alone(backbone, rows):
-    _, processor, config = backbone
-    plain = VLADataCollator(processor, config, mask_max=0.0)(rows)["input_ids"]
-    for options in ({"mask_skip": 1.0}, {"train": False}):
-        assert torch.equal(VLADataCollator(processor, config, mask_max=1.0, **options)(rows)["input_ids"], plain)
-    skipped = 0
-    collator = VLADataCollator(processor, config, mask_max=1.0, mask_skip=0.5)
-    for epoch in range(50):
-        collator.set_epoch(epoch)
-        skipped += ((collator(rows)["input_ids"] == collator.chat.mask_id).sum(1) == 0).sum().item()
-    assert 0.4 < skipped / 300 < 0.72  # 0.5 skipped, and 1/12 of the others round to none
 
 
 def test_draws_depend_on_seed_epoch_and_frame_alone(tiny_nano, example_config, rows):
@@ -254,81 +201,12 @@ def test_cameras_of_changing_size_raise(tiny_nano, example_config, rows):
         VLADataCollator(load_processor(tiny_nano, example_config), example_config)(rows)
 
 
-def test_hidden_values_stay_targets_where_labels_are_kept(example_config, rows):
-    """Three in four samples hide all their values, the others a share; every value is a target in all of them."""
-    model, processor = build_nano(NanoConfig(**TINY, number_tokens=True), num_bins=511, texts=["Push it.\nState: "])
-    set_image_size(processor, model.config, example_config)
-    options = {"mask_max": 1.0, "mask_skip": 0.0, "mask_full": 0.75}
-    kept, ignored = (
-        VLADataCollator(processor, example_config, **options, mask_labels=labels) for labels in ("keep", "ignore")
-    )
-    plain = VLADataCollator(processor, example_config, mask_max=0.0)(rows)["labels"]
-    counts = []
-    for epoch in range(50):
-        kept.set_epoch(epoch)
-        ignored.set_epoch(epoch)
-        batch, other = kept(rows), ignored(rows)
-        assert torch.equal(batch["labels"], plain) and torch.equal(batch["input_ids"], other["input_ids"])
-        hidden = batch["input_ids"] == kept.chat.mask_id
-        assert torch.equal(other["labels"] == -100, (plain == -100) | hidden)
-        counts += hidden.sum(1).tolist()
-    assert 0.7 < np.mean([count == example_config.num_values for count in counts]) < 0.85
-    assert set(counts) == set(range(7))
-
-
-def test_smoothed_labels_are_spread_around_the_true_integers(example_config, rows):
-    """In the mean over epochs a discretised normal distribution; the input stays as it is, and so does evaluation."""
-    model, processor = build_nano(NanoConfig(**TINY, number_tokens=True), num_bins=511, texts=["Push it.\nState: "])
-    set_image_size(processor, model.config, example_config)
-    for row in rows:
-        row["raw_action"] = [100.0, 200.0, 300.0, 400.0, 0.0, 511.0]
-    options = {"mask_max": 0.0, "label_smoothing_bins": 3.0}
-    collator = VLADataCollator(processor, example_config, **options)
-    plain = VLADataCollator(processor, example_config, mask_max=0.0)(rows)
-    zero = processor.tokenizer.convert_tokens_to_ids("Ġ0")
-    offsets = []
-    for epoch in range(100):
-        collator.set_epoch(epoch)
-        batch = collator(rows)
-        assert torch.equal(batch["input_ids"], plain["input_ids"])
-        assert torch.equal(batch["labels"] < zero, plain["labels"] < zero)  # the end of the turn, and what is ignored
-        numbers = batch["labels"][batch["labels"] >= zero].view(len(rows), 6) - zero
-        assert numbers.min() >= 0 and numbers.max() <= 511
-        offsets.append(numbers[:, :4] - torch.tensor([100, 200, 300, 400]))
-    offsets = torch.cat(offsets).float()
-    assert offsets.mean().abs() < 0.3 and offsets.std().item() == pytest.approx((9 + 1 / 12) ** 0.5, rel=0.05)
-    evaluation = VLADataCollator(processor, example_config, train=False, **options)
-    assert torch.equal(evaluation(rows)["labels"], plain["labels"])
-
-
-def test_digit_tokens_cannot_be_smoothed(tiny_nano, example_config):
-    with pytest.raises(ValueError, match="label_smoothing_bins needs numbers of one token"):
-        VLADataCollator(load_processor(tiny_nano, example_config), example_config, label_smoothing_bins=1.0)
-
-
-@pytest.mark.parametrize("mask_unit", ["value", "character"])
-def test_digit_tokens_refuse_to_keep_labels(tiny_nano, example_config, mask_unit):
-    with pytest.raises(ValueError, match="use mask_labels='ignore'"):
-        VLADataCollator(
-            load_processor(tiny_nano, example_config), example_config, mask_labels="keep", mask_unit=mask_unit
-        )
-
-
 def test_waypoints_are_taken_from_the_raw_chunk(tiny_nano, example_config, rows):
     config = example_config.replace(waypoints=[0, 2])
     collator = VLADataCollator(load_processor(tiny_nano, config), config)
     for row in rows:
         _, action = collator.integers(row)
         assert action.tolist() == [row["raw_action"][i] for i in (0, 1, 4, 5)]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"mask_full": 2.0}, {"mask_labels": "drop"}, {"mask_max": 1.5}, {"mask_skip": -0.1}, {"mask_unit": "word"}],
-)
-def test_impossible_masking_raises(tiny_nano, example_config, options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        VLADataCollator(load_processor(tiny_nano, example_config), example_config, **options)
 
 
 def test_the_dataset_reads_back_what_was_recorded(dot_dataset):

@@ -1,0 +1,7 @@
+import pytest
+from support.general import libero_assets
+
+
+@pytest.fixture(scope="session")
+def assets() -> str:
+    return libero_assets()
