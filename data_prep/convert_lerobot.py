@@ -50,7 +50,7 @@ class Arguments(Subset, ConversionArguments):
 
 def main() -> None:
     args = parse(Arguments, __doc__)
-    with command_line_errors(args.output_dir):
+    with command_line_errors(args):
         meta = open_dataset(args.source, args.revision)
         keys = names_in(args.image_keys), args.state_key, args.action_key
         source = LeRobotSource(meta, *keys, not args.ignore_stats, args.trust_timestamps, args.gripper)

@@ -31,7 +31,7 @@ class Arguments(Subset, ConversionArguments):
 
 def main() -> None:
     args = parse(Arguments, __doc__)
-    with command_line_errors(args.output_dir):
+    with command_line_errors(args):
         source = LiberoDemos(args.source, args.drop_noops, args.gripper)
         config = args.config(
             cameras=args.chosen_cameras(list(CAMERAS)),

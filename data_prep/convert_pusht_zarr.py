@@ -19,7 +19,7 @@ from vla0_trl.data.arguments import Subset, command_line_errors
 from vla0_trl.data.episodes import Episode, EpisodeError, SourceInfo
 from vla0_trl.data.pusht import PushTArguments
 from vla0_trl.data.staging import ConversionError
-from vla0_trl.envs.pusht.env import CAMERA, FPS, STATE_MODES, TASK
+from vla0_trl.envs.pusht.env import CAMERA, FPS, STATE_MODES, TASK, UNITS
 
 if TYPE_CHECKING:
     import zarr
@@ -74,6 +74,7 @@ class PushTZarr:
                 "pixels of a 512 × 512 workspace."
             ),
             options={"state": state},
+            units=UNITS,
         )
 
     def __len__(self) -> int:
@@ -129,7 +130,7 @@ def _whole(path: Path, group: "zarr.Group", key: str) -> "zarr.Array":
 
 def main() -> None:
     args = parse(Arguments, __doc__)
-    with command_line_errors(args.output_dir):
+    with command_line_errors(args):
         source = PushTZarr(args.source, args.state)
         args.convert(source, args.pusht_config())
 

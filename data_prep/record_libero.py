@@ -65,6 +65,7 @@ class LiberoExpertEpisodes:
                 f"cameras are rotated by 180°, as in evaluation. Assets: {assets_dir.name}."
             ),
             options={"episodes": [list(episode) for episode in episodes]},
+            units=protocol.UNITS,
         )
 
     def __len__(self) -> int:
@@ -93,7 +94,7 @@ class LiberoExpertEpisodes:
 
 def main() -> None:
     args = parse(Arguments, __doc__)
-    with command_line_errors(args.output_dir):
+    with command_line_errors(args):
         try:
             end = args.first_init_state + args.episodes_per_task
             episodes = protocol.select_episodes(args.suite, args.task_ids, end)

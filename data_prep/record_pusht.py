@@ -26,7 +26,7 @@ from vla0_trl.data.arguments import command_line_errors
 from vla0_trl.data.episodes import Episode, SourceInfo
 from vla0_trl.data.pusht import PushTArguments
 from vla0_trl.data.staging import ConversionError
-from vla0_trl.envs.pusht.env import CAMERA, FPS, MAX_EPISODE_STEPS, STATE_MODES, TASK, check_speaks_pusht
+from vla0_trl.envs.pusht.env import CAMERA, FPS, MAX_EPISODE_STEPS, STATE_MODES, TASK, UNITS, check_speaks_pusht
 from vla0_trl.envs.pusht.expert import record_episode
 
 
@@ -93,6 +93,7 @@ class PushTExpertEpisodes:
                 "seed."
             ),
             options=options,
+            units=UNITS,
         )
 
     def __len__(self) -> int:
@@ -121,7 +122,7 @@ class PushTExpertEpisodes:
 
 def main() -> None:
     args = parse(Arguments, __doc__)
-    with command_line_errors(args.output_dir):
+    with command_line_errors(args):
         try:
             source = PushTExpertEpisodes(args)
         except ValueError as error:

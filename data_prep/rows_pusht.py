@@ -19,7 +19,7 @@ from vla0_trl.data.arguments import command_line_errors
 from vla0_trl.data.episodes import SourceInfo
 from vla0_trl.data.pusht import PushTArguments
 from vla0_trl.data.staging import ConversionError
-from vla0_trl.envs.pusht.env import FPS
+from vla0_trl.envs.pusht.env import FPS, UNITS
 
 
 @dataclass(kw_only=True)
@@ -39,7 +39,7 @@ def main() -> None:
     from vla0_trl.envs.pusht.teacher import PushTTeacher
     from vla0_trl.envs.pusht.teaching import state_pool
 
-    with command_line_errors(args.output_dir):
+    with command_line_errors(args):
         path = args.teacher / "teacher.safetensors"
         try:
             teacher, pool = PushTTeacher.load(path), state_pool(args.teacher)
@@ -59,6 +59,7 @@ def main() -> None:
                 "in pixels of a 512 × 512 workspace."
             ),
             options={"num_rows": args.num_rows, "seed": args.seed, "state": args.state, "teacher": digest},
+            units=UNITS,
         )
         source = TeacherRows(teacher, pool, args.num_rows, args.seed, args.state, info)
         # whole chunks: executing half of each costs the teacher 4 to 7 points of success

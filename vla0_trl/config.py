@@ -65,8 +65,8 @@ class VLAConfig:
             as LIBERO takes it; default: as predicted. (`--gripper` of a converter is how the *source* encodes it.)
         action_stats, state_stats ([`NormStats`]): what sets the scale of the integers.
         fps (`float`): control frequency in Hz.
-        base_model, robot, source, source_revision (`str`): where this is from; documentation, and for an adapter the
-            model that it belongs to.
+        base_model, robot, units, source, source_revision (`str`): where this is from and what its numbers measure;
+            documentation, and for an adapter the model that it belongs to.
     """
 
     cameras: list[str] = field(default_factory=lambda: ["image"])
@@ -93,6 +93,7 @@ class VLAConfig:
     fps: float = 10.0
     base_model: str | None = None
     robot: str | None = None
+    units: str | None = None
     source: str | None = None
     source_revision: str | None = None
 
@@ -263,7 +264,7 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("action_stats", "state_stats"), optional(stats_or_record)),
     "fps": positive,
     **dict.fromkeys(("base_model", "gripper", "ensemble_weights"), optional(one_line)),
-    **dict.fromkeys(("robot", "source", "source_revision"), optional(text)),  # a card escapes them
+    **dict.fromkeys(("robot", "units", "source", "source_revision"), optional(text)),  # a card escapes them
 }
 
 

@@ -26,6 +26,10 @@ def _environment() -> Environment:
     return environment
 
 
+# How huggingface_hub's cards put metadata and body together.
+CARD = "---\n{{ card_data }}\n---\n\n{{ body }}"
+
+
 def render(template: str, **values: Any) -> str:
     """The text of `templates/{template}` with these values."""
     return _environment().get_template(template).render(values)

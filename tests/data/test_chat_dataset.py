@@ -17,7 +17,7 @@ from support.general import contents
 
 from vla0_trl.actions import NormStats
 from vla0_trl.config import VLAConfig
-from vla0_trl.data import card, shards
+from vla0_trl.data import shards
 from vla0_trl.data.chat_dataset import align_config, load_chat_dataset
 from vla0_trl.data.convert import Selection, convert
 from vla0_trl.data.episodes import EpisodeError, SourceInfo, action_windows
@@ -69,8 +69,11 @@ def test_card(tmp_path):
     front_matter, card = (output_dir / "README.md").read_text().removeprefix("---\n").split("---\n\n", 1)
     header = yaml.safe_load(front_matter)
     assert header["license"] == "mit"
+    assert header["size_categories"] == ["n<1K"] and header["source_datasets"] == ["original"]
     for text in ("python x.py --y 1", "21 frames of 3 episodes at 10 Hz", "2 (1, 3)", "| state[2] |", "Made up for"):
         assert text in card
+    rows = {"| camera | front, 20 × 16 px |", "| camera | wrist, 8 × 8 px |", "| task 0 | 3 |"}
+    assert rows | {"| units | as in the source |"} <= {*card.splitlines()}
     assert (output_dir / "sample.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -82,7 +85,8 @@ def test_no_name_or_licence_adds_to_the_cards_header_or_leaves_its_table(tmp_pat
             return replace(super().info, license=evil, source=evil, robot=evil, revision=evil)
 
     card = DatasetCard.load(convert(Evil(), small_config(), tmp_path / "d") / "README.md")
-    assert card.data.to_dict().keys() == {"license", "task_categories", "tags"}
+    known = {"license", "task_categories", "tags", "pretty_name", "size_categories", "source_datasets"}
+    assert card.data.to_dict().keys() == known
     assert card.data.license == Evil().info.license
     shown = r"mit configs: - config_name: default --- # \| &lt;b>own&lt;/b> \|"
     rows = {f"| {name} | {shown} |" for name in ("source", "robot", "licence")}
@@ -191,27 +195,6 @@ def test_loading_never_gives_the_rows_of_another_dataset_of_that_name(tmp_path):
         assert len(load_chat_dataset(tmp_path / parent / "dataset")[0]) == (5, 11)[count - 1]
     convert(SmallSource(count=3), small_config(), tmp_path / "a/dataset", overwrite=True)
     assert len(load_chat_dataset(tmp_path / "a/dataset")[0]) == 18
-
-
-def test_push_to_hub(tmp_path, monkeypatch, capsys):
-    calls = []
-
-    class FakeApi:
-        def create_repo(self, repo_id, **kwargs):
-            calls.append(("create", repo_id, kwargs))
-
-        def upload_folder(self, *, folder_path, **kwargs):
-            calls.append(("upload", sorted(contents(folder_path)), kwargs))
-
-    monkeypatch.setattr(card, "HfApi", FakeApi)
-    output_dir = tmp_path / "dataset"
-    card.push_dataset(convert(SmallSource(), small_config(), output_dir), "me/small")
-    card.push_dataset(convert(SmallSource(), small_config(), output_dir), "me/small", public=True)  # already converted
-    files = ["README.md", "conversion.json", "data/train-00000-of-00001.parquet", "sample.png", "vla_config.json"]
-    upload = ("upload", files, {"repo_id": "me/small", "repo_type": "dataset"})
-    create = [("create", "me/small", {"repo_type": "dataset", "private": p, "exist_ok": True}) for p in (True, False)]
-    assert calls == [create[0], upload, create[1], upload]
-    assert "https://huggingface.co/datasets/me/small" in capsys.readouterr().out
 
 
 def test_load_needs_config_and_columns(tmp_path, small_dataset):

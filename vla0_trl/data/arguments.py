@@ -12,13 +12,15 @@ from typing import Any, ClassVar, get_args
 
 from huggingface_hub.utils import validate_repo_id
 
+from vla0_trl import __version__
 from vla0_trl.command_line import as_flags, check_positive, option, user_errors
 from vla0_trl.config import VLAConfig
-from vla0_trl.data.card import push_dataset
 from vla0_trl.data.chat_dataset import check_loadable
 from vla0_trl.data.convert import Selection, Source, convert
 from vla0_trl.data.episodes import EpisodeError, ImageFormat
 from vla0_trl.data.staging import ConversionError
+from vla0_trl.hub import address, open_repository, upload
+from vla0_trl.manifest import claimed
 from vla0_trl.run_folder import FolderError
 from vla0_trl.stopping import Stopped, raising_stopped
 
@@ -107,7 +109,7 @@ class ConversionArguments:
             recipe=self.train_with,
         )
         if self.push_to_hub:
-            push_dataset(self.output_dir, self.push_to_hub, self.public)
+            push_dataset(self.output_dir, self.push_to_hub)
 
     def command(self) -> str:
         """A command that makes the same dataset, for its card."""
@@ -131,11 +133,28 @@ class Subset:
         return replace(super().selection(tasks), num_episodes=self.num_episodes)
 
 
+def push_dataset(directory: Path, repo_id: str) -> None:
+    """Upload a finished dataset, without what else lies in its folder, to a repository that is there.
+
+    Raises:
+        HubError: it was not finished; the next call goes on.
+    """
+    files = {str(path.relative_to(directory)): path for path in claimed(directory)}
+    commit = upload(files, repo_id, "dataset", f"Dataset made by vla0_trl {__version__}")
+    print(f"uploaded: {address(repo_id, 'dataset')} at revision {commit}")
+
+
 @contextmanager
-def command_line_errors(output_dir: Path) -> Iterator[None]:
-    """Expected failures as one line on stderr: exit status 1; 130 or 143 if a signal stopped it."""
+def command_line_errors(args: ConversionArguments) -> Iterator[None]:
+    """A converter's work; expected failures are one line on stderr: exit status 1; 130 or 143 if a signal stopped it.
+
+    The repository to upload to is opened first: what is wrong with it shows before hours of work.
+    """
+    output_dir = args.output_dir
     try:
         with raising_stopped():
+            if args.push_to_hub:
+                args.push_to_hub = open_repository(args.push_to_hub, "dataset", not args.public)
             yield
     except (ConversionError, EpisodeError, FolderError, OSError) as error:
         sys.exit(f"error: {error}")

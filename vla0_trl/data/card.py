@@ -1,4 +1,4 @@
-"""The dataset card, its sample picture, and the upload to the Hub."""
+"""The dataset card and its sample picture."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
 
 from vla0_trl import __version__
 from vla0_trl.actions import NormStats
 from vla0_trl.config import CONFIG_NAME, VLAConfig
 from vla0_trl.data.episodes import SourceInfo
-from vla0_trl.templating import render
+from vla0_trl.hub import is_hub_id
+from vla0_trl.templating import CARD, one_line, render
 
 SAMPLE_NAME = "sample.png"
 _TAGS = ("vla0_trl", "VLA", "robotics", "imitation-learning", "trl")
+# The Hub's size categories: the first upper bound that a dataset's rows stay below.
+_SIZES = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M")]
 _SAMPLE_FRAMES = 6
 _SAMPLE_HEIGHT = 192  # px, of one frame in the picture
 
@@ -28,7 +31,7 @@ def write_card(
     sample: list[list[bytes]],
     config: VLAConfig,
     info: SourceInfo,
-    episodes: int,
+    tasks: dict[str, int],
     frames: int,
     left_out: list[int],
     clipped: list[str],
@@ -38,19 +41,33 @@ def write_card(
 
     Args:
         sample (`list[list[bytes]]`): image files of all cameras, frame by frame.
-        episodes, frames (`int`): in the dataset.
+        tasks (`dict[str, int]`): instruction -> episodes of it.
+        frames (`int`): in the dataset.
         clipped (`list[str]`): which values the text does not reach.
         command (`str`): how the conversion was called.
+
+    Raises:
+        ValueError: huggingface_hub does not take the card's metadata.
     """
     sample_picture(sample).save(directory / SAMPLE_NAME)
     # No `configs` in the header: load_dataset finds data/train-* by itself, and with `configs` its cache would know a
     # local folder by its name alone: another folder of that name, or one converted again, would give the old rows.
-    header = DatasetCardData(license=info.license, task_categories=["robotics"], tags=list(_TAGS))
+    header = DatasetCardData(
+        license=info.license,
+        task_categories=["robotics"],
+        tags=list(_TAGS),
+        pretty_name=one_line(f"{info.source} as chat"),
+        size_categories=[_size_category(frames)],
+        source_datasets=[info.source] if is_hub_id(info.source) else ["original"],
+    )
     action = "action − state" if config.relative_actions else "action"
     body = render(
         "card.md",
         frames=frames,
-        episodes=episodes,
+        episodes=sum(tasks.values()),
+        tasks=dict(sorted(tasks.items())),
+        cameras=[(name, *Image.open(io.BytesIO(f)).size) for name, f in zip(config.cameras, sample[0], strict=True)],
+        recipe="sft_pusht.py" if "PushT" in info.robot else "sft_libero.py",
         version=__version__,
         sample_frames=_SAMPLE_FRAMES,
         sample=SAMPLE_NAME,
@@ -62,7 +79,7 @@ def write_card(
         statistics=[(action, _per_dimension(config.action_stats)), ("state", _per_dimension(config.state_stats))],
         config_name=CONFIG_NAME,
     )
-    DatasetCard(f"---\n{header.to_yaml()}\n---\n\n{body}").save(directory / "README.md")
+    DatasetCard.from_template(header, template_str=CARD, body=body).save(directory / "README.md")
 
 
 def sampled_frames(pieces: Iterable[pa.Table], frames: int) -> list[list[bytes]]:
@@ -90,16 +107,12 @@ def sample_picture(sample: list[list[bytes]]) -> Image.Image:
     return picture
 
 
+def _size_category(rows: int) -> str:
+    return next((name for bound, name in _SIZES if rows < bound), "n>10M")
+
+
 def _per_dimension(stats: NormStats | None) -> list[tuple[float, ...]]:
     """Least value, 1 % quantile, mean, 99 % quantile, largest value and standard deviation of each dimension."""
     if stats is None:
         return []
     return list(zip(stats.min, stats.q01, stats.mean, stats.q99, stats.max, stats.std, strict=True))
-
-
-def push_dataset(directory: Path, repo_id: str, public: bool = False) -> None:
-    """Upload a finished dataset folder; an existing repository gets a new commit and keeps its visibility."""
-    api = HfApi()
-    api.create_repo(repo_id, repo_type="dataset", private=not public, exist_ok=True)
-    api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=directory)
-    print(f"uploaded: https://huggingface.co/datasets/{repo_id}")

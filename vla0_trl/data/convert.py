@@ -124,7 +124,9 @@ def convert(
     started = time.monotonic()
     output_dir = Path(os.path.abspath(output_dir))
     info = source.info
-    config = config.replace(robot=info.robot, fps=info.fps, source=info.source, source_revision=info.revision)
+    config = config.replace(
+        robot=info.robot, units=info.units, fps=info.fps, source=info.source, source_revision=info.revision
+    )
     indices = (selection or Selection()).indices(source)
     staging_key = {
         "format": 2,
@@ -134,7 +136,8 @@ def convert(
         "state_dim": config.state_dim,
         "image_format": image_format,
     }
-    key = {"staging": staging_key, "episodes": indices, "config": config.to_dict(), "skip_bad": skip_bad_episodes}
+    wanted = {name: value for name, value in config.to_dict().items() if name != "units"}  # words, and no content
+    key = {"staging": staging_key, "episodes": indices, "config": wanted, "skip_bad": skip_bad_episodes}
     key = json.loads(json.dumps(key))  # as it is read back
 
     with RunFolder(output_dir) as folder:

@@ -62,6 +62,7 @@ class SourceInfo:
         robot (`str`), fps (`float`): what acted, and how often per second.
         how (`str`): a sentence or two: who demonstrated, with which tool.
         options (`dict`): the source's own settings that change its episodes; JSON values.
+        units (`str`): what the numbers of action and state measure, in words.
     """
 
     source: str
@@ -71,6 +72,7 @@ class SourceInfo:
     fps: float
     how: str
     options: dict[str, Any] = field(default_factory=dict)
+    units: str = "as in the source"
 
 
 class Source(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -129,8 +130,8 @@ def write_dataset(
     first = included[0]
     sample = sampled_frames(staging.rows(first, ["images"]), staging.info(first).frames)
     left_out = sorted([*result.rejected, *result.skipped])
-    counts = len(included), result.frames
-    write_card(final, sample, config, staging.source.info, *counts, left_out, result.clipped, command)
+    tasks = Counter(next(staging.rows(index, ["task"]))["task"][0].as_py() for index in included)
+    write_card(final, sample, config, staging.source.info, tasks, result.frames, left_out, result.clipped, command)
     outcome = {"rejected": result.rejected, "skipped": result.skipped, "clipped": result.clipped}
     record = key | outcome | {"files": files_of(final)}
     (final / CONVERSION_NAME).write_text(json.dumps(record, indent=1) + "\n")

@@ -23,6 +23,7 @@ import numpy as np
 from vla0_trl.data.episodes import Episode, EpisodeError, SourceInfo
 from vla0_trl.data.sources.gripper import as_sign
 from vla0_trl.data.staging import ConversionError
+from vla0_trl.envs.libero.protocol import UNITS
 from vla0_trl.envs.libero.setup import instruction
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class LiberoDemos:
                 f"evaluation{noops}."
             ),
             options={"drop_noops": drop_noops, "gripper": gripper, "pairs": "action with the frame before it"},
+            units=UNITS,
         )
 
     def __len__(self) -> int:

@@ -41,6 +41,11 @@ CAMERAS = {
 }
 DEFAULT_CAMERAS = ("image", "image2")
 ACTION_DIM = 7  # Δposition, Δrotation (axis-angle), each in [-1, 1] of the controller's range, and the gripper
+# robosuite 1.4, OSC_POSE: output_max 0.05 m and 0.5 rad for an action of 1
+UNITS = (
+    "action: changes of the end effector's position and rotation (1 is 0.05 m or 0.5 rad), and the gripper (−1 open, "
+    "+1 closed); state: position in metres, axis-angle in radians, the fingers' positions in metres"
+)
 STATE_DIM = 8  # end effector's position and axis-angle, both fingers' positions
 GRIPPER_OPEN, GRIPPER_CLOSED = -1.0, 1.0  # robosuite: PandaGripper; executed as the sign of what is predicted
 
