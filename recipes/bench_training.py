@@ -4,11 +4,13 @@
     python recipes/bench_training.py --processor HuggingFaceTB/SmolVLM2-500M-Video-Instruct # and nano's steps
     python recipes/bench_training.py --model HuggingFaceTB/SmolVLM2-500M-Video-Instruct --batch_size 64 \\
         --num_workers 8 --torch_compile --peak_tflops 989 --trace trace.json # an H200
+    python recipes/bench_training.py --recipe recipes/pusht/policy.yaml --dataset_name data/pusht_rows --steps 100
 
 Same rows (JPEG bytes of two 256 px cameras), same model, same optimizer; they take turns, and the best turn of each
 counts: noise only ever adds time. Steps are measured of TRL as it comes (`trl`: bfloat16, gradient checkpointing) and
 with our settings (`trl_tuned`: bfloat16, no checkpointing). A collator's speed is one process's. `--random_weights`
-builds a model from its config.
+builds a model from its config. `--recipe` measures something else: a recipe's own steps beside a bare loop of the same
+model, optimizer and batch, which is what the trainer could reach at best, and beside its collator alone.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vla0_trl.command_line import option, parse
+from vla0_trl.command_line import option, parse, user_errors
 from vla0_trl.config import NANO
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ PACKAGES = ("torch", "torchvision", "transformers", "trl", "vla0_trl")
 @dataclass(kw_only=True)
 class Arguments:
     model: str = option(NANO, "nano, a folder or a Hub id (default: %(default)s)")
+    recipe: Path | None = option(None, "measure this YAML's steps instead, with all that it sets", metavar="YAML")
+    dataset_name: str | None = option(None, "with --recipe: rows instead of those that the YAML names")
     processor: str | None = option(None, "of the collator measurement, if another than the model's")
     random_weights: bool = option(False, "build --model from its config, without weights")
     image_size: int | None = option(None, "default: 96 for nano, else 512")
@@ -52,6 +56,9 @@ def main() -> None:
 
     from vla0_trl.evaluation.episode_log import provenance, write_json
 
+    if args.recipe:
+        print_recipe(args)
+        return
     collating = make_bench(args.processor or args.model, args)
     contestants = {name: lambda c=c: collating.collate(c) for name, c in collating.collators().items()}
     table = take_turns(contestants, args.turns, "rows_per_s")
@@ -82,6 +89,18 @@ def main() -> None:
         report = {"table": table, "ratios": ratios, "settings": settings}
         report |= {} if args.skip_steps else {"sample": sample, "forward": bench.forward_way}
         write_json(args.json, report | provenance("cuda" if torch.cuda.is_available() else "cpu", PACKAGES))
+
+
+def print_recipe(args: Arguments) -> None:
+    from vla0_trl.benchmarks.recipe import recipe_speed
+
+    with user_errors():
+        turns = [recipe_speed(args.recipe, args.dataset_name, args.steps) for _ in range(args.turns)]
+    best = {name: max(turn[name] for turn in turns) for name in turns[0]}
+    for name, speed in best.items():
+        print(f"{name:10}{speed:10.0f} rows/s")
+    share = max(turn["recipe"] / turn["bare loop"] for turn in turns)
+    print(f"\nthe recipe reaches {share:.0%} of the bare loop (best of {args.turns} turns)")
 
 
 def make_bench(model: str, args: Arguments) -> Bench:

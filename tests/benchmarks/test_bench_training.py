@@ -5,8 +5,14 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from support.general import REPOSITORY
 from support.runs import ENV
+
+from vla0_trl.benchmarks.recipe import recipe_speed
+
+RECIPE = {"model_name_or_path": "nano", "use_cpu": True, "bf16": False, "dagger_steps": 0}
+RECIPE |= {"per_device_train_batch_size": 4, "save_steps": 1}
 
 
 @pytest.mark.slow
@@ -33,3 +39,10 @@ def test_prints_and_writes_the_table(tmp_path):
     assert 2 * 256 * 256 * 3 < data["table"]["ours"]["mb_per_row"] * 1e6 < 0.43e6
     assert "collator_vs_peer" in done.stdout and "aten::" in done.stdout and (tmp_path / "trace.json").exists()
     assert "outside of torch's operators in" in done.stdout
+
+
+def test_a_recipe_beside_its_bare_loop(dot_dataset, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    speeds = recipe_speed(recipe, dot_dataset, steps=2)
+    assert list(speeds) == ["recipe", "bare loop", "collator"] and min(speeds.values()) > 0

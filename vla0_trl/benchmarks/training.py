@@ -37,7 +37,7 @@ from vla0_trl.training.trainer import VLATrainer
 
 Collator = Callable[[list[dict[str, Any]]], Any]
 _COLLATED = 8  # rows at once, when only collators are measured
-_WARM_UP = 2  # steps that are not timed; with torch_compile, they compile
+WARM_UP = 2  # steps that are not timed; with torch_compile, they compile
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Bench:
         on_gpu = torch.cuda.is_available()
         options = {
             "output_dir": folder,
-            "max_steps": _WARM_UP + self.steps,
+            "max_steps": WARM_UP + self.steps,
             "per_device_train_batch_size": self.batch_size,
             "bf16": not self.float32,
             "use_cpu": not on_gpu,
@@ -134,7 +134,7 @@ class Bench:
 
     def train(self, name: str) -> dict[str, float]:
         """Optimizer steps and samples a second; on a GPU, the peak of its memory."""
-        clock = _Timed()
+        clock = Timed()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -173,7 +173,7 @@ class Bench:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
         profiler = profile(activities=activities)
-        clock = _Timed(profiler)
+        clock = Timed(profiler)
         with tempfile.TemporaryDirectory() as folder:
             trainer = self.trainer("ours", folder)
             trainer.add_callback(clock)
@@ -190,7 +190,7 @@ class Bench:
         return f"{table}\n{where} in {idle:.1%} of {clock.seconds:.1f} s"
 
 
-class _Timed(TrainerCallback):
+class Timed(TrainerCallback):
     """Takes the time of a run behind its warm-up, and profiles that part."""
 
     def __init__(self, profiler: profile | None = None):
@@ -198,9 +198,9 @@ class _Timed(TrainerCallback):
         self.seconds = 0.0
 
     def on_step_end(self, args, state, control, **kwargs):
-        if torch.cuda.is_available() and state.global_step in (_WARM_UP, state.max_steps):
+        if torch.cuda.is_available() and state.global_step in (WARM_UP, state.max_steps):
             torch.cuda.synchronize()
-        if state.global_step == _WARM_UP:
+        if state.global_step == WARM_UP:
             self._began = time.perf_counter()
             if self.profiler is not None:
                 self.profiler.start()
