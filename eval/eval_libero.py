@@ -53,14 +53,18 @@ def main() -> None:
             parse_perturbation(name)
     from vla0_trl.evaluation import driver, libero  # after parsing: they import torch, which takes seconds
 
-    prepare = partial(libero.prepare, args=args)
+    prepare, source = partial(libero.prepare, args=args), driver.checkpoint_policy
+    if args.policy is not None:
+        from vla0_trl.serving.remote_policy import LIBERO, remote_policy
+
+        source = partial(remote_policy, simulator=LIBERO)
     if args.benchmark_envs:
         with user_errors():
-            simulation = prepare(driver.checkpoint_policy(args).config)
+            simulation = prepare(source(args).config)
         one, many = libero.benchmark_envs(simulation, args.num_envs)
         print(f"1 environment: {one:.1f} steps/s; {args.num_envs}: {many:.1f} steps/s, {many / one:.2f} times that")
         return
-    report(driver.evaluate(args, prepare))
+    report(driver.evaluate(args, prepare, source))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@ Without training anything, a Hub checkpoint; then 3 steps of each chunk, or the 
     python eval/eval_pusht.py --model_name_or_path runs/pusht --output_dir runs/eval_3 --n_action_steps 3
     python eval/eval_pusht.py --model_name_or_path runs/pusht --output_dir runs/eval_ens --ensemble_size 8
 
+What answers at an address by openpi's protocol, such as eval/serve.py or eval/baselines/serve_lerobot.py:
+
+    python eval/eval_pusht.py --policy ws://127.0.0.1:8000 --output_dir runs/eval_remote
+
 Over several processes, GPUs or machines with a shared folder (without a GPU, too), each running its share:
 
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 2 eval/eval_pusht.py …
@@ -64,7 +68,12 @@ def main() -> None:
             packages=PACKAGES,
         )
 
-    [folder] = driver.evaluate(args, prepare)
+    source = driver.checkpoint_policy
+    if args.policy is not None:
+        from vla0_trl.serving.remote_policy import PUSHT, remote_policy
+
+        source = partial(remote_policy, simulator=PUSHT)
+    [folder] = driver.evaluate(args, prepare, source)
     results = json.loads((folder / RESULTS).read_text())
     print(format_table(summary_table([(args.model_name_or_path, results)])))
     print(f"\nresults, episodes and videos: {folder}")

@@ -18,8 +18,8 @@ FLOORS = [
     {"root"},  # config.py, actions.py, and what else lies in vla0_trl/ itself
     {"processing", "models", "envs"},
     {"data", "policy"},
-    {"training", "evaluation", "serving"},
-    {"benchmarks"},
+    {"training", "evaluation"},
+    {"benchmarks", "serving"},
     {"check"},  # tries a part of every room, each in a process of its own
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

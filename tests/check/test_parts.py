@@ -17,11 +17,13 @@ pytestmark = pytest.mark.slow  # every check is a process
 
 
 def test_what_is_optional_and_not_installed_is_a_warning(shell):
-    hidden = "import sys; sys.modules |= dict.fromkeys(['bitsandbytes', 'libero', 'av'])"
+    hidden = "import sys; sys.modules |= dict.fromkeys(['bitsandbytes', 'libero', 'av', 'msgpack'])"
     (shell.broken / "sitecustomize.py").write_text(hidden)
-    done = shell.run("adam_8bit", "libero", "libero_assets", "libero_osmesa", "libero_egl", "video", "--json")
+    done = shell.run(
+        "adam_8bit", "libero", "libero_assets", "libero_osmesa", "libero_egl", "video", "serving", "--json"
+    )
     found = {check["name"]: (check["status"], check["fix"]) for check in json.loads(done.stdout)["checks"]}
-    extras = {"adam_8bit": "train8bit", "libero": "libero", "video": "convert"}
+    extras = {"adam_8bit": "train8bit", "libero": "libero", "video": "convert", "serving": "serve"}
     assert found == {
         name: ("warning", f'pip install -c requirements.lock -e ".[{extra}]"') for name, extra in extras.items()
     }
@@ -109,3 +111,10 @@ def test_the_nano_policy_answers_and_no_library_is_heard(shell):
     assert [line.split(":")[0] for line in lines] == ["ok       8-bit Adam", "ok       nano policy"]
     shell.module("tokenizers", "raise ImportError('built for another Python')")
     assert shell.check("policy")[0] == "failure"
+
+
+def test_a_server_answers_or_says_why_not(shell):
+    status, text, _ = shell.check("serving")
+    assert status == "ok" and text.startswith("a chunk over ws:// in ")
+    shell.module("websockets", "raise ImportError('broken')")
+    assert shell.check("serving")[0] == "failure"

@@ -191,9 +191,8 @@ def _xgrammar_processor(policy: VLAPolicy) -> Callable[[], LogitsProcessor] | No
     info = xgrammar.TokenizerInfo.from_huggingface(
         policy.processor.tokenizer, vocab_size=vocabulary, stop_token_ids=policy.chat_tokenizer.end_of_turn_id
     )
-    number = "(0|[1-9][0-9]?[0-9]?)"
-    regex = policy.chat_tokenizer.prefix + number + f"( {number}){{{policy.grammar.num_values - 1}}}"
-    return functools.partial(Masked, xgrammar.GrammarCompiler(info).compile_regex(regex))
+    compiled = xgrammar.GrammarCompiler(info).compile_regex(policy.grammar.regular_expression())
+    return functools.partial(Masked, compiled)
 
 
 def _recorded_steps(config: VLAConfig, count: int) -> list[tuple[dict, np.ndarray]]:

@@ -21,6 +21,7 @@ CHECKS = {
     "libero_egl": Check("LIBERO by egl", parts.libero_egl, "apt-get install libegl1, or export MUJOCO_GL=osmesa"),
     "video": Check("mp4", parts.video, parts.VIDEO_FIX),
     "policy": Check("nano policy", parts.policy, f"pip install -c {machine.LOCK} -e ."),
+    "serving": Check("policy server", parts.serving, parts.SERVE_FIX),
 }
 
 

@@ -12,10 +12,15 @@ from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vla0_trl.check.process import FAILURE, OK, WARNING, Finding, unexpected_end_means
 
+if TYPE_CHECKING:
+    from vla0_trl import VLAPolicy
+
 VIDEO_FIX = 'pip install --force-reinstall av "imageio[ffmpeg]"'
+SERVE_FIX = 'pip install -c requirements.lock -e ".[serve]"'
 
 
 def pusht(_: Path) -> Finding:
@@ -129,6 +134,56 @@ def policy(_: Path) -> Finding:
     """A chunk of actions, decoded by a nano policy with random weights."""
     import numpy as np
 
+    nano = _nano_policy()
+    image, state = np.zeros((96, 96, 3), np.uint8), np.zeros(2, np.float32)
+    begin = time.perf_counter()
+    chunk = nano.predict_action_chunk([{"images": {"image": image}, "state": state, "task": "Push it."}])
+    seconds = time.perf_counter() - begin
+    if not np.isfinite(chunk).all():
+        return Finding(FAILURE, f"the actions are {chunk.tolist()}", "file an issue with the output of --json")
+    return Finding(OK, f"{chunk.size} numbers decoded on {nano.model.device} in {seconds:.2f} s, the first time")
+
+
+def serving(_: Path) -> Finding:
+    """A chunk of actions, from a nano policy behind a websocket on this machine."""
+    if find_spec("websockets") is None or find_spec("msgpack") is None:
+        return Finding(WARNING, "what eval/serve.py needs is not installed", SERVE_FIX)
+    import asyncio
+    import ssl
+
+    from vla0_trl.serving.client import PolicyConnection
+    from vla0_trl.serving.engine import Engine
+    from vla0_trl.serving.layouts import LAYOUTS
+    from vla0_trl.serving.requests import RequestReader
+    from vla0_trl.serving.server import PolicyServer, ServerOptions
+
+    nano = _nano_policy()
+    reader = RequestReader(LAYOUTS["plain"], nano.config)
+    engine = Engine(nano, max_batch=1)
+    engine.warm_up(reader.read(reader.example()))
+    engine.start()
+
+    def ask(port: int) -> float:
+        connection = PolicyConnection(f"ws://127.0.0.1:{port}")
+        begin = time.perf_counter()
+        connection.ask(reader.example())
+        seconds = time.perf_counter() - begin
+        connection.close()
+        return seconds
+
+    async def serve_one() -> float:
+        async with PolicyServer(engine, reader, ServerOptions(port=0)) as server:
+            return await asyncio.to_thread(ask, server.port)
+
+    seconds = asyncio.run(serve_one())
+    engine.stop()
+    return Finding(OK, f"a chunk over ws:// in {seconds * 1000:.0f} ms; wss:// by {ssl.OPENSSL_VERSION}")
+
+
+def _nano_policy() -> VLAPolicy:
+    """Random weights, on the GPU if there is one."""
+    import numpy as np
+
     from vla0_trl import NormStats, VLAConfig, VLAPolicy
     from vla0_trl.models.nano import build_nano
     from vla0_trl.policy.policy import resolve_device
@@ -137,11 +192,4 @@ def policy(_: Path) -> Finding:
     config = VLAConfig(action_dim=2, state_dim=2, use_state=True, image_size=96, action_stats=stats, state_stats=stats)
     model, processor = build_nano()
     device, dtype = resolve_device()
-    nano = VLAPolicy(model.to(device, dtype).eval(), processor, config)
-    image, state = np.zeros((96, 96, 3), np.uint8), np.zeros(2, np.float32)
-    begin = time.perf_counter()
-    chunk = nano.predict_action_chunk([{"images": {config.cameras[0]: image}, "state": state, "task": "Push it."}])
-    seconds = time.perf_counter() - begin
-    if not np.isfinite(chunk).all():
-        return Finding(FAILURE, f"the actions are {chunk.tolist()}", "file an issue with the output of --json")
-    return Finding(OK, f"{chunk.size} numbers decoded on {device} in {seconds:.2f} s, the first time")
+    return VLAPolicy(model.to(device, dtype).eval(), processor, config)

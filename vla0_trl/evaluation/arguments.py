@@ -31,6 +31,11 @@ class EvaluationArguments(ModelArguments):
     `rank`, `num_processes`, `launch` and `store` are no flags: `driver.join_launch` sets them.
     """
 
+    model_name_or_path: str | None = option(None, "checkpoint, full or adapter: a folder or a Hub id")
+    policy: str | None = option(
+        None, "instead: what answers at this ws:// address by openpi's protocol, ours or another policy's server"
+    )
+    policy_key_file: Path | None = option(None, "a file with that server's key")
     output_dir: Path | None = option(
         None, "gets episodes.jsonl, results.json and videos/; one folder per run (default: runs/eval/CHECKPOINT)"
     )
@@ -69,6 +74,10 @@ class EvaluationArguments(ModelArguments):
     store: Any = field(init=False, default=None, repr=False)  # of torch.distributed, to be kept until they end
 
     def __post_init__(self):
+        if (self.model_name_or_path is None) == (self.policy is None):
+            raise ValueError("give one of --model_name_or_path and --policy: what shall be evaluated?")
+        if self.policy is not None:
+            self.model_name_or_path = self.policy  # its name in tables
         if self.output_dir is None:
             name = self.model_name_or_path.strip("./").replace("/", "_") or "checkpoint"
             self.output_dir = Path("runs", "eval", name)

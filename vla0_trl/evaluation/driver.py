@@ -39,7 +39,7 @@ from vla0_trl.evaluation.episode_log import (
     write_video,
 )
 from vla0_trl.evaluation.metrics import aggregate
-from vla0_trl.evaluation.policy_source import EvaluatedPolicy, PolicySource, checkpoint_policy
+from vla0_trl.evaluation.policy_source import EvaluatedPolicy, PolicyError, PolicySource, checkpoint_policy
 from vla0_trl.evaluation.rollout import EpisodeResult, rollout
 from vla0_trl.manifest import read_json
 from vla0_trl.run_folder import FolderError
@@ -261,5 +261,5 @@ def stopping_well(log: EpisodeLog) -> Iterator[None]:
             yield
     except Stopped as stopped:
         leave(stopped.status, f"\nstopped: {len(log.episodes)} {where}; run it again to go on")
-    except (WriteError, EpisodeCrash, FolderError) as error:
+    except (WriteError, EpisodeCrash, FolderError, PolicyError) as error:
         leave(1, f"error: {error}; {len(log.episodes)} {where}")

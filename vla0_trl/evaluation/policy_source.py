@@ -27,6 +27,10 @@ class EvaluatedPolicy(Policy, Protocol):
         """Forget all earlier observations: a run begins. Episodes are told apart by an observation's `"episode"`."""
 
 
+class PolicyError(RuntimeError):
+    """The policy gives no actions any more, through no fault of the simulator: a server has gone; one line."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PolicySource:
     """A policy before it is loaded; it is loaded only if an episode is missing.

@@ -53,7 +53,7 @@ class ActionGrammar:
     """
 
     def __init__(self, chat: ChatTokenizer, num_values: int, num_bins: int):
-        self.num_values, self.num_bins = num_values, num_bins
+        self.num_values, self.num_bins, self.prefix = num_values, num_bins, chat.prefix
         self.open, self.start, self.done, self.dead = range(num_bins + 1, num_bins + 5)
         self.end_of_turn_id = chat.end_of_turn_id
         tokens = _numeric_tokens(chat.tokenizer)
@@ -86,6 +86,21 @@ class ActionGrammar:
             raise ValueError(
                 f"this tokenizer can't spell {num_values} integers in 0…{num_bins}: digits or the space are missing"
             )
+
+    def regular_expression(self) -> str:
+        """The answers, without the end of the turn, for servers that decode under one: vLLM, SGLang, TGI, …
+
+        Plain syntax (classes, groups, alternatives, {n}), to be matched from the first character to the last.
+        """
+        number = "(" + "|".join("".join(map(_as_regex, digits)) for digits in _digit_ranges(self.num_bins)) + ")"
+        return self.prefix + number + f"( {number}){{{self.num_values - 1}}}" * (self.num_values > 1)
+
+    def gbnf(self) -> str:
+        """The answers, without the end of the turn, in GBNF, for llama.cpp and others that read its grammars."""
+        numbers = " | ".join(" ".join(map(_as_gbnf, digits)) for digits in _digit_ranges(self.num_bins))
+        prefix = '" " ' if self.prefix else ""
+        more = f' (" " number){{{self.num_values - 1}}}' if self.num_values > 1 else ""
+        return f"root ::= {prefix}number{more}\nnumber ::= {numbers}\n"
 
     def choices(self, count: int, state: int) -> list[int]:
         """The columns that may follow, lowest token id first; for a loop that decodes on the host.
@@ -214,6 +229,32 @@ class ActionGrammarLogitsProcessor(LogitsProcessor):
             column[self._tables["token_ids"]] = torch.arange(len(self.grammar.token_ids), device=scores.device)
             self._tables["column"] = column
         return self._tables
+
+
+def _digit_ranges(largest: int) -> list[list[tuple[int, int]]]:
+    """0…largest without leading zeros, as alternatives of digits, each from a first to a last one.
+
+    Example: 511 is 0-9, 1-9 0-9, 1-4 0-9 0-9, 5 0-0 0-9, 5 1 0-1.
+    """
+    any_digit, digits = (0, 9), [int(digit) for digit in str(largest)]
+    shorter = [[(1, 9), *[any_digit] * (width - 1)] for width in range(2, len(digits))]
+    alternatives = [[any_digit], *shorter] if len(digits) > 1 else []
+    for place, digit in enumerate(digits):
+        low = int(place == 0 and len(digits) > 1)
+        last = place == len(digits) - 1
+        high = digit if last else digit - 1
+        if low <= high:
+            same = [(d, d) for d in digits[:place]]
+            alternatives.append([*same, (low, high), *[any_digit] * (len(digits) - place - 1)])
+    return alternatives
+
+
+def _as_regex(digits: tuple[int, int]) -> str:
+    return str(digits[0]) if digits[0] == digits[1] else f"[{digits[0]}-{digits[1]}]"
+
+
+def _as_gbnf(digits: tuple[int, int]) -> str:
+    return f'"{digits[0]}"' if digits[0] == digits[1] else f"[{digits[0]}-{digits[1]}]"
 
 
 def _numeric_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

@@ -7,6 +7,7 @@ a black picture acts all the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,29 @@ def check_observation(observation: Observation, config: VLAConfig) -> Observatio
             state = _state(state, why)
     pictures = {camera: camera_image(images[camera], camera) for camera in config.cameras}
     return {**observation, "images": pictures, "state": state, "task": task}
+
+
+def check_prefixes(prefixes: Sequence[np.ndarray | None] | None, count: int, config: VLAConfig) -> list[np.ndarray]:
+    """Actions that chunks shall begin with, float32 (d, action_dim) per observation; (0, action_dim) for None.
+
+    Raises:
+        ValueError: not as many as observations, of another shape, not finite, or with nothing left to predict.
+    """
+    none = np.zeros((0, config.action_dim), np.float32)
+    if prefixes is None:
+        return [none] * count
+    if len(prefixes) != count:
+        raise ValueError(f"{len(prefixes)} prefixes for {count} observations: give one per observation, or None")
+    checked = [none if prefix is None else np.asarray(prefix, np.float32) for prefix in prefixes]
+    for prefix in checked:
+        if prefix.ndim != 2 or prefix.shape[1] != config.action_dim or not np.isfinite(prefix).all():
+            raise ValueError(f"a prefix must be (d, {config.action_dim}) finite numbers, got shape {prefix.shape}")
+        if len(prefix) >= config.chunk_size:
+            raise ValueError(
+                f"a prefix of {len(prefix)} actions leaves nothing to predict of chunk_size={config.chunk_size}: give "
+                f"at most {config.chunk_size - 1}"
+            )
+    return checked
 
 
 def _state(state: Any, why: str) -> np.ndarray:

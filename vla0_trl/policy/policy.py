@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, ProcessorMixin
 
-from vla0_trl.actions import parse_integers, relative_reference
+from vla0_trl.actions import relative_reference
 from vla0_trl.config import VLAConfig
 from vla0_trl.internals import PARALLEL
 from vla0_trl.models.loading import checkpoint_folder, load_model, load_processor
 from vla0_trl.policy.execution import ChunkExecutor
 from vla0_trl.policy.grammar import ActionGrammar
-from vla0_trl.policy.observation import Observation, check_observation
+from vla0_trl.policy.observation import Observation, check_observation, check_prefixes
 from vla0_trl.policy.speculative.decoder import ChunkDecoder
 from vla0_trl.policy.speculative.options import DecodingOptions
 from vla0_trl.policy.speculative.parallel import ParallelReader
@@ -172,7 +172,7 @@ class VLAPolicy:
                 prefix is not (d, action_dim) finite numbers.
         """
         observations = [check_observation(observation, self.config) for observation in observations]
-        prefixes = self._checked_prefixes(prefixes, len(observations))
+        prefixes = check_prefixes(prefixes, len(observations), self.config)
         inputs = self._inputs(observations)
         keys = [observation.get("episode", place) for place, observation in enumerate(observations)]
         drafts = [self._draft(key, o, p) for key, o, p in zip(keys, observations, prefixes, strict=True)]
@@ -202,30 +202,22 @@ class VLAPolicy:
             self._queue.extend(self._executor.actions(self.predict_action_chunk([observation])[0]))
         return self._queue.popleft()
 
+    def decode_answer(self, text: str, state: np.ndarray | None = None) -> np.ndarray:
+        """An answer's text, from whatever decoded it, -> float32 (chunk_size, action_dim) in environment units.
+
+        Args:
+            state: of the observation that was asked about, (≥ action_dim,), if actions are relative.
+
+        Raises:
+            ActionParseError: the text is no answer; [`ActionGrammar`] exports what is one.
+        """
+        return self.action_tokenizer.decode(text, state)
+
     def reset(self) -> None:
         """Forget the current chunk and all drafts: a new episode begins."""
         self._queue: deque[np.ndarray] = deque()
         self._executor.reset()
         self._last_chunks: OrderedDict[Hashable, np.ndarray] = OrderedDict()
-
-    def _checked_prefixes(self, prefixes: Sequence[np.ndarray | None] | None, count: int) -> list[np.ndarray]:
-        none = np.zeros((0, self.config.action_dim), np.float32)
-        if prefixes is None:
-            return [none] * count
-        if len(prefixes) != count:
-            raise ValueError(f"{len(prefixes)} prefixes for {count} observations: give one per observation, or None")
-        checked = [none if prefix is None else np.asarray(prefix, np.float32) for prefix in prefixes]
-        for prefix in checked:
-            if prefix.ndim != 2 or prefix.shape[1] != self.config.action_dim or not np.isfinite(prefix).all():
-                raise ValueError(
-                    f"a prefix must be (d, {self.config.action_dim}) finite numbers, got shape {prefix.shape}"
-                )
-            if len(prefix) >= self.config.chunk_size:
-                raise ValueError(
-                    f"a prefix of {len(prefix)} actions leaves nothing to predict of chunk_size="
-                    f"{self.config.chunk_size}: give at most {self.config.chunk_size - 1}"
-                )
-        return checked
 
     def _beginning(self, prefix: np.ndarray, observation: Observation) -> list[int]:
         """The tokens of the steps that are written before the prefix ends."""
@@ -276,8 +268,7 @@ class VLAPolicy:
 
     def _decode(self, answer: torch.Tensor, observation: Observation) -> np.ndarray:
         text = self.processor.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        integers = parse_integers(text, self.config.num_values, self.config.num_bins)
-        return self.action_tokenizer.from_integers(integers, observation["state"])
+        return self.decode_answer(text, observation["state"])
 
 
 def resolve_device(

@@ -1,0 +1,246 @@
+"""The robot's side: it acts while the server thinks. Needs websockets, msgpack and NumPy, and `codec.py` beside it.
+
+[`ChunkStream`] decides, without clock or network: when to ask, what the robot is committed to while it waits, and what
+of a reply is still to be executed. [`RobotClient`] gives it both, for a loop that runs at the robot's rate:
+
+    with RobotClient("ws://gpu-machine:8000", api_key=KEY) as client:
+        while running:  # metadata["fps"] times per second
+            action = client.step({"observation/image": image, "observation/state": state, "prompt": "…"})
+            robot.hold() if action is None else robot.execute(action)
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from typing import Any
+
+import numpy as np
+from websockets.exceptions import WebSocketException
+from websockets.sync.client import ClientConnection, connect
+
+from vla0_trl.serving.codec import CodecError, pack, unpack
+
+KEPT_LATENCIES = 50
+MARGIN = 1  # steps: a request is sent that much earlier than the latency asks for
+RETRY_S = 1.0  # between attempts to connect again
+
+
+class ServerError(RuntimeError):
+    """The server answered with a line of error, or not at all."""
+
+
+class PolicyConnection:
+    """One connection of openpi's protocol: `ask` sends a message and waits.
+
+    Args:
+        url (`str`): ws://host:port, or wss://.
+        api_key (`str`, *optional*): the server's.
+        timeout_s (`float`): for connecting, and for each reply.
+
+    Attributes:
+        metadata (`dict`): what the server said first.
+        closed (`bool`): it can't be asked any more.
+
+    Raises:
+        ServerError: there is no server, or it did not let us in.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None, timeout_s: float = 10.0):
+        self.url, self.timeout_s, self.closed = url, timeout_s, False
+        headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
+        try:
+            self._socket: ClientConnection = connect(
+                url, additional_headers=headers, compression=None, max_size=None, open_timeout=timeout_s
+            )
+            self.metadata: dict[str, Any] = unpack(self._socket.recv(timeout=timeout_s))
+        except (OSError, WebSocketException, CodecError) as error:
+            raise ServerError(f"no policy at {url}: {error}") from error
+
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The reply, a map with `actions`.
+
+        Raises:
+            ServerError: the server says what is wrong with the message; the connection lives. Or it did not answer in
+                time, or has gone; the connection is closed, so that a late reply is never taken for the next one's.
+        """
+        return self.ask_all([message])[0]
+
+    def ask_all(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The replies to several messages, which are all sent first; raises as `ask` does, for the first mistake."""
+        try:
+            for message in messages:
+                self._socket.send(pack(message))
+            replies = [self._socket.recv(timeout=self.timeout_s) for _ in messages]
+            wrong = [reply for reply in replies if isinstance(reply, str)]
+            if not wrong:
+                return [unpack(reply) for reply in replies]
+        except (OSError, WebSocketException, CodecError) as error:
+            self.close()
+            raise ServerError(f"{self.url} did not answer: {error or type(error).__name__}") from error
+        raise ServerError(wrong[0])
+
+    def close(self) -> None:
+        self.closed = True
+        self._socket.close_timeout = 0.1  # a server that is busy or gone does not hold the robot up
+        self._socket.close()
+
+
+class ChunkStream:
+    """The actions of one robot: executed one per step, replaced by newer ones while they last.
+
+    Args:
+        chunk_size, n_action_steps (`int`): actions in a reply; and how many are executed, at most, once it is there.
+        prefetch (`bool`): ask while actions remain; otherwise the robot stops and waits.
+        use_prefix (`bool`): send the actions that are executed meanwhile, for the chunk to begin with.
+
+    Attributes:
+        executed (`int`): actions given by `next_action` so far.
+        waiting (`bool`): a request is on its way.
+    """
+
+    def __init__(self, chunk_size: int, n_action_steps: int, prefetch: bool = True, use_prefix: bool = True):
+        self.chunk_size, self.n_action_steps = chunk_size, n_action_steps
+        self.prefetch, self.use_prefix = prefetch, use_prefix
+        self.reset()
+
+    def reset(self) -> None:
+        """A new episode: nothing is planned, no request is on its way."""
+        self.executed, self.waiting = 0, False
+        self._actions: deque[np.ndarray] = deque()
+        self._asked_at = 0
+
+    def is_due(self, delay_steps: int) -> bool:
+        """Whether to ask now, if a reply takes that many steps."""
+        return not self.waiting and len(self._actions) <= (delay_steps if self.prefetch else 0)
+
+    def ask(self, delay_steps: int) -> np.ndarray | None:
+        """A request goes out with the current observation.
+
+        Returns:
+            `np.ndarray` or `None`: float32 (d, action_dim), its prefix: what the robot will execute meanwhile.
+        """
+        self.waiting, self._asked_at = True, self.executed
+        committed = min(delay_steps, len(self._actions), self.chunk_size - 1)
+        if not (self.prefetch and self.use_prefix and committed):
+            return None
+        return np.stack([self._actions[step] for step in range(committed)])
+
+    def accept(self, chunk: np.ndarray) -> None:
+        """The reply (chunk_size, action_dim): what has been executed since the request is left out.
+
+        Counted are the actions that the robot really executed: while it held its position, none.
+        """
+        self.waiting = False
+        begin = self.executed - self._asked_at
+        self._actions = deque(chunk[begin : begin + self.n_action_steps])
+
+    def give_up(self) -> None:
+        """The request failed: its reply, if it ever comes, is not for us. What is planned is still executed."""
+        self.waiting = False
+
+    def next_action(self) -> np.ndarray | None:
+        """What to execute in this step, (action_dim,); None: hold the position."""
+        if not self._actions:
+            return None
+        self.executed += 1
+        return self._actions.popleft()
+
+
+class RobotClient:
+    """A robot that acts while its server thinks; `step` never waits for the network.
+
+    Requests are sent by a thread, as soon as the actions left are no more than the 95th percentile of the latencies
+    takes, and one. After a timeout it connects again, and the robot holds its position until a reply to a newer
+    observation comes.
+
+    Args:
+        url, api_key, timeout_s: see [`PolicyConnection`].
+        prefetch, use_prefix: see [`ChunkStream`].
+
+    Attributes:
+        metadata (`dict`): the server's.
+        last_error (`str` or `None`): why the newest request failed; None after one that did not.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        timeout_s: float = 2.0,
+        prefetch: bool = True,
+        use_prefix: bool = True,
+    ):
+        self._connect = lambda: PolicyConnection(url, api_key, timeout_s)
+        self._connection: PolicyConnection | None = self._connect()
+        self.metadata = self._connection.metadata
+        self.stream = ChunkStream(self.metadata["chunk_size"], self.metadata["n_action_steps"], prefetch, use_prefix)
+        self.last_error: str | None = None
+        first = self.metadata["latency_ms"].get("p95", 0.0) / 1000
+        self._latencies: deque[float] = deque([first], maxlen=KEPT_LATENCIES)
+        self._request: dict[str, Any] | None = None
+        self._generation = 0  # of the episode: a reply to an earlier one is dropped
+        self._changed, self._closed = threading.Condition(), False
+        self._thread = threading.Thread(target=self._ask_on, name="policy client", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> RobotClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def delay_steps(self) -> int:
+        """Steps that a reply takes, with 95 % certainty, and the margin."""
+        return math.ceil(float(np.percentile(self._latencies, 95)) * self.metadata["fps"]) + MARGIN
+
+    def reset(self) -> None:
+        """A new episode begins."""
+        with self._changed:
+            self._generation += 1
+            self._request = None
+            self.stream.reset()
+
+    def step(self, message: dict[str, Any]) -> np.ndarray | None:
+        """The current observation -> the action of this step, float32 (action_dim,); None: hold the position."""
+        with self._changed:
+            if self.stream.is_due(self.delay_steps):
+                prefix = self.stream.ask(self.delay_steps)
+                self._request = message if prefix is None else message | {"prefix": prefix}
+                self._changed.notify()
+            return self.stream.next_action()
+
+    def _ask_on(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._request is not None or self._closed)
+                if self._closed:
+                    break
+                message, generation, self._request = self._request, self._generation, None
+            began = time.perf_counter()
+            try:
+                self._connection = self._connection or self._connect()
+                chunk, error = self._connection.ask({"episode": generation, **message})["actions"], None
+            except ServerError as failure:
+                chunk, error = None, str(failure)
+            with self._changed:
+                self.last_error = error
+                if error is None:
+                    self._latencies.append(time.perf_counter() - began)
+                    if generation == self._generation:
+                        self.stream.accept(chunk)
+                    continue
+                if self._connection is not None and self._connection.closed:
+                    self._connection = None
+                # A server that is starting again is not asked at once; and then about what is seen then.
+                self._changed.wait_for(lambda: self._closed, timeout=RETRY_S)
+                self._request = None
+                self.stream.give_up()
+        if self._connection is not None:
+            self._connection.close()

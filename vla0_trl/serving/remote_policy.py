@@ -1,0 +1,149 @@
+"""Whatever answers at a URL by openpi's protocol, as a policy for our evaluators: ours, π0, π0-FAST, LeRobot's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from vla0_trl.config import VLAConfig
+from vla0_trl.evaluation.arguments import EvaluationArguments
+from vla0_trl.evaluation.policy_source import PolicyError, PolicySource
+from vla0_trl.policy.observation import Observation
+from vla0_trl.serving.client import PolicyConnection, ServerError
+from vla0_trl.serving.layouts import LAYOUTS
+from vla0_trl.serving.server import PROTOCOL
+
+# Of simulators, for servers whose metadata tell nothing; keys are those of openpi's LIBERO client.
+PUSHT = VLAConfig(cameras=["image"], action_dim=2, state_dim=2, use_state=True)
+LIBERO = VLAConfig(cameras=["image", "wrist_image"], action_dim=7, state_dim=8, use_state=True, gripper="sign")
+TIMEOUT_S = 600.0  # a first chunk may be compiled first
+
+
+class RemotePolicy:
+    """A policy behind a connection.
+
+    Args:
+        connection ([`PolicyConnection`]): open.
+        config ([`VLAConfig`]): with the server's cameras, dimensions and chunk_size.
+        cameras (`dict[str, str]`): camera -> its key in a message.
+        state (`str` or `None`), task (`str`): the keys of state and instruction.
+        episodes (`bool`): the server is told which episode an observation is of, and may answer several in one batch.
+    """
+
+    decoding = "remote"
+
+    def __init__(
+        self,
+        connection: PolicyConnection,
+        config: VLAConfig,
+        cameras: dict[str, str],
+        state: str | None,
+        task: str,
+        episodes: bool,
+    ):
+        self.connection, self.config = connection, config
+        self._cameras, self._state, self._task, self._episodes = cameras, state, task, episodes
+
+    def reset(self) -> None:
+        """Nothing is remembered here; episodes are told apart by their names."""
+
+    def predict_action_chunk(self, observations: list[Observation]) -> np.ndarray:
+        """B observations -> float32 (B, chunk_size, action_dim), as the server answers them, one after another.
+
+        Raises:
+            PolicyError: the server says that something is wrong, or has gone, or its actions have another shape.
+        """
+        try:
+            replies = self.connection.ask_all([self._message(observation) for observation in observations])
+        except ServerError as error:
+            raise PolicyError(str(error)) from error
+        chunks = [np.asarray(reply.get("actions"), np.float32) for reply in replies]
+        wanted = (self.config.chunk_size, self.config.action_dim)
+        for chunk in chunks:
+            if chunk.shape != wanted or not np.isfinite(chunk).all():
+                raise PolicyError(
+                    f"{self.connection.url} answered actions of shape {chunk.shape}, wanted {wanted}, all finite"
+                )
+        return np.stack(chunks)
+
+    def _message(self, observation: Observation) -> dict[str, Any]:
+        message = {key: observation["images"][camera] for camera, key in self._cameras.items()}
+        if self._state is not None:
+            message[self._state] = np.asarray(observation["state"], np.float64)
+        if self._episodes:
+            message["episode"] = str(observation["episode"])
+        return message | {self._task: observation["task"]}
+
+
+def remote_policy(args: EvaluationArguments, simulator: VLAConfig) -> PolicySource:
+    """The policy at `args.policy`; asks it once, to know its chunk, if its metadata don't tell.
+
+    Args:
+        simulator ([`VLAConfig`]): `PUSHT` or `LIBERO`: what a server is shown that does not say what it wants to see.
+
+    Raises:
+        ValueError: nobody answers there, or it is for another robot; or flags that a server can't be given.
+    """
+    useless = {"device": None, "dtype": None, "load_in_4bit": False, "decoding": "exact", "refine": 0}
+    if given := [name for name, default in useless.items() if vars(args)[name] != default]:
+        raise ValueError(f"--{given[0]} would do nothing with --policy: the server decides how its model runs")
+    key = args.policy_key_file and args.policy_key_file.read_text().strip()
+    try:
+        connection = PolicyConnection(args.policy, key, TIMEOUT_S)
+        ours = connection.metadata.get("protocol") == PROTOCOL and "cameras" in connection.metadata
+        policy = _speaking(connection) if ours else _silent(connection, simulator)
+    except (ServerError, PolicyError) as error:
+        raise ValueError(str(error)) from error
+    told = {name: value for name, value in connection.metadata.items() if name != "latency_ms"}
+    described = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+    def load(config: VLAConfig) -> RemotePolicy:
+        policy.config = config
+        return policy
+
+    return PolicySource(
+        checkpoint=args.policy,
+        checkpoint_hash=connection.metadata.get("revision") or described,
+        config=policy.config,
+        protocol={"policy": "openpi's protocol"},
+        device="remote",
+        trained_on=set(),
+        load=load,
+    )
+
+
+def _speaking(connection: PolicyConnection) -> RemotePolicy:
+    """Of a server that says what it sees: eval/serve.py, eval/baselines/."""
+    told = connection.metadata
+    if len(told["state"]) > 1:
+        raise ValueError(f"{connection.url} wants the state in parts, {told['state']}: not a simulator's layout")
+    averages = told["ensemble_size"] > 1  # then the server does, and answers one action
+    config = VLAConfig(
+        cameras=list(told["cameras"]),
+        action_dim=told["action_dim"],
+        state_dim=told["state_dim"],
+        chunk_size=1 if averages else told["chunk_size"],
+        n_action_steps=1 if averages else told["n_action_steps"],
+        use_state=told["state_dim"] > 0,
+        fps=told["fps"],
+    )
+    state = told["state"][0] if told["state"] and told["state_dim"] else None
+    return RemotePolicy(connection, config, told["cameras"], state, told["task"], "episode" in told["options"])
+
+
+def _silent(connection: PolicyConnection, simulator: VLAConfig) -> RemotePolicy:
+    """Of a server that has no such metadata, such as openpi's: it is shown what the simulator has."""
+    layout = LAYOUTS["libero"]
+    keys = {names[0]: key for key, names in layout.images.items()}
+    cameras = {camera: keys[camera] for camera in simulator.cameras}
+    policy = RemotePolicy(connection, simulator, cameras, layout.state[0], layout.task, episodes=False)
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+    shown = {"images": dict.fromkeys(cameras, noise), "state": np.zeros(simulator.state_dim), "task": "wait"}
+    shape = np.shape(connection.ask(policy._message(shown)).get("actions"))
+    if len(shape) != 2 or shape[1] != simulator.action_dim:
+        raise PolicyError(f"{connection.url} answers actions of shape {shape}, not (n, {simulator.action_dim})")
+    policy.config = simulator.replace(chunk_size=shape[0], n_action_steps=shape[0])
+    return policy
