@@ -16,7 +16,9 @@ from typing import Any
 from vla0_trl.command_line import ScriptParser, option, user_errors
 from vla0_trl.evaluation.episode_log import RESULTS
 from vla0_trl.evaluation.report.charts import training_curve
+from vla0_trl.evaluation.report.summary import read_results
 from vla0_trl.files import write_whole
+from vla0_trl.run_files import global_batch, read_state
 from vla0_trl.run_folder import RUN_FILE, STATE_FILE, last_checkpoint
 
 EVALUATED = ("success_rate", "success_rate_interval", "mean_max_coverage", "num_episodes")
@@ -34,17 +36,22 @@ def read_run(folder: Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: no recipe has run there, or it has no checkpoint yet.
+        ValueError: one of its files is damaged.
     """
     checkpoint = folder if (folder / STATE_FILE).is_file() else last_checkpoint(folder)
     if checkpoint is None or not (folder / RUN_FILE).is_file():
         raise FileNotFoundError(f"{folder}: no run of recipes/sft_*.py with a checkpoint")
-    state = json.loads((checkpoint / STATE_FILE).read_text())
+    state = read_state(checkpoint)
+    if state is None:
+        raise ValueError(f"{checkpoint} has no {STATE_FILE} that can be read")
     entries = list(state["log_history"])
     for file in folder.glob(f"eval/*/{RESULTS}"):
-        name, results = file.parent.name, json.loads(file.read_text())
-        step = state["global_step"] if name == "final" else int(name.removeprefix("checkpoint-"))
-        entries.append({"step": step} | {key: results[key] for key in EVALUATED if key in results})
-    batch = json.loads((folder / RUN_FILE).read_text())["global_batch"]
+        name, results = file.parent.name, read_results(file)
+        number = name.removeprefix("checkpoint-")
+        if name == "final" or number.isdecimal():
+            step = state["global_step"] if name == "final" else int(number)
+            entries.append({"step": step} | {key: results[key] for key in EVALUATED if key in results})
+    batch = global_batch(folder)
     return sorted(({**entry, "samples": entry["step"] * batch} for entry in entries), key=lambda e: e["samples"])
 
 

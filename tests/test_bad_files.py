@@ -11,7 +11,6 @@ from vla0_trl.data.chat_dataset import check_loadable
 from vla0_trl.data.sources.lerobot_meta import LeRobotMeta
 from vla0_trl.data.sources.lerobot_schema import filled
 from vla0_trl.data.staging import ConversionError
-from vla0_trl.evaluation.episode_log import read_episodes
 from vla0_trl.evaluation.report.summary import load_runs
 from vla0_trl.policy.policy import resolve_device
 from vla0_trl.stats import NormStats
@@ -207,10 +206,3 @@ def test_damaged_results(tmp_path, text, message):
     with pytest.raises(ValueError) as error:
         load_runs([tmp_path])
     assert message in str(error.value)
-
-
-@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"seed": "1"}', "null", "\0"])
-def test_a_damaged_episode_names_its_line(tmp_path, line):
-    (tmp_path / "episodes.jsonl").write_text(line + "\n")
-    with pytest.raises(ValueError, match=r"episodes.jsonl, line 1: "):
-        read_episodes(tmp_path)

@@ -13,11 +13,23 @@ from typing import Any
 
 from vla0_trl.config import CONFIG_NAME
 from vla0_trl.files import write_whole
+from vla0_trl.schema import each, items, mistakes, optional, text, whole
 
 CONVERSION_NAME = "conversion.json"  # a dataset's manifest
 CHECKPOINT_FILE = "checkpoint.json"  # a checkpoint's manifest
 
 _MANIFESTS = (CONVERSION_NAME, CHECKPOINT_FILE)
+
+
+def _seed(value: Any) -> Any:
+    """A number, or in LIBERO suite, task and number."""
+    if isinstance(value, list) and len(value) == 3:
+        return [text(value[0]), whole(value[1]), whole(value[2])]
+    return whole(value)
+
+
+_FILES = {"files": optional(each(whole))}
+_TRAINED_ON = {"dataset": text, "episodes": items(whole, most=10**8), "seeds": items(_seed, most=10**8)}
 # What versions before manifests listed files wrote beside these files.
 _BEFORE_MANIFESTS = {
     CONVERSION_NAME: ("data/train-*.parquet", "README.md", "sample.png", CONFIG_NAME),
@@ -41,10 +53,12 @@ def damage(folder: Path) -> str | None:
     manifest = next((folder / name for name in _MANIFESTS if (folder / name).is_file()), None)
     if manifest is None:  # by an earlier version, which wrote this file last
         return None if (folder / CONFIG_NAME).is_file() else "it was never finished"
-    listed = (read_json(manifest) or {}).get("files")
-    if listed is None:
+    record = read_json(manifest)
+    if record is None or mistakes(record, _FILES):
+        return f"{manifest.name} is damaged"
+    if record.get("files") is None:
         return None if manifest.name == CONVERSION_NAME else f"{manifest.name} is damaged"
-    for name, size in listed.items():
+    for name, size in record["files"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             there = f"has {path.stat().st_size} bytes instead of {size}" if path.is_file() else "is missing"
@@ -61,7 +75,8 @@ def claimed(folder: Path, unfinished: bool = False) -> list[Path]:
     for name in (*_MANIFESTS, CONFIG_NAME):
         record = read_json(folder / name)
         if record is not None or (unfinished and name == CONFIG_NAME):
-            listed = (record or {}).get("files", ()) if name in _MANIFESTS else ()
+            damaged = record is None or name not in _MANIFESTS or mistakes(record, _FILES)
+            listed = () if damaged else record.get("files") or ()
             patterns = () if listed else _BEFORE_MANIFESTS.get(name, ())
             files = [folder / file for file in listed] + [p for pattern in patterns for p in folder.glob(pattern)]
             home = folder.resolve()  # a manifest from elsewhere may name anything
@@ -104,23 +119,17 @@ def write_manifest(checkpoint: Path, files: dict[str, int], trained_on: dict[str
     write_whole(checkpoint / CHECKPOINT_FILE, json.dumps({"files": files, "trained_on": trained_on}) + "\n")
 
 
-def renew_manifest(checkpoint: Path) -> None:
-    """Take the sizes of a whole checkpoint's files again, after one of them was written anew."""
-    files = [path for path in claimed(checkpoint) if path.name != CHECKPOINT_FILE]
-    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
-    write_manifest(checkpoint, sizes, trained_on(checkpoint))
-
-
 def trained_on(checkpoint: Path) -> dict[str, Any]:
     """`dataset`, `episodes` and simulator's `seeds` that a policy has learnt from; empty where nothing is known."""
-    return (read_json(checkpoint / CHECKPOINT_FILE) or {}).get("trained_on", {})
+    found = (read_json(checkpoint / CHECKPOINT_FILE) or {}).get("trained_on")
+    return {} if not isinstance(found, dict) or mistakes(found, _TRAINED_ON) else found
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is none that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

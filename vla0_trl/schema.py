@@ -7,15 +7,22 @@ absent field reads as null.
 from __future__ import annotations
 
 import json
+import reprlib
+import sys
 from collections.abc import Callable
+from functools import cache
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 Kind = Callable[[Any], Any]
 Kinds = dict[str, Kind]
 
-_MAX_BYTES = 64 << 20  # of a JSON file that is read at once; ours are a few kilobytes
+_MAX_BYTES = 64 << 20  # of a file that is read at once; ours are a few kilobytes
+_SHOWN = reprlib.Repr()  # of a YAML whose lists hold each other, `repr` would never end
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
 
 
 def whole(value: Any) -> int:
@@ -111,6 +118,20 @@ def optional(kind: Kind, default: Any = None) -> Kind:
     return lambda value: default if value is None else kind(value)
 
 
+def each(kind: Kind, most: int = 1_000_000) -> Kind:
+    """An object whose values, at most `most`, are of one kind."""
+
+    def read(value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict) or len(value) > most or not all(isinstance(name, str) for name in value):
+            raise ValueError(f"an object with at most {most} names")
+        try:
+            return {name: kind(item) for name, item in value.items()}
+        except ValueError as error:
+            raise ValueError(f"an object whose values are {error}") from error
+
+    return read
+
+
 def mistakes(found: dict[str, Any], kinds: Kinds) -> list[str]:
     """A line for each field that is none of its kind: "fps is 'x', wanted a number above 0"."""
     lines = []
@@ -141,14 +162,33 @@ def checked(where: str, found: Any, kinds: Kinds, fix: str = "correct it, or wri
 
 
 def read_record(path: Path, kinds: Kinds) -> dict[str, Any]:
-    """A JSON file that holds an object, checked.
+    """A JSON file (or, by its name, a YAML) that holds an object, checked.
 
     Raises:
-        ValueError: it is too large, no JSON, no object, or has wrong fields.
+        ValueError: it is no file, too large, no JSON or YAML, no object, or has wrong fields.
     """
+    if not path.is_file():
+        raise ValueError(f"{path}: is no file")
     if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{path}: has {path.stat().st_size} bytes, wanted at most {_MAX_BYTES}: is it the file?")
-    return checked(str(path), parse_json(str(path), path.read_bytes()), kinds)
+    parse = parse_yaml if path.suffix in (".yaml", ".yml") else parse_json
+    return checked(str(path), parse(str(path), path.read_bytes()), kinds)
+
+
+def read_if_whole(path: Path, kinds: Kinds, loss: str) -> dict[str, Any] | None:
+    """A record that its reader can do without: None where it is absent, or damaged, which is said with the `loss`."""
+    if not path.exists():
+        return None
+    try:
+        return read_record(path, kinds)
+    except (ValueError, OSError) as error:
+        warn_once(f"{' '.join(str(error).split())}; {loss}")
+        return None
+
+
+@cache
+def warn_once(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def parse_json(where: str, data: str | bytes) -> Any:
@@ -161,9 +201,19 @@ def parse_json(where: str, data: str | bytes) -> Any:
         raise ValueError(f"{where}: is no JSON ({error}): write the file again") from error
 
 
+def parse_yaml(where: str, data: str | bytes) -> Any:
+    """What YAML says: `ValueError` in one line for what is none."""
+    try:
+        return yaml.safe_load(data)
+    except RecursionError as error:
+        raise ValueError(f"{where}: is nested too deep: write the file again") from error
+    except (yaml.YAMLError, ValueError, TypeError, LookupError) as error:  # PyYAML raises all of these
+        raise ValueError(f"{where}: is no YAML ({' '.join(str(error).split())[:200]}): correct it") from error
+
+
 def short(value: Any) -> str:
     """A value as messages show it."""
-    return "null" if value is None else repr(value)[:60]
+    return "null" if value is None else _SHOWN.repr(value)[:60]
 
 
 def is_number(value: Any) -> bool:

@@ -6,17 +6,17 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from vla0_trl.evaluation.episode_log import RESULTS
 from vla0_trl.evaluation.metrics import wilson_interval
 from vla0_trl.evaluation.report.charts import beside_published
-from vla0_trl.evaluation.report.summary import Table, format_table, percent_interval
+from vla0_trl.evaluation.report.summary import Table, format_table, percent_interval, read_results
 from vla0_trl.files import write_whole
+from vla0_trl.manifest import read_json
+from vla0_trl.schema import between, checked, each, is_number, mapping, one_line, optional, read_record
 from vla0_trl.training.fields import recipe_fields
 
 # What all arms must share: how much they learn from, and where they go.
@@ -25,6 +25,34 @@ _SHARED = {
     *("config", "output_dir"),
 }
 _COMMANDS = "commands.json"
+
+
+def _published(value: Any) -> float | str | None:
+    """A rate in percent, or words."""
+    if value is None or isinstance(value, str):
+        return value
+    if not is_number(value) or not 0 <= value <= 100:
+        raise ValueError("a rate from 0 to 100, or words")
+    return value
+
+
+def _setting(value: Any) -> Any:
+    """What fits on a command line."""
+    if isinstance(value, list):
+        return [_setting(item) for item in value]
+    if isinstance(value, dict):
+        return each(_setting)(value)
+    if not (isinstance(value, str | bool) or is_number(value)):
+        raise ValueError("text, a number, true or false, or a list of them")
+    return value
+
+
+_ARM = {**dict.fromkeys(("train", "evaluate"), optional(each(_setting), {})), "published": _published}
+_FILE = {
+    **dict.fromkeys(("config", "recipe", "evaluation", "published_source"), one_line),
+    "published_episodes": between(1, 10**9),
+    "arms": each(optional(mapping, {}), 1000),
+}
 
 
 @dataclass
@@ -72,23 +100,21 @@ class Ablation:
         """Read and check a file, so that a typo is found before hours of training.
 
         Raises:
-            ValueError: an unknown key, arms of the same folder, or one that changes the budget; names it.
+            ValueError: an unknown key, a value of a wrong kind, arms of the same folder, or one that changes the
+                budget; names it.
         """
-        data = yaml.safe_load(path.read_text())
-        if not isinstance(data, dict) or not isinstance(data.get("arms"), dict):
-            raise ValueError(f"{path}: an ablation file has `arms:`, name -> changes")
-        for name, arm in data["arms"].items():
-            _check_keys(arm or {}, {f.name for f in fields(Arm)} - {"name"}, f"{path}, arm {name!r}")
-        _check_keys(data, {f.name for f in fields(cls)}, str(path))
-        try:
-            ablation = cls(**data | {"arms": [Arm(name, **(arm or {})) for name, arm in data["arms"].items()]})
-        except TypeError as error:
-            raise ValueError(f"{path}: {error}") from error
-        known = set(recipe_fields())
-        for arm in ablation.arms:
-            _check_keys(arm.train, known, f"{path}, arm {arm.name!r}, train")
-            for name in arm.train.keys() & _SHARED:
-                raise ValueError(f"{path}, arm {arm.name!r} changes {name}, which all arms share: leave it out")
+        data = read_record(path, _FILE)
+        _check_keys(data, _FILE.keys(), str(path))
+        arms, known = [], set(recipe_fields())
+        for name, found in data["arms"].items():
+            where = f"{path}, arm {name!r}"
+            arm = checked(where, {} if found is None else found, _ARM)
+            _check_keys(arm, _ARM.keys(), where)
+            _check_keys(arm["train"], known, f"{where}, train")
+            for field_name in arm["train"].keys() & _SHARED:
+                raise ValueError(f"{where} changes {field_name}, which all arms share: leave it out")
+            arms.append(Arm(name, **arm))
+        ablation = cls(**data | {"arms": arms})
         slugs = [arm.slug for arm in ablation.arms]
         if len(set(slugs)) < len(slugs):
             raise ValueError(f"{path}: two arms have the same folder: {sorted(slugs)}")
@@ -163,7 +189,7 @@ def run_arm(
         ],
     }
     record = evaluated / _COMMANDS
-    if (evaluated / RESULTS).is_file() and record.is_file() and json.loads(record.read_text()) == commands:
+    if (evaluated / RESULTS).is_file() and read_json(record) == commands:
         return None
     for stage, command in commands.items():
         log = folder / "logs" / f"{arm.slug}_{stage}.log"
@@ -183,7 +209,7 @@ def write_report(ablation: Ablation, folder: Path, errors: dict[str, str]) -> Ta
     rows, ours, report = [], [], []
     for arm in ablation.arms:
         file = folder / "eval" / arm.slug / RESULTS
-        done = json.loads(file.read_text()) if file.is_file() and arm.name not in errors else None
+        done = read_results(file) if file.is_file() and arm.name not in errors else None
         cells = ["–", errors.get(arm.name, "not run yet"), "–", "–"]
         if done is not None:
             interval, coverage = done["success_rate_interval"], done.get("mean_max_coverage")

@@ -8,6 +8,7 @@ launch write one file each, `episodes-LAUNCH-RANK.jsonl`, which the last one mer
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,19 +26,31 @@ from vla0_trl.evaluation.metrics import identity
 from vla0_trl.evaluation.rollout import EpisodeResult, Seed
 from vla0_trl.files import delete_leftovers, write_whole
 from vla0_trl.run_folder import RunFolder, belongs_to_another
-from vla0_trl.schema import boolean, checked, mapping, number, parse_json, text, whole
+from vla0_trl.schema import between, boolean, checked, mapping, not_negative, number, parse_json, text, warn_once
 
 EPISODES = "episodes.jsonl"
 _SHARDS = "episodes-*.jsonl"
 RESULTS = "results.json"
 VIDEOS = "videos"
+_COUNT = between(0, 10**9)
+
+
+def _suite(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"\w{1,100}", value):  # becomes a part of a film's name
+        raise ValueError("a suite's name")
+    return value
+
+
 _ROW = {
     **dict.fromkeys(("task", "checkpoint", "checkpoint_hash"), text),
-    **dict.fromkeys(("seed", "model_calls"), whole),
+    "seed": between(0, 2**63),
+    **dict.fromkeys(("steps", "model_calls"), _COUNT),
     "success": boolean,
-    **dict.fromkeys(("steps", "seconds", "model_seconds"), number),
+    **dict.fromkeys(("seconds", "model_seconds"), not_negative),
     "protocol": mapping,
 }
+_LIBERO = {"suite": _suite, "task_id": _COUNT}
+_OTHERS = {"max_coverage": number, "decoding": text}  # where they are there
 
 
 class WriteError(OSError):
@@ -51,20 +64,35 @@ def video_name(row: dict[str, Any]) -> str:
 
 
 def read_episodes(folder: Path, seeds: dict[str, list[int]] | None = None) -> list[dict[str, Any]]:
-    """The finished episodes of an output folder, each once, in order; a half line left by a kill is no episode.
+    """The finished episodes of an output folder, each once, in order.
+
+    A half line left by a kill is no episode, and neither is a damaged one, which is said; both are run again.
 
     Args:
         seeds (`dict`, *optional*): only those in what [`seed_ranges`] gave.
     """
-    rows = {}
+    rows: dict[tuple, dict[str, Any]] = {}
     for path in [*sorted(folder.glob(_SHARDS)), folder / EPISODES]:
         with suppress(FileNotFoundError):  # another process may have merged it into EPISODES, which comes last
             for count, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-                where = f"{path}, line {count}"
-                row = parse_json(where, line)
-                checked(where, row, _ROW, "delete the line, and run the evaluation again")
-                rows[identity(row)] = row  # as it was written: merging must not change a line
+                try:
+                    row = _read_row(f"{path}, line {count}", line)
+                    if rows and len(identity(row)) != len(next(iter(rows))):
+                        raise ValueError(f"{path}, line {count}: is of another simulator than the lines before")
+                except ValueError as error:
+                    fix = "it is left out; run the evaluation again to fill the gap"
+                    warn_once(f"{str(error).splitlines()[0]}; {fix}")
+                    continue
+                rows[identity(row)] = row
     return [rows[key] for key in sorted(rows) if seeds is None or _in_ranges(key, seeds)]
+
+
+def _read_row(where: str, line: bytes) -> dict[str, Any]:
+    """A line's record, as it was written: merging must not change a line."""
+    row = checked(where, parse_json(where, line), {}, "")
+    kinds = _ROW | (_LIBERO if row.keys() & _LIBERO else {})
+    found = checked(where, row, kinds | {name: kind for name, kind in _OTHERS.items() if name in row}, "damaged")
+    return row | {name: found[name] for name in ("seed", "task_id") if name in row}
 
 
 def seed_ranges(seeds: Sequence[Seed]) -> dict[str, list[int]]:
@@ -241,6 +269,15 @@ def _git_commit() -> str | None:
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def can_film() -> bool:
+    """Whether there is a program that writes films; where there is none, one line says so."""
+    with suppress(RuntimeError):
+        if shutil.which(imageio_ffmpeg.get_ffmpeg_exe()):
+            return True
+    warn_once('no episode will be filmed, there is no ffmpeg: pip install "imageio[ffmpeg]", or set --num_videos 0')
+    return False
 
 
 def write_video(path: Path, frames: list[np.ndarray], fps: float) -> None:

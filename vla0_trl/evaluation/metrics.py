@@ -61,7 +61,7 @@ def aggregate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         **coverage,
         "mean_steps": float(np.mean([row["steps"] for row in rows])),
         "seconds_per_episode": sum(row["seconds"] for row in rows) / n,
-        "ms_per_chunk": 1000 * model_seconds / sum(row["model_calls"] for row in rows),
+        "ms_per_chunk": 1000 * model_seconds / max(1, sum(row["model_calls"] for row in rows)),
         "model_seconds": model_seconds,
         "environment_seconds": sum(row["seconds"] for row in rows) - model_seconds,
         "model_calls": sum(row["model_calls"] for row in rows),

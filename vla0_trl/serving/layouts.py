@@ -11,10 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from vla0_trl.schema import Kind, between, boolean, items, mapping, mistakes, one_line, optional
-from vla0_trl.serving.codec import one_line as shortened
+from vla0_trl.schema import Kind, between, boolean, items, mapping, mistakes, one_line, optional, parse_yaml
 
 MAX_LAYOUT_BYTES = 1 << 20
 CAMERA = "{camera}"
@@ -96,10 +93,7 @@ def load_layout(name: str) -> Layout:
         raise ValueError(f"--layout {name} is no file, and none of {', '.join(LAYOUTS)}: name one, or a FILE.yaml")
     if path.stat().st_size > MAX_LAYOUT_BYTES:
         raise ValueError(f"{path}: has {path.stat().st_size} bytes: is it a layout?")
-    try:
-        found = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is no YAML: {shortened(str(error))}") from error
+    found = parse_yaml(str(path), path.read_bytes())
     if not isinstance(found, dict):
         raise ValueError(f"{path}: must hold fields such as images, state and task")
     known = [f.name for f in fields(Layout)]

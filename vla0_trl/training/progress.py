@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from vla0_trl.files import write_whole
 from vla0_trl.processing.collator import VLADataCollator
+from vla0_trl.run_files import read_energy
 from vla0_trl.run_folder import ENERGY_FILE
 
 # The first steps warm up caches, allocator and workers: they are not timed.
@@ -98,7 +99,7 @@ class EnergyCallback(TrainerCallback):
         )
 
     def on_train_begin(self, args, state, control, **kwargs):
-        before = json.loads(self._file.read_text()) if self._file.is_file() else {"kwh": 0.0, "seconds": 0.0}
+        before = read_energy(self._file.parent) or {"kwh": 0.0, "seconds": 0.0}
         self._kwh, self._seconds = before["kwh"], before["seconds"]
         self._begin()
 

@@ -64,7 +64,7 @@ def _simulator(runs: list[Run]) -> dict[str, Any]:
     figures = [success_figure(runs)]
     coverage = all("mean_max_coverage" in run.results for run in runs)
     if coverage:
-        coverages = [[episode["max_coverage"] for episode in run.episodes] for run in runs]
+        coverages = [[e["max_coverage"] for e in run.episodes if "max_coverage" in e] for run in runs]
         threshold = runs[0].results["protocol"]["success_coverage"]
         figures.append(charts.coverage_strip(coverages, [run.name for run in runs], threshold))
     tables = [suite_table(runs), summary_table([(run.name, run.results) for run in runs]), task_table(runs)]

@@ -1,17 +1,33 @@
 """Evaluations read back, and the tables that compare them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vla0_trl.envs.libero.protocol import COLUMNS
-from vla0_trl.evaluation.episode_log import RESULTS, VIDEOS, read_episodes, video_name
+from vla0_trl.evaluation.episode_log import EPISODES, RESULTS, VIDEOS, read_episodes, video_name
 from vla0_trl.evaluation.metrics import aggregate_suites, aggregate_tasks, identity, mean_rate
-from vla0_trl.run_folder import ENERGY_FILE
-from vla0_trl.schema import items, mapping, number, optional, read_record, share, text, whole
+from vla0_trl.run_files import read_energy, read_state
+from vla0_trl.schema import (
+    checked,
+    each,
+    items,
+    mapping,
+    number,
+    optional,
+    read_record,
+    share,
+    text,
+    warn_once,
+    whole,
+)
 
 OFFLINE = "offline.json"
+_ABOUT = {
+    "command": optional(text, "not recorded"),
+    "git_commit": optional(text),
+    **dict.fromkeys(("versions", "machine"), optional(mapping, {})),
+}
 _RESULTS = {
     **dict.fromkeys(("checkpoint", "checkpoint_hash"), text),
     **dict.fromkeys(("num_episodes", "successes"), whole),
@@ -20,13 +36,19 @@ _RESULTS = {
     **dict.fromkeys(("mean_steps", "seconds_per_episode", "ms_per_chunk"), number),
     "mean_max_coverage": optional(number),
     "mean_max_coverage_interval": optional(items(number, 2, 2)),
+    **dict.fromkeys(("environment_seconds", "model_seconds"), optional(number, 0.0)),
     "protocol": mapping,
+    "seeds": optional(each(items(whole, 2, 2))),
+    **_ABOUT,
 }
+_ERRORS = {"rmse": number, "first_rmse": number}
 _OFFLINE = {
-    **dict.fromkeys(("checkpoint", "checkpoint_hash"), text),
+    **dict.fromkeys(("checkpoint", "checkpoint_hash", "dataset", "episodes"), text),
     "num_frames": whole,
-    **dict.fromkeys(("token_accuracy", "rmse", "first_rmse"), number),
-    "baselines": mapping,
+    "token_accuracy": share,
+    "baselines": each(mapping, 10),
+    **_ERRORS,
+    **_ABOUT,
 }
 
 Table = tuple[list[str], list[list[str]]]
@@ -76,26 +98,42 @@ def load_runs(folders: list[Path]) -> list[Run]:
 def _load_run(folder: Path, name: str) -> Run:
     if not (folder / RESULTS).is_file():
         raise FileNotFoundError(f"{folder} has no {RESULTS}: no evaluation, or one to finish by running it again")
-    results = read_record(folder / RESULTS, _RESULTS)
-    if results["mean_max_coverage"] is None:  # tables ask whether it is there
-        del results["mean_max_coverage"], results["mean_max_coverage_interval"]
-    offline = read_record(folder / OFFLINE, _OFFLINE) if (folder / OFFLINE).is_file() else None
+    results = read_results(folder / RESULTS)
+    offline = _read_offline(folder / OFFLINE) if (folder / OFFLINE).is_file() else None
     if offline is not None and offline["checkpoint_hash"] != results["checkpoint_hash"]:
         raise ValueError(
             f"{folder}/{OFFLINE} is of checkpoint {offline['checkpoint']} ({offline['checkpoint_hash'][:8]}), "
             f"{RESULTS} of {results['checkpoint']} ({results['checkpoint_hash'][:8]}): run eval_offline.py again"
         )
     checkpoint = Path(results["checkpoint"])
-    state = _read_if_there(checkpoint / "trainer_state.json")
+    state = read_state(checkpoint)
     # A run's final model lies in its folder, the earlier ones in folders inside it.
-    training = checkpoint.parent if checkpoint.name.startswith("checkpoint-") else checkpoint
-    energy = _read_if_there(training / ENERGY_FILE)
-    episodes = read_episodes(folder, results.get("seeds"))
+    energy = read_energy(checkpoint.parent if checkpoint.name.startswith("checkpoint-") else checkpoint)
+    episodes = read_episodes(folder, results["seeds"])
+    if len(episodes) != results["num_episodes"]:
+        there = f"{folder}: {RESULTS} counts {results['num_episodes']} episodes, {EPISODES} has {len(episodes)}"
+        fix = "run the evaluation again, which runs those that are missing"
+        if not episodes:
+            raise ValueError(f"{there}: {fix}")
+        warn_once(f"{there}: {fix}")
     return Run(name, folder, results, episodes, offline, state["log_history"] if state else [], energy)
 
 
-def _read_if_there(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
+def read_results(path: Path) -> dict[str, Any]:
+    """A results.json. `ValueError`: one line for each field that is wrong."""
+    results = read_record(path, _RESULTS)
+    if results["mean_max_coverage"] is None or results["mean_max_coverage_interval"] is None:
+        del results["mean_max_coverage"], results["mean_max_coverage_interval"]  # tables ask whether it is there
+    else:
+        checked(f"{path}: protocol", results["protocol"], {"success_coverage": share})
+    return results
+
+
+def _read_offline(path: Path) -> dict[str, Any]:
+    offline = read_record(path, _OFFLINE)
+    for name, baseline in offline["baselines"].items():
+        checked(f"{path}: baseline {name}", baseline, _ERRORS)
+    return offline
 
 
 def summary_table(runs: list[tuple[str, dict[str, Any]]]) -> Table:
