@@ -7,6 +7,7 @@
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,19 @@ import numpy as np
 
 from vla0_trl.command_line import option, parse
 from vla0_trl.data.arguments import Subset, command_line_errors
-from vla0_trl.data.episodes import Episode, EpisodeError, SourceInfo
+from vla0_trl.data.episodes import Episode, EpisodeError, SourceInfo, check_frame_size
 from vla0_trl.data.pusht import PushTArguments
 from vla0_trl.data.staging import ConversionError
 from vla0_trl.envs.pusht.env import CAMERA, FPS, STATE_MODES, TASK, UNITS
 
 if TYPE_CHECKING:
     import zarr
+
+
+_ARRAYS = {"img": 4, "state": 2, "action": 2}  # and their dimensions, time first
+_MAX_FRAMES, _MAX_CHUNK_BYTES = 1_000_000, 256 << 20
+# What zarr and numcodecs raise for damaged metadata and chunks.
+_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SystemError, OSError)
 
 
 @dataclass(kw_only=True)
@@ -45,15 +52,24 @@ class PushTZarr:
             raise ConversionError('reading this format needs zarr: pip install -e ".[convert]"') from error
         if not (path / "data").is_dir() or not (path / "meta").is_dir():
             raise ConversionError(f"{path} is no zarr of PushT demonstrations: it has no data/ and meta/ folders")
+        for file in path.rglob("*"):
+            if not file.resolve().is_relative_to(path.resolve()):
+                raise ConversionError(f"{file} leads to {file.resolve()}, outside the zarr: put the file itself there")
         self.path = path
         self.state_dim = STATE_MODES[state]
         try:
             group = zarr.open_group(path, mode="r")
-            arrays = [_whole(path, group, f"data/{name}") for name in ("img", "state", "action")]
+            arrays = [_whole(path, group, f"data/{name}", ndim) for name, ndim in _ARRAYS.items()]
             self._frames, self._states, self._actions = arrays[0], arrays[1][:], arrays[2][:]
-            self._ends = _whole(path, group, "meta/episode_ends")[:].tolist()
-        except (ValueError, RuntimeError) as error:  # numcodecs raises both for damaged chunks
-            raise ConversionError(f"{path} is damaged, fetch it again: {error}") from error
+            self._ends = _whole(path, group, "meta/episode_ends", 1, "iu")[:].tolist()
+        except ConversionError:
+            raise
+        except _DAMAGED as error:
+            raise ConversionError(f"{path} is damaged, fetch it again: {' '.join(str(error).split())}") from error
+        for array, name, least in ((arrays[1], "state", self.state_dim), (arrays[2], "action", 2)):
+            if array.shape[1] < least:
+                raise ConversionError(f"{path}: data/{name} has {array.shape[1]} values per frame, wanted {least}")
+        check_frame_size(*arrays[0].shape[1:3], f"{path}: data/img")
         lengths = {array.shape[0] for array in arrays}
         if lengths != set(self._ends[-1:]) or sorted({0, *self._ends}) != [0, *self._ends]:
             raise ConversionError(
@@ -102,8 +118,9 @@ class PushTZarr:
             if number != self._chunk[0]:
                 try:
                     self._chunk = number, self._frames[number * length : (number + 1) * length]
-                except (ValueError, RuntimeError) as error:
-                    raise EpisodeError(f"{name}: data/img is damaged, fetch it again: {error}") from error
+                except _DAMAGED as error:
+                    text = " ".join(str(error).split())
+                    raise EpisodeError(f"{name}: data/img is damaged, fetch it again: {text}") from error
             floats = self._chunk[1][offset]
             with np.errstate(invalid="ignore"):  # a NaN is reported below
                 pixels = floats.astype(np.uint8)
@@ -115,11 +132,23 @@ class PushTZarr:
             yield pixels
 
 
-def _whole(path: Path, group: "zarr.Group", key: str) -> "zarr.Array":
-    """An array of which every chunk is there: zarr reads absent ones as its fill value, as black frames for one."""
+def _whole(path: Path, group: "zarr.Group", key: str, ndim: int, kinds: str = "fiu") -> "zarr.Array":
+    """An array of numbers of which every chunk is there: zarr reads absent ones as its fill value, as black frames."""
+    import zarr
+
     array = group.get(key)
-    if array is None or not array.ndim:
+    if not isinstance(array, zarr.Array):
         raise ConversionError(f"{path} has no array {key}: it is no zarr of PushT demonstrations")
+    if array.ndim != ndim or array.dtype.kind not in kinds or array.shape[0] > _MAX_FRAMES:
+        numbers = "whole numbers" if kinds == "iu" else "numbers"
+        raise ConversionError(
+            f"{path}: {key} is {array.dtype} of shape {array.shape}, wanted {numbers} in {ndim} dimensions, at most "
+            f"{_MAX_FRAMES} long"
+        )
+    if math.prod(array.chunks) * array.dtype.itemsize > _MAX_CHUNK_BYTES:
+        raise ConversionError(
+            f"{path}: {key} has chunks of {array.chunks}, at most {_MAX_CHUNK_BYTES >> 20} MiB are read"
+        )
     if array.nchunks_initialized < array.nchunks:
         raise ConversionError(
             f"{path}: {key} has {array.nchunks_initialized} of its {array.nchunks} chunks, absent ones would read as "

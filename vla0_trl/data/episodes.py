@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,7 +22,11 @@ PNG_COMPRESS_LEVEL = 2
 # What a video's frames become: 0.3 ms and 20 to 45 kB at 256 px. Colours keep their full resolution: the video has
 # halved it once already.
 JPEG_OPTIONS = {"quality": 95, "subsampling": "4:4:4"}
+MAX_PIXELS = 1 << 24  # of a frame; 8K video has twice as many
 PIECE_FRAMES = 100  # of an episode in memory at once: 10 MB of two 256 px cameras as JPEG
+
+# What Pillow raises for damaged files.
+_DAMAGED = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error)
 
 ImageFormat = Literal["png", "jpeg"]
 
@@ -212,16 +218,29 @@ def _checked_bytes(data: bytes, where: str) -> tuple[bytes, tuple[int, int]]:
         with Image.open(io.BytesIO(data)) as image:
             if image.format not in ("PNG", "JPEG"):
                 raise EpisodeError(f"{where} is {image.format}, expected PNG or JPEG: choose other cameras")
+            check_frame_size(*image.size, where)
             image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three for damaged files
-        if isinstance(error, EpisodeError):
-            raise
+            turned = None
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                turned = np.asarray(ImageOps.exif_transpose(image))
+    except EpisodeError:
+        raise
+    except (*_DAMAGED, Image.DecompressionBombError) as error:
         raise EpisodeError(f"{where} does not decode as PNG or JPEG ({error}): the file is damaged") from error
     if image.mode != "RGB":
         raise EpisodeError(f"{where} is an image of mode {image.mode}, expected RGB")
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        return _encoded(np.asarray(ImageOps.exif_transpose(image)), where, image.format.lower())
+    if turned is not None:
+        return _encoded(turned, where, image.format.lower())
     return data, image.size
+
+
+def check_frame_size(width: int, height: int, where: str) -> None:
+    """`EpisodeError` for a frame that is larger than any camera's: a few kB can unpack to gigabytes."""
+    if width * height > MAX_PIXELS:
+        raise EpisodeError(
+            f"{where} has {width}×{height} pixels, at most {MAX_PIXELS} are read: make the frames smaller, or leave "
+            "the episode out with --skip_bad_episodes"
+        )
 
 
 def _encoded(frame: np.ndarray, where: str, image_format: ImageFormat) -> tuple[bytes, tuple[int, int]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, Image
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.processing.chat import task_mistake
@@ -64,7 +64,7 @@ def check_tasks(name: str, dataset: Dataset, collator: VLADataCollator, max_toke
 def _check_types(name: str, schema: pa.Schema) -> None:
     types = pa.types
     wanted = {
-        "images": ("a list", types.is_list),
+        "images": ("a list of images", lambda t: types.is_list(t) and t.value_type == Image().pa_type),
         **dict.fromkeys(
             ("task", "state", "action"), ("text", lambda t: types.is_string(t) or types.is_large_string(t))
         ),
@@ -92,6 +92,9 @@ def _mistakes(rows: pa.Table, config: VLAConfig, known: set[str]) -> Iterator[tu
         bad = np.flatnonzero(lengths != size)
         found = f"has {lengths[bad[0]]} values, wanted {size}" if len(bad) else ""
         yield column, bad, found
+    files = pc.struct_field(rows["images"].combine_chunks().flatten(), "bytes")
+    outside = np.flatnonzero(pc.is_null(files).to_numpy(zero_copy_only=False))
+    yield "images", outside // len(config.cameras), "holds a path in place of an image: embed it"
     for column in ("raw_state", "raw_action"):
         values = rows[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         bad = np.flatnonzero(~np.isfinite(values).reshape(len(rows), -1).all(1))

@@ -17,6 +17,7 @@ from vla0_trl.data.sources.lerobot_frames import FIX, EpisodeRows, Frames, read_
 from vla0_trl.data.sources.lerobot_meta import IMAGE_TYPES, EpisodeMeta, LeRobotMeta
 from vla0_trl.data.sources.parquet_images import ImageColumn
 from vla0_trl.data.staging import ConversionError
+from vla0_trl.schema import short
 
 _STATE_KEYS = ("observation.state", "state")  # LeRobot's name, and physical-intelligence/libero's
 _ACTION_KEYS = ("action", "actions")
@@ -178,7 +179,7 @@ class LeRobotSource:
             low, high = (np.asarray(bound, np.float64).ravel() for bound in found)
         except (ValueError, TypeError) as error:
             raise EpisodeError(
-                f"{name}: meta's statistics of {key} are {found}, wanted lists of numbers: {fix}"
+                f"{name}: meta's statistics of {key} are {short(found)}, wanted lists of numbers: {fix}"
             ) from error
         dim = values.shape[1]
         if len(low) != dim or len(high) != dim:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import DatasetCard
 
 from vla0_trl.data.sources.lerobot_schema import (
     DATA_FILE,
@@ -31,10 +31,11 @@ from vla0_trl.data.sources.lerobot_schema import (
     filled,
 )
 from vla0_trl.data.staging import ConversionError
-from vla0_trl.schema import Kinds
+from vla0_trl.schema import Kinds, items, one_line, parse_yaml, short
 
 VERSIONS = ("v2.1", "v3.0")
 IMAGE_TYPES = ("image", "video")
+_MAX_HEADER = 100_000  # bytes of a dataset card that are looked at
 
 
 @dataclass
@@ -101,15 +102,19 @@ class LeRobotMeta:
         Raises:
             ConversionError: a link leads outside, where a dataset from elsewhere has nothing to read.
         """
-        path, home = self.root / name, self.root.resolve()
-        if not any(path.resolve().is_relative_to(folder) for folder in (home, home.parent.parent / "blobs")):
-            raise ConversionError(f"{path} leads to {path.resolve()}, outside the dataset: put the file itself there")
-        return path
+        return _inside(self.root, name)
 
     @property
     def features(self) -> dict[str, dict[str, Any]]:
         """Name -> {dtype, shape, names, …}."""
         return self.info["features"]
+
+
+def _inside(root: Path, name: str) -> Path:
+    path, home = root / name, root.resolve()
+    if not any(path.resolve().is_relative_to(folder) for folder in (home, home.parent.parent / "blobs")):
+        raise ConversionError(f"{path} leads to {path.resolve()}, outside the dataset: put the file itself there")
+    return path
 
 
 _Parts = tuple[dict[int, str], str, list[EpisodeMeta]]
@@ -124,12 +129,14 @@ def read_meta(root: Path) -> LeRobotMeta:
     path = root / "meta/info.json"
     if not path.is_file():
         raise ConversionError(f"{root} is no LeRobotDataset: it has no meta/info.json")
+    for file in (root / "meta").rglob("*"):
+        _inside(root, str(file.relative_to(root)))
     found = _json(path, _text(path))
     version = found.get("codebase_version") if isinstance(found, dict) else None
     if version not in VERSIONS:
         raise ConversionError(
-            f"{path}: codebase_version {version!r} is unknown, this reads {', '.join(VERSIONS)}: convert the dataset "
-            "with LeRobot's own scripts, or update vla0_trl"
+            f"{path}: codebase_version {short(version)} is unknown, this reads {', '.join(VERSIONS)}: convert the "
+            "dataset with LeRobot's own scripts, or update vla0_trl"
         )
     info = checked(str(path), found, INFO)
     for key, feature in info["features"].items():
@@ -146,9 +153,21 @@ def read_meta(root: Path) -> LeRobotMeta:
             "complete?",
             stacklevel=2,
         )
-    card = root / "README.md"
-    license = (card.is_file() and DatasetCard.load(card).data.license) or "unknown"
-    return LeRobotMeta(root, info, tasks, tasks_file, episodes, _digest(root / "meta"), license)
+    return LeRobotMeta(root, info, tasks, tasks_file, episodes, _digest(root / "meta"), _license(root / "README.md"))
+
+
+def _license(card: Path) -> str:
+    """What the dataset card's header says, or "unknown"."""
+    if not card.is_file():
+        return "unknown"
+    with card.open("rb") as file:
+        header = re.match(rb"---\s*\n(.*?)\n---", file.read(_MAX_HEADER), re.DOTALL)
+    try:
+        found = parse_yaml(str(card), header.group(1)) if header else None
+        found = found.get("license") if isinstance(found, dict) else None
+        return ", ".join(items(one_line, 1, 10)(found if isinstance(found, list) else [found]))
+    except ValueError:
+        return "unknown"
 
 
 def _v21(root: Path, info: dict[str, Any], video_keys: list[str]) -> _Parts:
@@ -235,7 +254,7 @@ def _table(path: Path, columns: list[str] | None = None) -> pa.Table:
         return pq.read_table(path, columns=names, partitioning=None)
     except FileNotFoundError as error:
         raise ConversionError(f"{path} is missing: the copy is not complete, fetch it again") from error
-    except pa.ArrowInvalid as error:
+    except (OSError, pa.ArrowException) as error:
         raise ConversionError(f"{path} is damaged, fetch it again: {error}") from error
 
 

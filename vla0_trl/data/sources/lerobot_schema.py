@@ -10,10 +10,11 @@ from typing import Any
 
 from vla0_trl import schema
 from vla0_trl.data.staging import ConversionError
-from vla0_trl.schema import Kinds, mapping, number, optional, positive, short, text, whole
+from vla0_trl.schema import Kinds, mapping, number, one_line, optional, positive, short, text, whole
 
 _FIX = "correct it, or fetch the file again"
 _MAX_WIDTH = 20  # of a number in a path's template
+_MAX_NAME = 255  # bytes of a file's name, on Linux
 
 
 def shape(value: Any) -> list[int]:
@@ -40,10 +41,10 @@ INFO = {
     "codebase_version": text,
     "fps": positive,
     "features": features,
-    "data_path": text,
-    "video_path": optional(text),
+    "data_path": one_line,
+    "video_path": optional(one_line),
     "chunks_size": optional(whole, 1000),
-    "robot_type": optional(str, "unknown"),
+    "robot_type": optional(lambda value: str(value)[:200], "unknown"),
     "total_episodes": optional(whole),
 }
 FEATURE = {"dtype": text, "shape": shape, "info": optional(mapping, {}), "video_info": optional(mapping, {})}
@@ -78,6 +79,11 @@ def filled(where: str, name: str, template: str | None, **numbers: Any) -> str:
         path = template.format(**numbers)
     except (ValueError, KeyError, IndexError) as error:
         raise wanted from error
-    if path.startswith("/") or ".." in path.split("/") or not path.isprintable():
+    if (
+        max(map(len, path.split("/"))) > _MAX_NAME
+        or path.startswith("/")
+        or ".." in path.split("/")
+        or not path.isprintable()
+    ):
         raise wanted
     return path

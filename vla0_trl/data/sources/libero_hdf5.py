@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vla0_trl.data.episodes import Episode, EpisodeError, SourceInfo
+from vla0_trl.data.episodes import Episode, EpisodeError, SourceInfo, check_frame_size
 from vla0_trl.data.sources.gripper import as_sign
 from vla0_trl.data.staging import ConversionError
 from vla0_trl.envs.libero.protocol import UNITS
@@ -39,7 +39,8 @@ NOOP_NORM = 1e-4  # OpenVLA, experiments/robot/libero/regenerate_libero_dataset.
 # which turns robosuite's own, upside-down ones by 180°: upright, and mirrored.
 TURNS = {"opengl": np.s_[:, ::-1, ::-1], "opencv": np.s_[:, :, ::-1]}
 _ARM = slice(1, 8)  # of a simulator state (time, positions, velocities): the arm's joints
-_BLOCK_FRAMES = 64  # in memory at once
+_BLOCK_FRAMES, _BLOCK_BYTES = 64, 256 << 20  # in memory at once, whichever is less
+_MAX_FRAMES, _MAX_STATE = 1_000_000, 10_000  # of a demonstration; numbers in a simulator's state
 _FIX = "fetch it again, or leave the episode out with --skip_bad_episodes"
 
 
@@ -103,12 +104,14 @@ class LiberoDemos:
         name = f"{demo.path}, {demo.key}"
         with _opened(demo.path, name) as file:
             group = file["data"][demo.key]
-            actions = as_sign(_dataset(group, "actions", name, ACTION_DIM)[:], self.gripper, name)
+            if group.file.filename != file.filename:
+                raise EpisodeError(f"{name}: lies in another file: {_FIX}")
+            actions = as_sign(_vectors(group, "actions", name, ACTION_DIM)[:], self.gripper, name)
             frames = len(actions)
-            state = [_dataset(group, f"obs/{key}", name, dim, frames)[:] for key, dim in STATE.items()]
+            state = [_vectors(group, f"obs/{key}", name, dim, frames)[:] for key, dim in STATE.items()]
             for key in CAMERAS.values():
-                _dataset(group, f"obs/{key}", name, frames=frames)
-            late = 0 if _seen_before(group) else 1
+                _check_pictures(_dataset(group, f"obs/{key}", name, frames), f"{name}: {key}")
+            late = 0 if _seen_before(group, frames) else 1
         chosen = moves(actions) if self.drop_noops else np.arange(frames)
         chosen = chosen[chosen >= late]
         seen = chosen - late
@@ -134,11 +137,14 @@ def moves(actions: np.ndarray) -> np.ndarray:
     return np.array(chosen, np.int64)
 
 
-def _seen_before(group: h5py.Group) -> bool:
+def _seen_before(group: h5py.Group, frames: int) -> bool:
     """Whether `obs[t]` is from before `actions[t]`, as `states[t]` is: not in LIBERO's own, nor if nothing tells."""
-    if "states" not in group or "joint_states" not in group["obs"]:
-        return False
-    arm, seen = group["states"][:, _ARM], group["obs/joint_states"][:]
+    states, joints = group.get("states"), group.get("obs/joint_states")
+    for found, least in ((states, _ARM.stop), (joints, _ARM.stop - _ARM.start)):
+        fits = _is_dataset(found) and found.ndim == 2 and found.dtype.kind in "fiu"
+        if not fits or len(found) != frames or not least <= found.shape[1] <= _MAX_STATE:
+            return False
+    arm, seen = states[:, _ARM], joints[:]
     if arm.shape != seen.shape or len(arm) < 2:
         return False
     before, after = np.abs(seen - arm)[1:].mean(), np.abs(seen[:-1] - arm[1:]).mean()
@@ -148,8 +154,10 @@ def _seen_before(group: h5py.Group) -> bool:
 def _frames(path: Path, key: str, seen: np.ndarray, turn: tuple[slice, ...], name: str) -> Iterator[np.ndarray]:
     """A camera's frames `seen`, as evaluation shows them."""
     with _opened(path, name) as file:
-        for start in range(0, len(seen), _BLOCK_FRAMES):
-            yield from file[key][seen[start : start + _BLOCK_FRAMES]][turn]
+        frames = file[key]
+        block = max(1, min(_BLOCK_FRAMES, _BLOCK_BYTES // math.prod(frames.shape[1:])))
+        for start in range(0, len(seen), block):
+            yield from frames[seen[start : start + block]][turn]
 
 
 @contextmanager
@@ -162,9 +170,11 @@ def _opened(path: Path, name: str) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r") as file:
             yield file
-    except OSError as error:
+    except (EpisodeError, ConversionError):
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError) as error:  # h5py raises all of these for damaged files
         raise EpisodeError(
-            f"{name}: can't be read, it is absent, cut off or no HDF5: fetch it again ({error})"
+            f"{name}: can't be read, it is absent, cut off or no HDF5: fetch it again ({' '.join(str(error).split())})"
         ) from error
 
 
@@ -215,20 +225,42 @@ def _is_group(item: object) -> bool:
     return isinstance(item, h5py.Group)
 
 
-def _dataset(
-    group: h5py.Group, key: str, name: str, dim: int | None = None, frames: int | None = None
-) -> h5py.Dataset:
-    """`key` of a demonstration, checked to be (`frames`, `dim`), where they are given."""
+def _is_dataset(item: object) -> bool:
     import h5py
 
+    return isinstance(item, h5py.Dataset)
+
+
+def _vectors(group: h5py.Group, key: str, name: str, dim: int, frames: int | None = None) -> h5py.Dataset:
+    """`key` of a demonstration, checked to be (`frames`, `dim`) numbers."""
+    found = _dataset(group, key, name, frames)
+    if found.shape[1:] != (dim,) or found.dtype.kind not in "fiu":
+        raise EpisodeError(
+            f"{name}: {key} is {found.dtype} of shape {found.shape}, wanted (frames, {dim}) numbers: {_FIX}"
+        )
+    return found
+
+
+def _check_pictures(found: h5py.Dataset, where: str) -> None:
+    if found.dtype != np.uint8 or found.ndim != 4 or found.shape[3] != 3 or 0 in found.shape:
+        shape = "(frames, height, width, 3)"
+        raise EpisodeError(f"{where} is {found.dtype} of shape {found.shape}, wanted uint8 {shape}: {_FIX}")
+    check_frame_size(found.shape[2], found.shape[1], where)
+
+
+def _dataset(group: h5py.Group, key: str, name: str, frames: int | None = None) -> h5py.Dataset:
+    """`key` of a demonstration, whose every block is there, and which has `frames` rows, if they are given."""
     found = group.get(key) if _is_group(group) else None
-    if not isinstance(found, h5py.Dataset):
-        there = f"{sorted(group)} and obs/{sorted(group.get('obs', []))}" if _is_group(group) else "no group"
+    if not _is_dataset(found) or not found.shape:
+        obs = group.get("obs") if _is_group(group) else None
+        there = f"{sorted(group)} and obs/{sorted(obs if _is_group(obs) else [])}" if _is_group(group) else "no group"
         raise EpisodeError(f"{name}: has no {key}, it has {there}: {_FIX}")
+    if found.file.filename != group.file.filename or found.is_virtual or found.external:
+        raise EpisodeError(f"{name}: {key} lies in another file, which a dataset from elsewhere must not read: {_FIX}")
     if frames not in (None, len(found)):
         raise EpisodeError(f"{name}: {key} has {len(found)} frames, actions has {frames}: {_FIX}")
-    if dim is not None and found.shape[1:] != (dim,):
-        raise EpisodeError(f"{name}: {key} has shape {found.shape}, expected (frames, {dim}): {_FIX}")
+    if len(found) > _MAX_FRAMES:
+        raise EpisodeError(f"{name}: {key} has {len(found)} frames, at most {_MAX_FRAMES} are read: {_FIX}")
     if found.chunks and found.id.get_num_chunks() < math.prod(map(_ceil, found.shape, found.chunks)):
         raise EpisodeError(f"{name}: {key} lacks blocks, which would read as zeros: {_FIX}")
     if not found.chunks and found.size and not found.id.get_storage_size():

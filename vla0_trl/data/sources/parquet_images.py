@@ -24,7 +24,7 @@ def readable(path: Path, name: str) -> Iterator[None]:
     """A parquet that can't be read as an [`EpisodeError`]; `name` is the episode's."""
     try:
         yield
-    except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except (OSError, pa.ArrowException) as error:
         raise EpisodeError(
             f"{name}: {path} can't be read, it is absent or damaged: fetch it again, or leave the episode out with "
             f"--skip_bad_episodes ({error})"
@@ -81,8 +81,10 @@ class ImageColumn:
 
     def _read(self, name: str) -> Iterator[tuple[int, bytes | None]]:
         with pq.ParquetFile(self.path, **_FROM_FRONT_TO_BACK) as file:
-            if self.key not in file.schema_arrow.names:
-                raise EpisodeError(f"{name}: {self.path} has no column {self.key!r}: choose others with --image_keys")
+            if file.schema_arrow.names.count(self.key) != 1:
+                raise EpisodeError(
+                    f"{name}: {self.path} has no column {self.key!r}, or two: choose others with --image_keys"
+                )
             kind = file.schema_arrow.field(self.key).type
             if not (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
                 raise EpisodeError(
