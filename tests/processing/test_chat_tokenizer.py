@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from support.backbones import QWEN, SMOLVLM, TINY
 
-from vla0_trl.models.loading import set_image_size
+from vla0_trl.models.loading import load_processor, set_image_size
 from vla0_trl.models.nano import NanoConfig, build_nano
 from vla0_trl.processing.chat import SYSTEM_PROMPT, prompt_messages, with_images
 from vla0_trl.processing.chat_tokenizer import ChatTokenizer
@@ -120,8 +120,6 @@ def test_empty_task_and_wrong_state_raise(backbone):
 
 
 def test_templates_that_cannot_work_say_so(tiny_nano, example_config):
-    from vla0_trl.models.loading import load_processor
-
     processor = load_processor(tiny_nano, example_config)
     template = processor.chat_template
     processor.chat_template = template.replace("Assistant:", "Answer now:")
@@ -129,6 +127,36 @@ def test_templates_that_cannot_work_say_so(tiny_nano, example_config):
         ChatTokenizer(processor, example_config)
     processor.chat_template = template.replace("<end_of_utterance>", "")
     with pytest.raises(ValueError, match="end of turn"):
+        ChatTokenizer(processor, example_config)
+
+
+TEMPLATES = [
+    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 2 s or 1 GiB"),
+    ("{{ 'x' * 10**10 }}", "MemoryError"),
+    ("{{ 'x' * 10**6 }}", "it writes more than 100000 characters for one row"),
+    ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+    ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ("{{ messages[7]['role'] }}", "UndefinedError"),
+    ("{{ raise_exception('no images') }}", "TemplateError: no images"),
+    ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+    ("{% if %}", "TemplateSyntaxError"),
+]
+
+
+@pytest.mark.parametrize(("template", "message"), TEMPLATES)
+def test_a_template_of_a_stranger_has_limits(tiny_nano, example_config, template, message):
+    processor = load_processor(tiny_nano, example_config)
+    processor.chat_template = template + processor.chat_template
+    with pytest.raises(ValueError) as error:
+        ChatTokenizer(processor, example_config)
+    assert str(error.value).startswith(f"{tiny_nano}: its chat template ") and "\n" not in str(error.value)
+    assert message in str(error.value)
+
+
+def test_an_empty_template(tiny_nano, example_config):
+    processor = load_processor(tiny_nano, example_config)
+    processor.chat_template = ""
+    with pytest.raises(ValueError, match="puts '' before and '' after an answer"):
         ChatTokenizer(processor, example_config)
 
 

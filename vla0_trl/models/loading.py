@@ -20,7 +20,7 @@ from transformers import (
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.models.fingerprint import base_model_of, base_revision_of, check_base, is_adapter
-from vla0_trl.models.weights import check_finite, load_whole
+from vla0_trl.models.weights import check_finite, load_whole, sound
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,9 +47,10 @@ def checkpoint_folder(name_or_path: str | Path, revision: str | None = None) -> 
 
 def load_processor(name_or_path: str | Path, config: VLAConfig, revision: str | None = None) -> ProcessorMixin:
     """The processor of a backbone or checkpoint, set to `config.image_size` and to one view an image."""
-    processor = AutoProcessor.from_pretrained(name_or_path, revision=revision)
-    # transformers prefers PIL's for SmolVLM where torchvision lacks Lanczos, but that knows neither batches nor GPUs.
-    image_processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision, backend="torchvision")
+    with sound(name_or_path):
+        processor = AutoProcessor.from_pretrained(name_or_path, revision=revision)
+        # transformers prefers PIL's for SmolVLM where torchvision lacks Lanczos: that knows neither batches nor GPUs.
+        image_processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision, backend="torchvision")
     processor.image_processor = image_processor
     if is_adapter(name_or_path):
         name_or_path, revision = base_model_of(name_or_path), base_revision_of(name_or_path)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,31 @@ def load_whole(name_or_path: str | Path, revision: str | None, **options: Any) -
     Raises:
         ValueError: weights are missing, of another shape or not finite; or, in a checkpoint of ours, unexpected.
     """
-    try:
+    with sound(name_or_path):
         model, info = AutoModelForImageTextToText.from_pretrained(
             name_or_path, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except SafetensorError as error:
-        raise ValueError(f"{name_or_path}: a weight file is damaged or cut off: {error}") from error
     refuse_weights(name_or_path, "missing", info["missing_keys"])
     refuse_weights(name_or_path, "of another shape than the config says", [key[0] for key in info["mismatched_keys"]])
     if (Path(name_or_path) / CONFIG_NAME).is_file():  # others' backbones may carry more than a policy needs
         refuse_weights(name_or_path, "unexpected", info["unexpected_keys"])
     check_finite(name_or_path, revision)
     return model
+
+
+@contextmanager
+def sound(name_or_path: str | Path) -> Iterator[None]:
+    """What transformers raises while it reads a damaged model, as one `ValueError` that names it."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{name_or_path}: a weight file is damaged or cut off: {error}") from error
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(
+            f"{name_or_path}: one of its files is damaged, or of a model that transformers can't load ({said}): take "
+            "the model from where it was saved again"
+        ) from error
 
 
 def check_finite(name_or_path: str | Path, revision: str | None = None) -> None:

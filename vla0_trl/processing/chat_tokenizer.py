@@ -17,6 +17,7 @@ from transformers import ProcessorMixin
 from vla0_trl.actions import join_integers
 from vla0_trl.config import VLAConfig
 from vla0_trl.processing.chat import completion_messages, prompt_messages, task_mistake, with_images
+from vla0_trl.processing.template_check import within_limits
 
 IGNORED = -100  # torch's cross-entropy leaves such labels out
 MASK_CANDIDATES = ("?", "_", "*", "#")
@@ -187,14 +188,16 @@ class ChatTokenizer:
     def _answer_frame(self) -> tuple[str, str]:
         """What the template writes before and after an answer."""
         answer = "\0"
-        prompt, full = self.render("task"), self.render("task", action=answer)
+        prompt, full = within_limits(
+            lambda: [self.render("task"), self.render("task", action=answer)], self.tokenizer.name_or_path or "nano"
+        )
         if not full.startswith(prompt):
             raise ValueError(
                 "the chat template writes a different prompt once the answer is there, so completion-only training "
                 f"has no well-defined completion: {prompt!r} is not the beginning of {full!r}"
             )
-        prefix, suffix = full[len(prompt) :].split(answer)
-        if prefix not in ("", " ") or not suffix:
+        prefix, written, suffix = full[len(prompt) :].partition(answer)
+        if not written or prefix not in ("", " ") or not suffix or answer in suffix:
             raise ValueError(
                 f"the chat template puts {prefix!r} before and {suffix!r} after an answer; supported are nothing or a "
                 "space before it, and an end of turn after it"
