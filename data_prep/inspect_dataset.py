@@ -7,6 +7,7 @@ The action text is decoded again and drawn onto the frame (PushT) or plotted. Wi
 or just the folder of a processor) the page also shows the prompt and what is trained on, token by token.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Arguments:
     def __post_init__(self):
         if self.output is None and self.png is None:
             raise ValueError("say where to: --output PAGE.html, --png SHEET.png, or both")
-        if not all(word.isdigit() for word in self.rows.split(",")):
+        if not re.fullmatch(r"[1-9]\d{0,8}|\d{1,9}(,\d{1,9})+", self.rows, re.ASCII):
             raise ValueError(f"--rows {self.rows}: expected a number of rows or row numbers 0,100,200")
 
 
@@ -41,10 +42,10 @@ def main() -> None:
     with user_errors():
         dataset, config = load_chat_dataset(args.dataset)
         rows = [dataset[index] for index in row_indices(args.rows, len(dataset))]
-    if args.output is not None:
         collator = None
-        if args.model_name_or_path is not None:
+        if args.output is not None and args.model_name_or_path is not None:
             collator = _collator(args.model_name_or_path, config, args.image_size)
+    if args.output is not None:
         title = f"{args.dataset}: {len(rows)} of {len(dataset)} rows"
         args.output.write_text(html_page(rows, config, title, collator))
         print(f"page: {args.output}")

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from vla0_trl import __version__
-from vla0_trl.command_line import check_positive, option, parse
+from vla0_trl.command_line import option, parse
 from vla0_trl.data.arguments import ConversionArguments, command_line_errors
 from vla0_trl.data.episodes import Episode, SourceInfo
 from vla0_trl.data.staging import ConversionError
@@ -34,10 +34,6 @@ class Arguments(ConversionArguments):
     episodes_per_task: int = option(10, "to try (default: %(default)s)")
     first_init_state: int = option(0, "of each task (default: %(default)s)")
     assets_dir: str | None = option(None, "LIBERO's assets (default: $LIBERO_ASSETS, else the Hub's)")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_positive(self, "episodes_per_task")
 
 
 class LiberoExpertEpisodes:

@@ -21,7 +21,7 @@ from importlib.metadata import version
 import numpy as np
 
 from vla0_trl import __version__
-from vla0_trl.command_line import check_positive, option, parse
+from vla0_trl.command_line import option, parse
 from vla0_trl.data.arguments import command_line_errors
 from vla0_trl.data.episodes import Episode, SourceInfo
 from vla0_trl.data.pusht import PushTArguments
@@ -44,10 +44,6 @@ class Arguments(PushTArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "num_episodes", "max_steps")
-        for name in ("noise_fraction", "expert_mix"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} {getattr(self, name)} is not between 0 and 1")
         if self.expert_mix and not self.policy:
             raise ValueError("--expert_mix needs a --policy: without one the expert drives always")
 

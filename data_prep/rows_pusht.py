@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from vla0_trl import __version__
-from vla0_trl.command_line import check_positive, option, parse
+from vla0_trl.command_line import option, parse
 from vla0_trl.data.arguments import command_line_errors
 from vla0_trl.data.episodes import SourceInfo
 from vla0_trl.data.pusht import PushTArguments
@@ -27,10 +27,6 @@ class Arguments(PushTArguments):
     teacher: Path = option(help="a folder made by data_prep/teach_pusht.py")
     num_rows: int = option(60_000, "(default: %(default)s)")
     chunk_size: int = option(8, "actions in an answer (default: %(default)s)")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_positive(self, "num_rows")
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vla0_trl.command_line import check_positive, option, parse, user_errors
+from vla0_trl.command_line import option, parse, user_errors
 from vla0_trl.files import write_whole
 from vla0_trl.stopping import Stopped, raising_stopped
 
@@ -40,8 +40,9 @@ class Arguments:
     eval_seed: int = option(4_000_000, "the first of their seeds (default: %(default)s)")
 
     def __post_init__(self):
-        check_positive(self, "num_episodes", "steps", "round_episodes", "width", "num_proc", "num_eval_episodes")
-        if not all(word.isdecimal() for word in self.rounds.split(",") if word):
+        if self.num_eval_episodes < 1:  # a recipe's may be 0
+            raise ValueError("--num_eval_episodes 0 must be at least 1")
+        if not all(word.isdecimal() and len(word) < 10 for word in self.rounds.split(",") if word):
             raise ValueError(f"--rounds {self.rounds}: expected steps separated by commas, such as 10000,15000")
 
 

@@ -34,13 +34,13 @@ from vla0_trl.evaluation.report.summary import format_table, load_runs, suite_ta
 def report(folders: list[Path]) -> None:
     """The tables here, and report.html in the first folder."""
     runs = load_runs(folders)
+    write_report(folders[0] / REPORT, runs, "LIBERO evaluation")
     tables = [task_table(runs), summary_table([(run.name, run.results) for run in runs]), suite_table(runs)]
     print("\n\n".join(format_table(table) for table in tables if table) + "\n")
     for run in runs:
         environment, model = (run.results[f"{name}_seconds"] for name in ("environment", "model"))
         print(f"{run.name}: {environment:.1f} s environment-bound, {model:.1f} s model-bound")
     print(", ".join(f"{name} {version}" for name, version in runs[0].results["versions"].items()))
-    write_report(folders[0] / REPORT, runs, "LIBERO evaluation")
     print(f"\nresults, episodes, videos and {REPORT}: {folders[0]}")
 
 

@@ -72,8 +72,8 @@ def main() -> None:
         rows = pick_frames(dataset, *episodes, args.num_frames)
         run = {"checkpoint": args.model_name_or_path, "checkpoint_hash": checkpoint_hash(checkpoint)}
         args.output_dir.mkdir(parents=True, exist_ok=True)
+        policy = VLAPolicy.from_pretrained(checkpoint, args.device, args.dtype)
 
-    policy = VLAPolicy.from_pretrained(checkpoint, args.device, args.dtype)
     errors = action_errors(policy, rows, dataset_config.cameras, args.batch_size)
     known = trained_on(checkpoint)
     same_dataset = known.get("dataset") == args.dataset_name

@@ -44,10 +44,10 @@ def main() -> None:
     total = summary_table([(run.name, run.results) for run in runs])
     tables = [suite_table(runs), total, task_table(runs), offline_table(runs), energy_table(runs)]
     tables = [table for table in tables if table is not None]
-    print("\n\n".join(format_table(table) for table in tables))
     (output / "summary.md").write_text("\n\n".join(format_table(table, markdown=True) for table in tables) + "\n")
     success_figure(runs).savefig(output / "success.png", dpi=200)
     write_report(output / REPORT, runs, args.title, commands)
+    print("\n\n".join(format_table(table) for table in tables))
     print(f"\nsummary.md, success.png and {REPORT}: {output}")
 
 

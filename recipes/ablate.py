@@ -22,6 +22,7 @@ from pathlib import Path
 from vla0_trl.benchmarks.ablation import Ablation, run_arm, write_report
 from vla0_trl.command_line import ScriptParser, option, user_errors
 from vla0_trl.evaluation.report.summary import format_table
+from vla0_trl.streams import prepare_streams
 
 
 @dataclass(kw_only=True)
@@ -36,6 +37,7 @@ class Arguments:
 
 
 def main() -> None:
+    prepare_streams()
     words = sys.argv[1:]
     split = words.index("--") if "--" in words else len(words)
     parser = ScriptParser(Arguments, __doc__)
@@ -61,7 +63,8 @@ def main() -> None:
         if error:
             errors[name] = error
             print(f"  failed: {error}", flush=True)
-        table = write_report(ablation, args.output_dir, errors)
+        with user_errors():
+            table = write_report(ablation, args.output_dir, errors)
     print(f"\n{format_table(table)}\n\nablation.md, .json and .png: {args.output_dir}")
     if errors:
         parser.exit(1, f"{len(errors)} of {len(chosen)} arms failed; their logs: {args.output_dir}/logs\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.general import REPOSITORY
 
-from vla0_trl.command_line import ScriptParser, as_flags, check_positive, option, parse
+from vla0_trl.command_line import ScriptParser, as_flags, option, parse
 
 SCRIPTS = [path for folder in ("data_prep", "eval", "recipes") for path in sorted((REPOSITORY / folder).glob("*.py"))]
 
@@ -24,7 +24,8 @@ class Arguments:
     state: str = option("agent", choices=["agent", "full"])
 
     def __post_init__(self):
-        check_positive(self, "count")
+        if self.count < 1:
+            raise ValueError(f"--count {self.count} must be at least 1")
 
 
 def read(*words: str) -> Arguments:

@@ -4,12 +4,13 @@ import sys
 from dataclasses import dataclass, fields
 
 import pytest
-from support.general import load_script
+from support.general import REPOSITORY, load_script
 from trl import ModelConfig
 
 from vla0_trl.command_line import option, parse
 from vla0_trl.limits import LIMITS, check_limits
 from vla0_trl.training.arguments import DataArguments, VLASFTConfig
+from vla0_trl.training.fields import check_recipe_words
 
 BAD = [
     ({"num_episodes": 0}, "--num_episodes 0 must be at least 1"),
@@ -29,6 +30,19 @@ BAD = [
     ({"seed": -1}, "--seed -1 must be at least 0"),
     ({"seed": 2**32}, "--seed 4294967296 must be at most 4294967295"),
     ({"save_steps": -0.5}, "--save_steps -0.5 must be at least 1"),
+    ({"eval_steps": float("inf")}, "--eval_steps inf must be a finite number"),
+    ({"learning_rate": 10**12}, "--learning_rate 1000000000000 must be at most 10000000000"),
+    ({"num_episodes": 10**12}, "--num_episodes 1000000000000 must be at most 1000000"),
+    ({"num_envs": 10**12}, "--num_envs 1000000000000 must be at most 10000"),
+    ({"num_proc": 10**12}, "--num_proc 1000000000000 must be at most 10000"),
+    ({"num_rows": 0}, "--num_rows 0 must be at least 1"),
+    ({"round_episodes": -1}, "--round_episodes -1 must be at least 1"),
+    ({"width": 10**12}, "--width 1000000000000 must be at most 16384"),
+    ({"eval_seed": -1}, "--eval_seed -1 must be at least 0"),
+    ({"action_noise": 10**12}, "--action_noise 1000000000000 must be at most 512"),
+    ({"label_smoothing_bins": -1.0}, "--label_smoothing_bins -1.0 must be at least 0"),
+    ({"router_aux_loss_coef": -1.0}, "--router_aux_loss_coef -1.0 must be at least 0"),
+    ({"ddp_bucket_cap_mb": 0}, "--ddp_bucket_cap_mb 0 must be at least 1"),
 ]
 
 
@@ -47,7 +61,7 @@ def test_recipes_defaults_lie_inside_and_every_name_is_somebodys(tmp_path):
     recipe = [VLASFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), DataArguments(dataset_name="a")]
     check_limits({name: value for part in (*recipe, ModelConfig()) for name, value in vars(part).items()})
     counts = {f.name for part in (*recipe, ModelConfig()) for f in fields(part) if f.type in (int, "int")}
-    known_otherwise = {"local_rank", "lora_r", "logging_steps", "max_length", "ddp_bucket_cap_mb"}
+    known_otherwise = {"local_rank", "lora_r", "logging_steps", "max_length"}
     assert counts - LIMITS.keys() - known_otherwise == set(), "a whole number without limits"
 
 
@@ -77,3 +91,33 @@ def test_evaluations_say_it_in_one_line(script, flag, capsys, monkeypatch):
     printed = capsys.readouterr().err
     assert exit_info.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
     assert flag.split("=")[0] in printed
+
+
+RANGES = ["--normalization=nan,1", "--normalization=1,1", "--normalization=2,1", "--normalization=0,1e400"]
+RANGES += ["--normalization=-1e308,1e308", "--episodes=3:1", "--episodes=0:0", "--episodes=-1:3", "--episodes=0:1e3"]
+RANGES += ["--episodes=1:2:3", "--push_to_hub=a/b/c", "--push_to_hub=a b", "--output_dir=x[0]", "--output_dir=x::y"]
+
+
+@pytest.mark.parametrize("flag", RANGES)
+def test_conversions_say_it_before_they_read_anything(flag, capsys, monkeypatch):
+    script = "data_prep/convert_pusht_zarr.py"
+    monkeypatch.setattr(sys, "argv", [script, "--source", "absent", "--output_dir", "o", flag])
+    with pytest.raises(SystemExit) as exit_info:
+        load_script(script).main()
+    printed = capsys.readouterr().err
+    assert exit_info.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--logging_steps", "inf"], "--logging_steps inf must be a finite number"),
+        (["--max_steps=0"], "--max_steps 0 must be at least 1"),
+        (["--save-steps", "-3"], "--save_steps -3 must be at least 1"),
+        (["--seed", "1000000000000"], "--seed 1000000000000 must be at most 4294967295"),
+        (["--mask_max", "nan"], "--mask_max nan must be a finite number"),
+    ],
+)
+def test_recipes_say_it_before_anything_heavy_is_imported(words, message):
+    with pytest.raises(SystemExit, match=f"^error: {message}$"):
+        check_recipe_words(REPOSITORY / "recipes/pusht/nano.yaml", "", words)

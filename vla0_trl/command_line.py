@@ -18,6 +18,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from trl import TrlParser
 
 from vla0_trl.limits import check_limits
+from vla0_trl.streams import prepare_streams
 
 T = TypeVar("T")
 
@@ -63,6 +64,8 @@ class ScriptParser(TrlParser):
 
         The values that YAML gives to fields with `choices` are checked as well, which argparse leaves out.
         """
+        if words is None:
+            prepare_streams()
         words = separated(sys.argv[1:] if words is None else words)
         try:
             arguments, others, unknown = self.parse_args_and_config(words, return_remaining_strings=True)
@@ -119,19 +122,13 @@ def as_flags(arguments: Any, leave_out: Collection[str] = ()) -> list[list[str]]
     return flags
 
 
-def check_positive(arguments: Any, *names: str) -> None:
-    """`ValueError` for the first of these fields that is below 1; None is no value."""
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1")
-
-
 @contextmanager
 def user_errors() -> Iterator[None]:
     """What a user can mend, `ValueError` and `OSError`, as one line on stderr, and exit status 2."""
     try:
         yield
+    except BrokenPipeError:  # see `streams`
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-_COUNT, _MAYBE_NONE, _SHARE, _SIZE, _SEED = (1, 10**9), (0, 10**9), (0, 1), (0, math.inf), (0, 2**32 - 1)
+_COUNT, _MAYBE_NONE, _SHARE, _SIZE, _SEED = (1, 10**9), (0, 10**9), (0, 1), (0, 10**10), (0, 2**32 - 1)
 _NAMES = {
     _COUNT: """
         per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha
         rollout_episodes save_total_limit logging_steps eval_steps save_steps dataset_num_proc
-        pad_to_multiple_of dataloader_prefetch_factor max_steps
-        num_episodes num_envs num_proc max_episodes_per_task episodes_per_task num_episodes_per_task num_frames
-        batch_size batch_sizes rows steps turns chunks dagger_episodes
-        max_batch max_mb max_connections
+        ddp_bucket_cap_mb pad_to_multiple_of dataloader_prefetch_factor max_steps
+        max_episodes_per_task episodes_per_task num_episodes_per_task num_frames
+        batch_size batch_sizes rows steps turns chunks dagger_episodes num_rows round_episodes
+        max_batch max_mb max_connections requests
     """,
     _MAYBE_NONE: """
         num_eval_episodes rollout_steps probe_steps dagger_steps dataloader_num_workers warmup_steps eval_delay
@@ -26,14 +26,16 @@ _NAMES = {
     """,
     _SIZE: """
         learning_rate muon_adamw_learning_rate weight_decay max_grad_norm adam_epsilon neftune_noise_alpha
-        num_train_epochs action_noise ensemble_decay card_gib max_gb peak_tflops
+        num_train_epochs timeout_s ensemble_decay label_smoothing_bins router_aux_loss_coef card_gib max_gb peak_tflops
     """,
-    _SEED: "seed data_seed",
+    _SEED: "seed data_seed eval_seed",
 }
 LIMITS = {name: limits for limits, names in _NAMES.items() for name in names.split()}
 # What a policy can be: beyond the largest that anybody trains, below what a typing error makes of memory and time.
 LIMITS |= {"chunk_size": (1, 1000), "n_action_steps": (1, 1000), "ensemble_size": (1, 1000)}
-LIMITS |= {"num_bins": (1, 2**16 - 1), "image_size": (1, 2048)}
+LIMITS |= {"num_episodes": (1, 10**6), "num_envs": (1, 10**4), "num_proc": (1, 10**4), "width": (1, 2**14)}
+LIMITS |= {"num_clients": (1, 10**4), "image_side": (1, 4096), "port": (0, 2**16 - 1), "refine": (0, 1000)}
+LIMITS |= {"action_noise": (0, 512), "num_bins": (1, 2**16 - 1), "image_size": (1, 2048)}
 _SHARE_OF_RUN = ("logging_steps", "eval_steps", "save_steps", "warmup_steps")  # below 1, in transformers
 
 

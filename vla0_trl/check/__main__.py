@@ -24,6 +24,7 @@ from typing import TextIO
 from vla0_trl import __version__
 from vla0_trl.check.checks import CHECKS
 from vla0_trl.check.process import FAILURE, OK, WARNING, run_probe
+from vla0_trl.streams import prepare_streams
 
 _COLORS = {OK: "32", WARNING: "33", FAILURE: "31"}  # ANSI: green, yellow, red
 _INDENT = " " * 9  # of a status and a space
@@ -44,6 +45,7 @@ class Result:
 
 def main() -> None:
     """Run the checks that the command line names; exit with 0 or 1."""
+    prepare_streams()
     parser = argparse.ArgumentParser(
         prog="python -m vla0_trl.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

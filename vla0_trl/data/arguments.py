@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any, ClassVar, get_args
 from huggingface_hub.utils import validate_repo_id
 
 from vla0_trl import __version__
-from vla0_trl.command_line import as_flags, check_positive, option, user_errors
+from vla0_trl.command_line import as_flags, option, user_errors
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import check_loadable
 from vla0_trl.data.convert import Selection, Source, convert
@@ -22,6 +23,7 @@ from vla0_trl.data.staging import ConversionError
 from vla0_trl.hub import address, open_repository, upload
 from vla0_trl.manifest import claimed
 from vla0_trl.run_folder import FolderError
+from vla0_trl.stats import check_range
 from vla0_trl.stopping import Stopped, raising_stopped
 
 # What does not change the dataset's content stays out of the command that its card shows.
@@ -60,7 +62,6 @@ class ConversionArguments:
     public: bool = option(False, "make the repository public (default: private)")
 
     def __post_init__(self):
-        check_positive(self, "max_episodes_per_task", "num_proc")
         self.selection()
         if self.push_to_hub:
             validate_repo_id(self.push_to_hub)  # before hours of work
@@ -88,10 +89,10 @@ class ConversionArguments:
 
     def selection(self, tasks: list[str] | None = None) -> Selection:
         """Which episodes the flags choose, of `tasks` only if given."""
-        try:
-            start, stop = (int(word) if word else None for word in self.episodes.split(":"))
-        except ValueError as error:
-            raise ValueError(f"--episodes {self.episodes} is not FROM:TO, such as 0:10") from error
+        found = re.fullmatch(r"(\d{0,9}):(\d{0,9})", self.episodes, re.ASCII)
+        start, stop = (int(word) if word else None for word in found.groups()) if found else (0, 0)
+        if stop is not None and (start or 0) >= stop:
+            raise ValueError(f"--episodes {self.episodes} is not FROM:TO with FROM below TO, such as 0:10")
         return Selection(slice(start, stop), self.max_episodes_per_task, self.seed, tasks)
 
     def convert(self, source: Source, config: VLAConfig, tasks: list[str] | None = None) -> None:
@@ -125,10 +126,6 @@ class Subset:
         None, "only N of all that other flags leave, drawn with --seed, whatever their tasks", metavar="N"
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_positive(self, "num_episodes")
-
     def selection(self, tasks: list[str] | None = None) -> Selection:
         return replace(super().selection(tasks), num_episodes=self.num_episodes)
 
@@ -156,6 +153,8 @@ def command_line_errors(args: ConversionArguments) -> Iterator[None]:
             if args.push_to_hub:
                 args.push_to_hub = open_repository(args.push_to_hub, "dataset", not args.public)
             yield
+    except BrokenPipeError:  # see `streams`
+        raise
     except (ConversionError, EpisodeError, FolderError, OSError) as error:
         sys.exit(f"error: {error}")
     except Stopped as stopped:
@@ -180,7 +179,7 @@ def chosen_tasks(text: str | None, tasks: dict[int, str]) -> list[str] | None:
     if text is None:
         return None
     words = text.split(",")
-    if all(word.isdigit() for word in words):
+    if all(word.isdecimal() for word in words):
         numbers = [int(word) for word in words]
     else:
         numbers = [number for number, task in tasks.items() if text.lower() in task.lower()]
@@ -195,6 +194,7 @@ def _normalization(text: str) -> str | list[float]:
         return text
     try:
         low, high = (float(word) for word in text.split(","))
+        check_range([low, high])
     except ValueError as error:
-        raise ValueError(f"--normalization {text} is not min_max, quantile or two numbers LOW,HIGH") from error
+        raise ValueError(f"--normalization {text} is not min_max, quantile or two numbers LOW,HIGH, rising") from error
     return [low, high]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, Image, List, Value, load_dataset
+from datasets import config as datasets_config
 
 from vla0_trl.actions import NormStats, Quantizer, join_integers
 from vla0_trl.config import VLAConfig
@@ -82,6 +84,7 @@ def load_chat_dataset(
     """
     config = VLAConfig.from_pretrained(name_or_path, repo_type="dataset", revision=revision)
     check_loadable(name_or_path)
+    _check_cache(Path(datasets_config.HF_DATASETS_CACHE))
     dataset = load_dataset(str(name_or_path), split=split, revision=revision)
     missing = FEATURES.keys() - set(dataset.column_names)
     if missing:
@@ -97,6 +100,17 @@ def check_loadable(path: str | Path) -> None:
     name = str(path)
     if "::" in name or not name.isprintable() or set("*?[]") & set(name):
         raise ValueError(f"the dataset's folder {name!r} has one of * ? [ ] :: or a line's end in its name: rename it")
+
+
+def _check_cache(folder: Path) -> None:
+    """`OSError` where `load_dataset` could not keep what it reads, as with a home that is absent or read-only."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise OSError(f"{folder}, the datasets' cache, can't be written: set HF_HOME to a folder that can")
 
 
 def episode_indices(dataset: Dataset) -> np.ndarray:

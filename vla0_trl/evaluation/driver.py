@@ -30,6 +30,7 @@ from vla0_trl.evaluation.episode_log import (
     VIDEOS,
     EpisodeLog,
     WriteError,
+    can_film,
     merge_shards,
     provenance,
     read_episodes,
@@ -114,7 +115,8 @@ def evaluate(
         with log, stopping_well(log):
             missing = missing_share(log, simulation.seeds, args)
             if missing:
-                policy = policy or source.load(simulation.config)
+                with user_errors():
+                    policy = policy or source.load(simulation.config)
                 policy.reset()
                 with simulation.environments(run.make_env, min(args.num_envs, len(missing))) as envs:
                     crashed += run_episodes(policy, log, envs, missing, simulation)
@@ -211,7 +213,8 @@ def run_episodes(
 ) -> list[EpisodeResult]:
     """Run these episodes and write each as it ends; returns those whose simulator crashed twice: they have no line."""
     crashed = []
-    for episode in rollout(policy, envs, seeds, simulation.filmed, group=simulation.group):
+    filmed = simulation.filmed if simulation.filmed and can_film() else ()
+    for episode in rollout(policy, envs, seeds, filmed, group=simulation.group):
         if not episode.result:
             crashed.append(episode)
             continue

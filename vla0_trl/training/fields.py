@@ -13,9 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from vla0_trl.command_line import separated, unknown_flag
+from vla0_trl.limits import check_limits
+from vla0_trl.schema import checked, parse_yaml
+from vla0_trl.streams import prepare_streams
 
 # Package, file and class, the most derived first: what [`parse_recipe`] parses, and what those classes inherit from.
 _SOURCES = (
@@ -70,8 +71,16 @@ def _text(node: ast.expr) -> str:
     )
 
 
+def _number(word: str) -> float | str:
+    try:
+        return int(word) if word.lstrip("-").isdecimal() else float(word)
+    except ValueError:
+        return word
+
+
 def check_recipe_words(default_config: Path, description: str, words: list[str] | None = None) -> None:
     """Answer --help, and end the program with one line where a flag, or a key of the YAML, does not exist."""
+    prepare_streams()
     names = recipe_fields()
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--config YAML] [--FIELD VALUE …]",
@@ -86,10 +95,13 @@ def check_recipe_words(default_config: Path, description: str, words: list[str] 
         for negated in {f"--no_{name}", f"--no-{name.replace('_', '-')}"}:
             parser.add_argument(negated, action="store_true", help=argparse.SUPPRESS)
     arguments, unknown = parser.parse_known_args(separated(sys.argv[1:] if words is None else words))
+    path = Path(arguments.config or default_config)
+    given = {name: list(map(_number, found)) for name, found in vars(arguments).items() if isinstance(found, list)}
     try:
-        keys = yaml.safe_load(Path(arguments.config or default_config).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    unknown += [key for key in keys or () if key not in names and key != "env"]
+        keys = checked(str(path), parse_yaml(str(path), path.read_bytes()) or {}, {})
+        check_limits({"num_train_epochs": 1} | keys | given)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    unknown += [key for key in keys if key not in names and key != "env"]
     if unknown:
         sys.exit(f"error: {unknown_flag(str(unknown[0]), names.keys())}")
