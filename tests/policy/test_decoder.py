@@ -184,6 +184,22 @@ def test_a_frozen_models_prefix_is_read_once_and_a_trained_ones_never(policy, mo
     assert torch.equal(generate(policy, batch, custom_generate=elsewhere), expected) and len(reads) == 1
 
 
+def test_caches_of_several_batch_sizes_are_kept(policy):
+    decoder = ChunkDecoder(policy.grammar)
+    batches = {size: observations(size, seed=size) for size in (1, 2, 3)}
+    expected = {size: generate(policy, batch) for size, batch in batches.items()}
+    for kept, same in ((1, {1: True, 2: False}), (2, {1: True, 2: True}), (2, {3: False, 1: True, 2: False})):
+        decoder.kept_batch_sizes = kept
+        for size in (2, 1):
+            generate(policy, batches[size], custom_generate=decoder)
+        before = dict(decoder._kept)
+        for size, reused in same.items():
+            assert torch.equal(generate(policy, batches[size], custom_generate=decoder), expected[size])
+            assert (decoder._forward is before.get(size)) == reused and len(decoder._kept) <= kept
+    decoder.release()
+    assert not decoder._kept
+
+
 def test_changed_weights_are_noticed(policy):
     batch = observations(2, seed=8)
     before = generate(policy, batch, custom_generate=policy.decoder)

@@ -72,6 +72,8 @@ class Engine:
     def __init__(self, policy: VLAPolicy, max_batch: int = 8, window_s: float = 0.005):
         self.policy, self.max_batch, self.window_s = policy, max_batch, window_s
         self.ensembles = policy.config.ensemble_size > 1
+        if policy.decoder is not None and policy.model.device.type == "cuda":
+            policy.decoder.kept_batch_sizes = max_batch  # on a CPU a cache costs next to nothing to make
         self._latencies: deque[float] = deque(maxlen=KEPT_LATENCIES)
         self._waiting: OrderedDict[Hashable, _Waiting] = OrderedDict()
         self._seen: OrderedDict[Hashable, float] = OrderedDict()

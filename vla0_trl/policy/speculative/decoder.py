@@ -22,6 +22,7 @@ may win.
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -67,6 +68,8 @@ class ChunkDecoder:
 
     Attributes:
         stats ([`DecodingStats`]): may be replaced to start counting anew.
+        kept_batch_sizes (`int`): batch sizes whose caches and CUDA graphs are kept: one, unless batches of several
+            sizes alternate, as they do in a server.
         reading ([`Reading`] or `None`): the last parallel reading.
 
     Raises:
@@ -91,6 +94,8 @@ class ChunkDecoder:
         # Separately where there is a draft at hand, and where there is none.
         self._choices = {True: DraftChoice(), False: DraftChoice()}
         self._speller = Speller(grammar, self.options.forced_tokens)
+        self.kept_batch_sizes = 1
+        self._kept: OrderedDict[int, TreeForward] = OrderedDict()
         self._forward: TreeForward | None = None
         self._weights: list[tuple[int, int]] = []
         self._prefix: torch.Tensor | None = None
@@ -158,16 +163,19 @@ class ChunkDecoder:
     def release(self) -> None:
         """Give back the memory of the cache and of captured passes."""
         self._forward = self._prefix = None
+        self._kept.clear()
 
     def _ready(self, model: PreTrainedModel, rows: int, length: int) -> TreeForward:
-        """A forward with a large enough cache: the last one, with its CUDA graphs, if it fits."""
+        """A forward with a large enough cache: the last one of as many rows, with its CUDA graphs, if it fits."""
         weights = [(weight.data_ptr(), weight._version) for weight in model.parameters()]
         if weights != self._weights:
-            self._weights, self._forward, self._prefix = weights, None, None
+            self.release()
+            self._weights = weights
         longest = max(self.grammar.max_new_tokens, self.reader.num_slots if self.reader else 0)
         needed = length + longest + CANDIDATE_SLOTS + 1
-        if self._forward is None or self._forward.rows != rows or self._forward.capacity < needed:
-            self._forward = TreeForward(
+        self._forward = self._kept.get(rows)
+        if self._forward is None or self._forward.capacity < needed:
+            self._forward = self._kept[rows] = TreeForward(
                 model,
                 torch.as_tensor(self.grammar.token_ids, device=model.device),
                 rows,
@@ -175,6 +183,9 @@ class ChunkDecoder:
                 self.options.small_head,
                 self.options.graphs,
             )
+        self._kept.move_to_end(rows)
+        while len(self._kept) > self.kept_batch_sizes:
+            self._kept.popitem(last=False)
         return self._forward
 
     def _own_drafts(self, forward: TreeForward, rows: int, drafts: list[list[int] | None]) -> bool:
