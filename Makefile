@@ -11,8 +11,8 @@ BIN := .venv/bin
 DEMO := runs/demo
 POLICY := runs/policy
 UV := $(shell command -v uv)
-# Threads that wait for each other sleep instead of spinning: beside other programs spinning takes their cores away.
-export OMP_WAIT_POLICY := PASSIVE
+# As many as a small model can use; accelerate would take all cores, and say so.
+export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo policy test test-all test-newest test-oldest lock lint

@@ -6,6 +6,7 @@ The public names below load on first use, so that `import vla0_trl` stays instan
 """
 
 import logging
+import os
 from importlib import import_module
 
 from vla0_trl.old_names import install
@@ -36,6 +37,9 @@ def __dir__() -> list[str]:
 
 
 install()
+# Threads of torch's that wait for each other sleep instead of spinning, if torch is not imported yet: beside other
+# programs, spinning takes their cores away (recipes/measurements.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # PEFT imports bitsandbytes where it is installed, which then warns that the package `kernels` is missing. That is only
 # a faster 4-bit product on CPUs; without it everything works. Here, because every import of ours comes by.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit" not in record.getMessage())
