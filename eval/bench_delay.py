@@ -26,8 +26,8 @@ from vla0_trl.serving.client import ChunkStream
 
 WAYS = {
     "(a) stops and thinks": {"prefetch": False},
-    "(b) asks ahead": {"use_prefix": False},
-    "(c) asks ahead, with prefix": {},
+    "(b) asks ahead": {},
+    "(c) asks ahead, with prefix": {"use_prefix": True},
 }
 
 
@@ -98,7 +98,7 @@ def main() -> None:
     for delay_ms in args.delays_ms:
         for way, options in WAYS.items():
             delay = math.ceil(delay_ms / 1000 * FPS)
-            if not delay and options:
+            if not delay and way != next(iter(WAYS)):
                 continue  # without delay all three ask when nothing is left, and execute at once
             policy.reset()
             seeds = tqdm(range(args.seed, args.seed + args.num_episodes), desc=f"{delay_ms} ms {way}", leave=False)

@@ -8,7 +8,8 @@
 installed; (c) ours; (d) ours with drafts from the step before, as when every step asks again. Weights are random. A
 recorded PushT episode says where drafts of (d) are wrong: a draft is the model's own answer, off by as many bins in as
 many places as the recorded chunk of the step before is off that of this step; (d±) adds up to --jitter bins, as a
-policy that is not sure of itself would. (c) depends on how much the numbers of a chunk are alike.
+policy that is not sure of itself would. (c) depends on how much the numbers of a chunk are alike. (p) ours, all
+numbers in parallel: other answers, whose cost does not depend on the weights.
 
 The floor is the time to read the weights once for each token that the grammar leaves open, at the bandwidth measured
 here. Variants take turns, chunk by chunk. Every answer of (c) and (d) is compared with stock greedy decoding.

@@ -95,7 +95,7 @@ def main() -> None:
             metadata = PolicyConnection(others.url, key, args.timeout_s).metadata
         except ServerError as error:
             raise ValueError(str(error)) from error
-        if absent := [name for name in ROBOT_KEYS if name not in metadata]:
+        if absent := [name for name in ROBOT_KEYS if metadata.get(name) is None]:
             raise ValueError(f"{others.url} is no server of eval/serve.py: its metadata have no {', '.join(absent)}")
         rows = []
         for count in args.num_clients:

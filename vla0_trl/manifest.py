@@ -119,6 +119,13 @@ def write_manifest(checkpoint: Path, files: dict[str, int], trained_on: dict[str
     write_whole(checkpoint / CHECKPOINT_FILE, json.dumps({"files": files, "trained_on": trained_on}) + "\n")
 
 
+def renew_manifest(checkpoint: Path) -> None:
+    """Take the sizes of a whole checkpoint's files again, after one of them was written anew."""
+    files = [path for path in claimed(checkpoint) if path.name != CHECKPOINT_FILE]
+    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+    write_manifest(checkpoint, sizes, trained_on(checkpoint))
+
+
 def trained_on(checkpoint: Path) -> dict[str, Any]:
     """`dataset`, `episodes` and simulator's `seeds` that a policy has learnt from; empty where nothing is known."""
     found = (read_json(checkpoint / CHECKPOINT_FILE) or {}).get("trained_on")

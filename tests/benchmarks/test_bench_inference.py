@@ -26,8 +26,10 @@ def test_the_table_of_the_nano_model(tmp_path):
     assert all(row["other_answers"] == 0 for row in result["table"] if row["variant"] in ("c", "d", "d±"))
     assert rows["d", 1]["passes_per_chunk"] < rows["c", 1]["passes_per_chunk"] < rows["a", 1]["passes_per_chunk"]
     assert rows["d", 1]["acceptance"] > rows["d±", 1]["acceptance"] > 0
+    assert 1 < rows["p", 1]["passes_per_chunk"] <= 3 and rows["p", 1]["other_answers"] is None
     ratios = result["ratios"]
     assert {"ours_vs_stock_b1", "drafts_vs_stock_b1", "ours_vs_stock_b3", "of_floor_b1"} <= ratios.keys()
+    assert {"parallel_vs_stock_b1", "parallel_vs_ours_b3"} <= ratios.keys()
     assert ratios["ours_vs_stock_b1"] == pytest.approx(rows["a", 1]["median_ms"] / rows["c", 1]["median_ms"])
     assert result["versions"]["torch"] and result["ratios_by_model"] == {"nano": ratios}
 

@@ -67,6 +67,35 @@ def test_a_step_is_guessed_to_be_like_the_one_before(policy):
     assert not any(right[:5]) and sum(right) >= 9, right
 
 
+@pytest.mark.parametrize(
+    ("tokens", "draft", "model", "answer", "guess"),
+    [
+        # Behind the draft's own tokens the model would write other ones: "345 7 12 5" as "39…", "8", "134", "6".
+        ([*DIGITS, "Ġ"], "3 4 5 Ġ 7 Ġ 1 2 Ġ 5 E", "3 9 5 Ġ 8 Ġ 1 3 4 6 E", "3 9", "8 Ġ 1 3 4 Ġ 6 E"),
+        # One token per number, with its space: what follows does not depend on the number that is written.
+        ([f"Ġ{digit}" for digit in DIGITS], "Ġ3 Ġ7 Ġ2 Ġ5 E", "Ġ4 Ġ8 Ġ2 Ġ6 E", "Ġ4", "Ġ8 Ġ2 Ġ6 E"),
+    ],
+    ids=["digits", "one token per number"],
+)
+def test_a_draft_becomes_what_the_model_would_write_behind_its_own_beginning(tokens, draft, model, answer, guess):
+    chat = Chat(multi_digit_tokenizer(tokens), prefix=" " if "Ġ" not in tokens else "")
+    grammar = ActionGrammar(chat, 4, 511 if "Ġ" in tokens else 9)
+    ids = {name: chat.tokenizer.convert_tokens_to_ids(name) for name in tokens} | {"E": chat.end_of_turn_id}
+    speller = Speller(grammar)
+    row = DraftState(speller, [ids[name] for name in draft.split()])
+    tree = row.grow(4, row.guess(64), [])
+    logits = torch.zeros(len(tree.tokens), len(grammar.token_ids))
+    for place, name in enumerate(model.split()):
+        logits[place - 1, speller.column[ids[name]]] = 1
+    row.follow(tree, logits.numpy())
+    assert row.tokens == [ids[name] for name in answer.split()]
+    if "Ġ" in tokens:
+        assert row.guess(64) == []  # in the midst of a number that the draft began otherwise
+        row.write(speller.column[ids["0"]])  # which forces a space
+    row.window = 64
+    assert [speller.token_ids[column] for column in row.guess(64)] == [ids[name] for name in guess.split()]
+
+
 def test_the_modules_example_of_a_pass():
     """`tree_forward`'s docstring: 0 or 1 comes next, either forces a space, and one pass reads both."""
     chat = Chat(multi_digit_tokenizer([*DIGITS, "Ġ"]))

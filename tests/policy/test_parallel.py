@@ -3,16 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from support.backbones import TINY, observations
+from support.backbones import DIGITS, TINY, multi_digit_tokenizer, observations
 from support.random_policies import BACKBONES, build_policy, sharpened
 from transformers import LogitsProcessorList
 
 from vla0_trl import VLADataCollator, VLAPolicy
+from vla0_trl.config import VLAConfig
 from vla0_trl.models.nano import NanoConfig, build_nano
-from vla0_trl.policy.grammar import ActionGrammarLogitsProcessor
+from vla0_trl.policy.grammar import ActionGrammar, ActionGrammarLogitsProcessor
 from vla0_trl.policy.speculative import decoder as decoding
 from vla0_trl.policy.speculative.decoder import ChunkDecoder
-from vla0_trl.policy.speculative.options import DecodingOptions, DraftChoice
+from vla0_trl.policy.speculative.options import DecodingOptions, DraftChoice, PromptError
 from vla0_trl.policy.speculative.parallel import ParallelReader
 
 NUMBER_TOKENS = "nano, one token per number"
@@ -144,24 +145,38 @@ def test_answers_are_the_most_likely_numbers_and_follow_the_grammar(policy):
         assert row[: len(tokens)] == tokens
 
 
-def test_refinement_asks_the_least_certain_again_with_the_others_visible(policy):
-    """The last round against plain forward passes over rows in which exactly the asked numbers are hidden."""
+def test_another_round_sees_the_numbers_of_the_last_one(policy):
+    """Its logits are those of plain forward passes over rows in which nothing is hidden."""
     batch = observations(2, seed=11)
     first = decoder_of(policy, mode="parallel")
     generate(policy, batch, custom_generate=first)
-    before, certain = first.reading.numbers.copy(), first.reading.confidence.copy()
     reader, decoder, seen = watched_reading(policy, batch, refine=1)
-    np.testing.assert_array_equal(decoder.reading.unrefined, before)
+    np.testing.assert_array_equal(decoder.reading.unrefined, first.reading.numbers)
     passes = 1 if policy.chat_tokenizer.can_keep_labels else 3
     assert passes + 1 <= decoder.stats.passes <= 2 * passes
-    second = seen[first.stats.passes]
     for row, observation in enumerate(batch):
-        asked = np.zeros(8, bool)
-        asked[certain[row].argsort(kind="stable")[:4]] = True
-        np.testing.assert_array_equal(decoder.reading.numbers[row][~asked], before[row][~asked])
-        begin, logits = row_logits(policy, observation, before[row], asked, reader.tree.token_ids)
-        _, roots = reader.trunk(before[row], asked)
-        assert_equal_logits(second[row][asked], logits[begin + roots[asked]])
+        numbers, hidden = first.reading.numbers[row], np.zeros(8, bool)
+        begin, logits = row_logits(policy, observation, numbers, hidden, reader.tree.token_ids)
+        _, roots = reader.trunk(numbers, hidden)
+        assert_equal_logits(seen[first.stats.passes][row], logits[begin + roots])
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_as_many_rounds_as_other_numbers_give_the_exact_answer(policy, size):
+    """Round by round one more number, at least, is that of greedy decoding."""
+    batch = observations(size, seed=23)
+    expected = generate(policy, batch)
+    numbers = [
+        [int(number) for number in text.split()]
+        for text in policy.processor.tokenizer.batch_decode(expected, skip_special_tokens=True)
+    ]
+    assert len(set(map(tuple, numbers))) == size
+    for rounds in range(8):
+        decoder = decoder_of(policy, mode="parallel", refine=rounds)
+        answers = generate(policy, batch, custom_generate=decoder)
+        right = decoder.reading.numbers == np.array(numbers)
+        assert right[:, : rounds + 1].all()
+    assert torch.equal(answers, expected)
 
 
 def test_numbers_that_are_given_are_seen_and_kept(policy):
@@ -213,10 +228,68 @@ def test_the_cheaper_draft_is_chosen_and_the_other_one_tried_again():
     assert [choice.own() for _ in range(3)] == [False] * 3
 
 
+def test_only_the_spelling_of_training_is_written(policy):
+    """With numbers as tokens, the grammar would also allow digits."""
+    batch = observations(3, seed=29)
+    decoder = decoder_of(policy, mode="parallel")
+    for row, tokens in enumerate(generate(policy, batch, custom_generate=decoder).tolist()):
+        answer, _ = policy.chat_tokenizer.encode_answer(decoder.reading.numbers[row])
+        end = answer.index(policy.chat_tokenizer.end_of_turn_id) + 1
+        assert tokens[:end] == answer[:end]
+
+
+def test_a_longer_prompt_gets_a_larger_cache_and_too_long_a_one_is_refused(policy):
+    short, long = observations(1, seed=31), observations(1, seed=31)
+    long[0]["task"] = "Push it. " * 60
+    decoder = decoder_of(policy, mode="parallel", refine=1)
+    generate(policy, short, custom_generate=decoder)
+    small = decoder._forward.capacity
+    answers = generate(policy, long, custom_generate=decoder)
+    assert decoder._forward.capacity > small
+    fresh = decoder_of(policy, mode="parallel", refine=1)
+    assert torch.equal(answers, generate(policy, long, custom_generate=fresh))
+    text_config = policy.model.config.get_text_config()
+    positions, text_config.max_position_embeddings = text_config.max_position_embeddings, 90
+    try:
+        with pytest.raises(PromptError, match="don't fit into the model's 90 positions"):
+            generate(policy, long, custom_generate=decoder)
+    finally:
+        text_config.max_position_embeddings = positions
+
+
+class Numbers:
+    """What a reader needs of a chat tokenizer, for numbers 0 to 12 in any spelling."""
+
+    def __init__(self, tokenizer, spell):
+        self.tokenizer, self.prefix, self.end_of_turn_id = tokenizer, "", tokenizer.eos_token_id
+        self.config = VLAConfig(action_dim=2, chunk_size=1, num_bins=12)
+        self.spell, self.hidden = spell, tokenizer.convert_tokens_to_ids(["?"])
+
+    def spellings(self, position):
+        return [self.tokenizer.convert_tokens_to_ids(self.spell(number)) for number in range(13)]
+
+    def placeholder(self, position):
+        return self.hidden
+
+
+@pytest.mark.parametrize(
+    ("spell", "mistake"),
+    [
+        (lambda number: [*str(number)], "has a token that may continue a number or begin the next one"),
+        (lambda number: ["Ġ", str(number % 10)], "spells 10 as it spells another number"),
+        (lambda number: ["a", *str(number)], "is not of digits and spaces alone"),
+    ],
+)
+def test_numbers_that_tokens_do_not_tell_apart_are_refused(spell, mistake):
+    chat = Numbers(multi_digit_tokenizer([*DIGITS, "Ġ", "?", "a"]), spell)
+    with pytest.raises(ValueError, match=mistake):
+        ParallelReader(chat, ActionGrammar(chat, 2, 12))
+
+
 def test_a_grammar_of_another_answer_is_refused(policy):
     other = policy.config.replace(chunk_size=3)
     chat = type(policy.chat_tokenizer)(policy.processor, other)
     with pytest.raises(ValueError, match="the grammar is of 8 integers up to 511, the config of 6 up to 511"):
         ParallelReader(chat, policy.grammar)
-    with pytest.raises(ValueError, match="refine=8: an answer of 8 numbers has at most 7 rounds"):
+    with pytest.raises(ValueError, match="refine=8: an answer of 8 numbers has at most 7 rounds that change any"):
         decoder_of(policy, mode="parallel", refine=8)

@@ -58,7 +58,7 @@ def test_only_actions_that_were_executed_are_left_out():
 
 
 def test_the_prefix_is_what_is_executed_meanwhile():
-    stream = ChunkStream(8, 5)
+    stream = ChunkStream(8, 5, use_prefix=True)
     assert stream.is_due(2) and stream.ask(2) is None  # nothing is planned yet
     assert not stream.is_due(2)
     stream.accept(chunk(0))
@@ -72,7 +72,7 @@ def test_the_prefix_is_what_is_executed_meanwhile():
 
 
 def test_without_prefix_none_is_sent():
-    stream = ChunkStream(8, 8, use_prefix=False)
+    stream = ChunkStream(8, 8)
     stream.ask(2)
     stream.accept(chunk(0))
     assert stream.ask(2) is None

@@ -17,13 +17,14 @@ from vla0_trl.benchmarks.inference_table import MODELS, SEED, VARIANTS
 from vla0_trl.config import NANO, VLAConfig
 from vla0_trl.envs.pusht.env import TASK
 from vla0_trl.envs.pusht.expert import record_episode
-from vla0_trl.internals import STOCK
+from vla0_trl.internals import PARALLEL, STOCK
 from vla0_trl.models.loading import load_processor
 from vla0_trl.models.nano import build_nano
 from vla0_trl.policy.grammar import ActionGrammarLogitsProcessor
 from vla0_trl.policy.policy import VLAPolicy
 from vla0_trl.policy.speculative.decoder import ChunkDecoder
 from vla0_trl.policy.speculative.draft_state import DraftState, Speller
+from vla0_trl.policy.speculative.options import DecodingOptions
 
 
 def check_sources(names: list[str], models_dir: Path | None) -> None:
@@ -102,11 +103,13 @@ def bench(policy: VLAPolicy, size: int, chunks: int, warmup: int, jitter: int) -
     rng, make_xgrammar = np.random.default_rng(0), _xgrammar_processor(policy)
     options = {"prefix": policy.decoder.prefix, "period": policy.config.action_dim}
     decoders = {key: ChunkDecoder(policy.grammar, **options) for key in ("c", "d", "d±")}
+    options |= {"options": DecodingOptions(mode=PARALLEL), "reader": policy.decoder.reader}
+    decoders["p"] = ChunkDecoder(policy.grammar, **options)
     steps = _recorded_steps(policy.config, (warmup + chunks) * size)
     policy.predict_action_chunk([observation for observation, _ in steps[:size]])
     if policy.decoding == STOCK:  # it failed its check, and a warning has said so: there is nothing of ours to time
         decoders = {}
-    timings, counts, wrong, answers = {}, {}, dict.fromkeys(decoders, 0), []
+    timings, counts, wrong, answers = {}, {}, dict.fromkeys(decoders.keys() - {"p"}, 0), []
     for turn in range(warmup + chunks):
         observations, offs = zip(*steps[turn * size : (turn + 1) * size], strict=True)
         grammar = LogitsProcessorList([ActionGrammarLogitsProcessor(grammar=policy.grammar)])
@@ -117,7 +120,7 @@ def bench(policy: VLAPolicy, size: int, chunks: int, warmup: int, jitter: int) -
             calls["b"] = {"logits_processor": LogitsProcessorList([make_xgrammar()])}
         for key, decoder in decoders.items():
             calls[key] = {"custom_generate": decoder}
-            if key != "c":
+            if key in ("d", "d±"):
                 most = jitter if key == "d±" else 0
                 calls[key]["drafts"] = [_draft(policy, *pair, most, rng) for pair in zip(expected, offs, strict=True)]
         keys = [*calls][turn % len(calls) :] + [*calls][: turn % len(calls)]
@@ -128,7 +131,7 @@ def bench(policy: VLAPolicy, size: int, chunks: int, warmup: int, jitter: int) -
                 passes = decoders[key].stats.passes - before if key in decoders else stock.shape[1]
                 timings.setdefault(key, []).append(seconds)
                 counts.setdefault(key, []).append(passes)
-            if key in decoders:
+            if key in wrong:
                 pairs = zip(output.tolist(), expected, strict=True)
                 wrong[key] += sum(tokens[: len(other)] != other for tokens, other in pairs)
         answers.append(max(_open_tokens(policy, answer) for answer in expected))

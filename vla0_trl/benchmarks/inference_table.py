@@ -5,7 +5,9 @@ from __future__ import annotations
 from vla0_trl.config import NANO
 
 VARIANTS = {"a": "stock, digits and spaces", "b": "stock, xgrammar", "c": "ours", "d": "ours, drafts", "d±": "jitter"}
+VARIANTS |= {"p": "ours, parallel"}
 RATIOS = {"ours_vs_stock": ("a", "c"), "drafts_vs_stock": ("a", "d"), "ours_vs_xgrammar": ("b", "c")}
+RATIOS |= {"parallel_vs_stock": ("a", "p"), "parallel_vs_ours": ("c", "p")}
 SEED = 1  # with it, nano's answers differ and are as long as a trained one's; with 0, all are the same number
 # Hub id, image side, steps of a chunk, width of an action (PushT's for nano, LIBERO's for the others)
 MODELS = {

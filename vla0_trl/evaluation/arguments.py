@@ -59,7 +59,7 @@ class EvaluationArguments(ModelArguments):
         choices=MODES,
     )
     refine: int = option(
-        0, "with --decoding parallel: rounds that ask the least certain numbers again (default: %(default)s)"
+        0, "with --decoding parallel: rounds that ask again, seeing the last round's numbers (default: %(default)s)"
     )
     max_steps: int | None = option(None, "time limit of an episode (default: the protocol's)")
     num_videos: int = option(

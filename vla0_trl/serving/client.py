@@ -94,14 +94,16 @@ class ChunkStream:
     Args:
         chunk_size, n_action_steps (`int`): actions in a reply; and how many are executed, at most, once it is there.
         prefetch (`bool`): ask while actions remain; otherwise the robot stops and waits.
-        use_prefix (`bool`): send the actions that are executed meanwhile, for the chunk to begin with.
+        use_prefix (`bool`): send the actions that are executed meanwhile, for the chunk to begin with: no jump where
+            old and new actions meet. A policy that catches up at that place is kept from it, such as the shipped one
+            in PushT (eval/README.md): measure before.
 
     Attributes:
         executed (`int`): actions given by `next_action` so far.
         waiting (`bool`): a request is on its way.
     """
 
-    def __init__(self, chunk_size: int, n_action_steps: int, prefetch: bool = True, use_prefix: bool = True):
+    def __init__(self, chunk_size: int, n_action_steps: int, prefetch: bool = True, use_prefix: bool = False):
         self.chunk_size, self.n_action_steps = chunk_size, n_action_steps
         self.prefetch, self.use_prefix = prefetch, use_prefix
         self.reset()
@@ -171,7 +173,7 @@ class RobotClient:
         api_key: str | None = None,
         timeout_s: float = 2.0,
         prefetch: bool = True,
-        use_prefix: bool = True,
+        use_prefix: bool = False,
     ):
         self._connect = lambda: PolicyConnection(url, api_key, timeout_s)
         self._connection: PolicyConnection | None = self._connect()

@@ -128,7 +128,6 @@ def _speaking(connection: PolicyConnection) -> RemotePolicy:
         chunk_size=1 if averages else told["chunk_size"],
         n_action_steps=1 if averages else told["n_action_steps"],
         use_state=told["state_dim"] > 0,
-        fps=told["fps"],
     )
     state = told["state"][0] if told["state"] and told["state_dim"] else None
     return RemotePolicy(connection, config, told["cameras"], state, told["task"], "episode" in told["options"])

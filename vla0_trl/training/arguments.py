@@ -16,6 +16,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 from vla0_trl.command_line import option
 from vla0_trl.config import VLAConfig
 from vla0_trl.training.muon import MUON
+from vla0_trl.training.precision import PRECISION_ADVICE, without_bfloat16
 from vla0_trl.training.settings import NEEDS, check_settings
 
 
@@ -82,6 +83,7 @@ class VLASFTConfig(SFTConfig):
         False, "Hide NaN in the log: not needed, as it ends the run. The look costs time."
     )
     bf16: bool | None = option(None, "Autocast to bfloat16; default: on GPUs, and on CPUs with instructions for it.")
+    hub_private_repo: bool | None = option(True, "Make a new repository on the Hub private; false: public.")
     report_to: str = option("tensorboard", "tensorboard, wandb, trackio, none, or a list.")
     optim: str = option(
         str(SFTConfig.default_optim),
@@ -130,8 +132,13 @@ class VLASFTConfig(SFTConfig):
 
     def __post_init__(self):
         check_settings(self)
+        card = None if self.use_cpu else without_bfloat16()
+        if card and self.bf16:
+            raise ValueError(f"bf16=True, but {card} can't multiply in bfloat16: {PRECISION_ADVICE}")
+        if self.fp16:
+            print(f"warning: fp16=True: {PRECISION_ADVICE}")
         if self.bf16 is None and not self.fp16:
-            self.bf16 = _cpu_has_bfloat16() if self.use_cpu else is_torch_bf16_gpu_available()
+            self.bf16 = _cpu_has_bfloat16() if self.use_cpu else is_torch_bf16_gpu_available() and not card
         if self.rows_in_memory and self.dataloader_num_workers:
             raise ValueError(
                 f"rows_in_memory=True with dataloader_num_workers={self.dataloader_num_workers} would keep the rows "

@@ -19,28 +19,32 @@ from vla0_trl.manifest import (
     damage,
     delete_claimed,
     files_of,
+    read_json,
     trained_on,
     write_manifest,
 )
 from vla0_trl.models.fingerprint import is_adapter, save_base_fingerprint
+from vla0_trl.policy.card import write_model_card
 from vla0_trl.run_files import read_state
-from vla0_trl.run_folder import FolderError, checkpoints
+from vla0_trl.run_folder import RUN_FILE, FolderError, checkpoints
 from vla0_trl.training.arguments import VLASFTConfig
-
-# Files of a checkpoint that only a training needs, by how their names begin.
-_FOR_RESUMING = ("optimizer", "scheduler", "scaler", "rng_state", "latest", "zero_to_fp32")
+from vla0_trl.training.pushing import FOR_RESUMING, Uploads
 
 
 class CheckpointingTrainer(SFTTrainer):
-    """`SFTTrainer` that saves `vla_config` with every checkpoint, and a list of its files, as the last one."""
+    """`SFTTrainer` that saves `vla_config` and a card with every checkpoint, and a list of its files, as the last one.
+
+    With `push_to_hub`, checkpoints are uploaded as they are whole, instead of what Trainer finds in `output_dir`.
+    """
 
     vla_config: VLAConfig
     trained_on: dict[str, Any]
+    uploads: Uploads
 
     def save_policy(self, directory: Path, with_state: bool = False) -> None:
         """Save a self-sufficient checkpoint, with the state of a finished run beside it; all processes call it."""
         with self._marked_whole(directory):
-            self.save_model(str(directory))
+            self.save_model(str(directory), _internal_call=True)  # else Trainer would upload output_dir
             if with_state:
                 self.save_state()  # into output_dir
 
@@ -53,12 +57,27 @@ class CheckpointingTrainer(SFTTrainer):
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        if self.args.push_to_hub and self.is_world_process_zero():
+            self.uploads.begin(checkpoint, self.state.global_step)
         if self.args.should_save and limit:
             best = Path(self.state.best_model_checkpoint or "").name
             whole = [path for path in checkpoints(Path(self.args.output_dir)) if damage(path) is None]
             for path in [path for path in whole if path.name != checkpoint.name][limit - 1 :]:
-                if path.name != best:
+                if path.name != best and path not in self.uploads.busy():
                     delete_claimed(path)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Nothing: `prepare` opened the repository before the model was loaded."""
+        self.hub_model_id = self.args.hub_model_id
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: Trainer calls it before a checkpoint is whole, and `_save_checkpoint` uploads it then."""
+
+    def _finish_current_push(self) -> None:
+        self.uploads.finish()
+
+    def create_model_card(self, *_, **__) -> None:
+        """Nothing: every checkpoint gets its card with its other files."""
 
     @contextmanager
     def _marked_whole(self, directory: Path) -> Iterator[None]:
@@ -74,6 +93,10 @@ class CheckpointingTrainer(SFTTrainer):
             if is_adapter(directory):
                 save_base_fingerprint(directory)
             self.vla_config.save_pretrained(directory)
+            output_dir = Path(self.args.output_dir)
+            name = self.args.hub_model_id or output_dir.resolve().name
+            run = read_json(output_dir / RUN_FILE) or {}
+            write_model_card(directory, name, run, self.trained_on, self.state.global_step)
             files = files_of(directory)
             files = {name: size for name, size in files.items() if name not in not_ours}
             write_manifest(directory, files, self.trained_on)
@@ -114,7 +137,7 @@ def finish_from_checkpoint(training: VLASFTConfig) -> bool:
         return False
     if training.should_save:
         delete_claimed(output_dir, unfinished=True)
-        files = [path for path in claimed(last) if path.parent == last and not path.name.startswith(_FOR_RESUMING)]
+        files = [path for path in claimed(last) if path.parent == last and not path.name.startswith(FOR_RESUMING)]
         copies = [shutil.copy2(path, output_dir) for path in files if path.name != CHECKPOINT_FILE]
         sizes = {Path(copy).name: Path(copy).stat().st_size for copy in copies}
         write_manifest(output_dir, sizes, trained_on(last))

@@ -20,6 +20,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from vla0_trl.config import NANO, VLAConfig
 from vla0_trl.data.chat_dataset import align_config, episode_indices, load_chat_dataset, tasks_of
 from vla0_trl.data.row_check import check_rows, check_tasks
+from vla0_trl.hub import HubError
 from vla0_trl.limits import check_limits
 from vla0_trl.models.adapters import check_named_modules, check_tied_targets
 from vla0_trl.models.fingerprint import base_model_of, is_adapter
@@ -33,6 +34,7 @@ from vla0_trl.training.checkpoints import finish_from_checkpoint, is_finished, r
 from vla0_trl.training.claim import BASE_MODEL, begin_run, episodes_trained_on, hold_run, run_identity
 from vla0_trl.training.not_finite import NotFiniteError
 from vla0_trl.training.progress import describe_run
+from vla0_trl.training.pushing import open_model_repository, push_policy
 from vla0_trl.training.settings import check_together
 from vla0_trl.training.trainer import VLATrainer
 
@@ -81,7 +83,7 @@ def main(default_config: Path, description: str, in_simulator: SimulatorCallback
         sys.exit(f"error: {error}")
     try:
         train(run, in_simulator)
-    except (NotFiniteError, SetupError, FolderError) as error:
+    except (NotFiniteError, SetupError, FolderError, HubError) as error:
         sys.exit(f"error: {error}")
     except Stopped as stopped:
         sys.exit(stopped.status)
@@ -93,6 +95,7 @@ def prepare(data: DataArguments, training: VLASFTConfig, model_args: ModelConfig
     Raises:
         ValueError: the dataset can't give what the recipe asks for, or the folder belongs to another run.
         FileNotFoundError: there is no such dataset.
+        HubError: `push_to_hub` is set, and the repository can't be written to.
     """
     check_limits(vars(data) | vars(training) | vars(model_args))
     check_together(data, training, model_args)
@@ -104,6 +107,9 @@ def prepare(data: DataArguments, training: VLASFTConfig, model_args: ModelConfig
     # One process of all machines: their output_dir is on storage that they share.
     with training.main_process_first(local=False, desc="holding the output folder"):
         if training.should_save:
+            if training.push_to_hub:
+                name, use_peft = model_args.model_name_or_path, model_args.use_peft
+                training.hub_model_id = open_model_repository(training, name, use_peft)
             folder = hold_run(identity, training.output_dir, training.overwrite)
     return Run(data, training, model_args, dataset, stored.cameras, config, identity, folder)
 
@@ -125,10 +131,10 @@ def _train(run: Run, in_simulator: SimulatorCallbacks | None) -> None:
     training, output_dir = run.training, Path(run.training.output_dir)
     if is_finished(training) and not training.overwrite:
         print(f"already trained: {output_dir} (--overwrite to start again, a larger --max_steps to go on)")
-        return
+        return push_finished(run)
     if not training.overwrite and finish_from_checkpoint(training):
         print(f"policy saved in {output_dir}: its last step was done already")
-        return
+        return push_finished(run)
     try:
         trainer = build_trainer(run, in_simulator)
     except (ValueError, OSError, ImportError) as error:  # of settings, files and packages that are not there
@@ -145,8 +151,16 @@ def _train(run: Run, in_simulator: SimulatorCallbacks | None) -> None:
         raise Stopped(trainer.stop_signal)
     trainer.save_policy(output_dir, with_state=True)
     say(f"policy saved in {output_dir}")
-    if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=run.data.dataset_name)
+    push_finished(run)
+
+
+def push_finished(run: Run) -> None:
+    """Upload the policy in `output_dir`, if the run is to; `HubError` if that was not finished."""
+    training = run.training
+    if training.push_to_hub and training.should_save:
+        folder, target = Path(training.output_dir), (training.hub_revision, training.hub_token)
+        where = push_policy(folder, training.hub_model_id, "End of training", *target)
+        print(f"uploaded: {where}")
 
 
 def build_trainer(run: Run, in_simulator: SimulatorCallbacks | None = None) -> VLATrainer:

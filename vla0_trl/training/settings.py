@@ -17,6 +17,8 @@ import torch
 from torch.optim import SGD
 from transformers import get_scheduler
 
+from vla0_trl.training.precision import PRECISION_ADVICE, without_bfloat16
+
 HONOURED = """
     output_dir per_device_train_batch_size num_train_epochs max_steps gradient_accumulation_steps learning_rate
     lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules weight_decay adam_beta1
@@ -176,6 +178,9 @@ def check_together(data: Any, training: Any, model_args: Any) -> None:
             f"dataset_revision={data.dataset_revision} can't be honoured: {data.dataset_name} is a folder; leave it "
             "out"
         )
+    card = None if training.use_cpu else without_bfloat16()
+    if card and model_args.dtype == "bfloat16":
+        raise ValueError(f"dtype=bfloat16, but {card} can't multiply in bfloat16: {PRECISION_ADVICE}")
     bits = next((field for field in ("load_in_4bit", "load_in_8bit") if getattr(model_args, field)), None)
     if bits and nano and not model_args.use_peft:
         raise ValueError(

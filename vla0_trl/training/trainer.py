@@ -26,6 +26,7 @@ from vla0_trl.training.muon import MUON, build_muon
 from vla0_trl.training.not_finite import RowTrace, TracedCollator
 from vla0_trl.training.observation_gap import ProbeCallback
 from vla0_trl.training.progress import EnergyCallback, SpeedCallback
+from vla0_trl.training.pushing import Uploads
 
 MASKING = ("mask_max", "mask_skip", "mask_full", "mask_labels", "label_smoothing_bins", "mask_unit")
 DAGGER = "dagger"  # in the run's folder: what the policy visited while it learnt
@@ -51,6 +52,7 @@ class VLATrainer(CheckpointingTrainer):
         peft_config: PeftConfig | None = None,
     ):
         self.trained_on: dict[str, Any] = {}
+        self.uploads = Uploads(args)
         self.vla_config, self.stop_signal, self._trace = vla_config, 0, RowTrace()  # the signal's number
         self.forward = TrainingForward(model)
         # Compiled steps want batches of one length, and tensor cores a multiple of 8.

@@ -278,7 +278,7 @@ class ChunkDecoder:
         return width
 
     def _count(self, trees: list[Tree]) -> None:
-        self.stats.drafted += sum(tree.guesses for tree in trees)
+        self.stats.drafted += sum(len(tree.guess) for tree in trees)
 
 
 def _image_inputs(model: PreTrainedModel, inputs: dict[str, Any], shape: torch.Size) -> dict[str, Any]:

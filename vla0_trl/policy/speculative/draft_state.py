@@ -46,23 +46,30 @@ class Speller:
 class Guess:
     """Text that an answer is guessed to repeat: a draft, or what was written before.
 
-    It is looked up by the state of the grammar, so a row that left it finds it again at the next number.
+    It is looked up by the state of the grammar, so a row that left it finds it again at the next number: behind a
+    space, or, where " 12" is one token, behind the same count of numbers.
     """
 
-    def __init__(self, speller: Speller):
-        self.speller = speller
+    def __init__(self, speller: Speller, older: Guess | None = None):
+        self.speller, self.older = speller, older  # the older one is asked where this one knows nothing
         self.columns: list[int] = []
         self._begins: dict[tuple[int, int], int] = {}
+        self._next_numbers: dict[int, int] = {}
 
     def add(self, count: int, state: int, column: int) -> None:
         """`column` was written after `count` finished numbers, in this state of the grammar."""
         self._begins.setdefault((count, state), len(self.columns))
+        after, started = self.speller.after(count, state, column)
+        if after > count and started != self.speller.grammar.open:
+            self._next_numbers.setdefault(count, len(self.columns))
         self.columns.append(column)
 
     def after(self, count: int, state: int) -> list[int]:
         """The columns that followed this count and state; empty if they did not occur."""
-        begin = self._begins.get((count, state))
-        return [] if begin is None else self.columns[begin:]
+        begin = self._begins.get((count, state), self._next_numbers.get(count))
+        if begin is not None:
+            return self.columns[begin:]
+        return [] if self.older is None else self.older.after(count, state)
 
     @classmethod
     def of(cls, speller: Speller, tokens: list[int]) -> Guess:
@@ -85,13 +92,13 @@ class Tree:
         last (`int`): index of the last certain token, where choosing begins; −1 is the prompt's last.
         tokens (`list`): what the pass reads, see [`PassToken`].
         children (`dict`): (index of a token, column that follows it) -> index of that token.
-        guesses (`int`): the number of tokens that are guessed.
+        guess (`list`): the columns that are guessed, in order.
     """
 
     last: int
     tokens: list[PassToken] = field(default_factory=list)
     children: dict[tuple[int | None, int], int] = field(default_factory=dict)
-    guesses: int = 0
+    guess: list[int] = field(default_factory=list)
 
 
 class DraftState:
@@ -149,7 +156,7 @@ class DraftState:
             candidates: or several alternatives, see [`candidates`].
         """
         length = len(self.tokens)
-        tree = Tree(last=length - self.read - 1, guesses=len(guess))
+        tree = Tree(last=length - self.read - 1, guess=guess)
         for position, token in enumerate(self.tokens[self.read :], start=self.read):
             slot = first_slot + position
             tree.tokens.append(PassToken(token, position, slot, visible_until=slot, visible_from=slot))
@@ -172,7 +179,7 @@ class DraftState:
         Args:
             logits: float32 (tokens of the tree, columns).
         """
-        certain, node, reached = len(self.tokens), tree.last, tree.last
+        certain, node, reached, place = len(self.tokens), tree.last, tree.last, (self.count, self.state)
         while node is not None and not self.done:
             choices = self.grammar.choices(self.count, self.state)
             # Equal logits: the lowest id, as argmax over a vocabulary does.
@@ -183,12 +190,50 @@ class DraftState:
                 reached = reached if node is None else node
                 column = self.speller.forced(self.count, self.state)
         accepted = 0
-        if tree.guesses:
+        if tree.guess:
             accepted = reached - tree.last
+            if self.draft is not None and accepted < len(tree.guess):
+                self._revise_draft(tree, logits, place)
             # Read more of a good guess, and soon none of a bad one: candidates do better.
             self.window = min(LARGEST_WINDOW, 4 * accepted) or self.window // 4
         self.accepted += accepted
         self.read = certain + accepted
+
+    def _revise_draft(self, tree: Tree, logits: np.ndarray, place: tuple[int, int]) -> None:
+        """Replace what follows in the draft by what the model would write behind the draft's own beginning.
+
+        The pass has read that already, and it is nearer to the answer (Jacobi decoding, Santilli et al. 2023).
+
+        Args:
+            place: count and state where the tree's guess began.
+        """
+        numbers: dict[int, list[tuple[int, int]]] = {}  # by count: the draft's columns, and the model's
+        separate = set()  # counts of numbers that begin behind a space of its own
+        for node, column in enumerate(tree.guess, start=tree.last):
+            if place[1] == self.grammar.open:
+                separate.add(place[0])
+            choices = self.grammar.choices(*place)
+            if column not in choices:
+                break
+            predicted = choices[int(logits[node][choices].argmax())]
+            numbers.setdefault(place[0], []).append((column, predicted))
+            place = self.speller.after(*place, column)
+        revised, place = Guess(self.speller, self.draft.older or self.draft), (self.count, self.state)
+        while columns := numbers.get(count := place[0]):
+            if count in separate and place[1] != self.grammar.open:
+                place = (count + 1, self.grammar.open)  # the rest of a number that the row has begun otherwise
+                continue
+            last, _ = columns[-1]  # ends a number that the model would write longer
+            for column, predicted in [*columns, (last, last)]:
+                choices = self.grammar.choices(*place)
+                chosen = predicted if predicted in choices else column
+                if chosen not in choices or place[0] != count or place[1] == self.grammar.done:
+                    break
+                revised.add(*place, chosen)
+                place = self.speller.after(*place, chosen)
+            if place[0] == count:
+                break
+        self.draft = revised
 
     def begin_with(self, tokens: list[int]) -> None:
         """Write the answer's first tokens, which the caller has chosen, and what they force.

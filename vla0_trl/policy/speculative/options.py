@@ -22,8 +22,8 @@ class DecodingOptions:
     Args:
         mode (`str`): `"exact"` writes the tokens of greedy decoding. `"parallel"` takes the answers of
             [`ParallelReader`] as they are, in which no number has seen another one. `"stock"` is `generate()`.
-        refine (`int`): with `"parallel"`: rounds in which the least certain numbers are asked once more, with the
-            others to be seen (mask-predict, Ghazvininejad et al. 2019).
+        refine (`int`): with `"parallel"`: rounds in which all numbers are asked once more, each with the last round's
+            numbers before it to be seen. As many as there are other numbers always give the exact answer.
         check (`str`): a model's first chunk is compared with stock `generate()`, see [`self_check`]. If they differ,
             or if ours raises, then or later: `"fall_back"` warns and continues with stock, `"raise"` raises an error;
             `"skip"` compares nothing.
@@ -60,7 +60,7 @@ class DecodingOptions:
         if self.refine >= num_values:
             raise ValueError(
                 f"refine={self.refine}: an answer of {num_values} numbers has at most {num_values - 1} rounds that "
-                "ask any again"
+                "change any"
             )
 
 

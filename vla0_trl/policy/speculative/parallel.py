@@ -15,6 +15,10 @@ prompt and the trunk " ? ", and both of its spaces begin a number. Say both begi
 
 and chooses a second digit for each, or that the number ends there. After "12" nothing may follow: it is whole.
 
+In further rounds all numbers are asked again, and each sees the last round's numbers before it instead of placeholders
+(Jacobi iteration, Song et al. 2021). With each round at least one more number, from the first on, is that of greedy
+decoding, and mostly several are; where a round changes nothing, all are.
+
 A branch only writes the spelling that training showed, and ends where the model prefers a token that begins the next
 number, or the end of the turn. So every answer is one that the grammar allows.
 """
@@ -39,13 +43,11 @@ class Reading:
 
     Attributes:
         numbers (`np.ndarray`): int (B, N) in 0…num_bins.
-        confidence (`np.ndarray`): float64 (B, N), log-probabilities among what the grammar allows; inf where given.
         unrefined, asked, trunks, roots, logits: of the first round: its numbers; which were asked, bool (B, N); see
             [`ParallelReader.trunk`]; and float32 (B, longest trunk + 1, columns), last after the prompt.
     """
 
     numbers: np.ndarray
-    confidence: np.ndarray
     unrefined: np.ndarray
     asked: np.ndarray
     trunks: list[list[int]]
@@ -112,19 +114,19 @@ class ParallelReader:
             raise ValueError(f"an answer can't begin with the tokens {tokens}: these are not whole numbers")
         return numbers
 
-    def trunk(self, numbers: np.ndarray, asked: np.ndarray) -> tuple[list[int], np.ndarray]:
-        """An answer (N,) in which the asked numbers, bool (N,), are hidden; as far as where the last of these begins.
+    def trunk(self, numbers: np.ndarray, hidden: np.ndarray) -> tuple[list[int], np.ndarray]:
+        """An answer (N,) in which some numbers, bool (N,), are hidden, as far as where the last number begins.
 
         Returns:
             its ids, and the index of the token behind which each number begins; −1 is the prompt's last.
         """
         ids: list[int] = []
         roots = np.empty(self.num_values, np.int64)
-        for position, (number, hide) in enumerate(zip(numbers, asked, strict=True)):
+        for position, (number, hide) in enumerate(zip(numbers, hidden, strict=True)):
             place = min(position, 1)
             roots[position] = len(ids) + self.shared[place] - 1
             ids += self.hidden[place] if hide else self.spelled[place][number]
-        return ids[: roots[asked].max() + 1] if asked.any() else ids, roots
+        return ids[: roots[-1] + 1], roots
 
     def read(
         self,
@@ -142,7 +144,7 @@ class ParallelReader:
             read_prompt: reads the prompts and these ids behind them: float32 (B, longest + 1, columns), the logits
                 after each id and, last, after the prompt.
             given: B times the numbers that the answer begins with, which are not asked.
-            refine: rounds of mask-predict. Of T rounds in all, round t hides the (T − t) / T that are least certain.
+            refine: further rounds, at most; see the module.
         """
         shape = (forward.rows, self.num_values)
         numbers, asked = np.zeros(shape, np.int64), np.ones(shape, bool)
@@ -150,34 +152,32 @@ class ParallelReader:
             numbers[row, : len(known)], asked[row, : len(known)] = known, False
         trunks, roots = self._trunks(numbers, asked)
         logits = read_prompt(trunks)
-        reading = Reading(numbers, np.full(shape, np.inf), numbers, asked, trunks, roots, logits)
+        reading = Reading(numbers, numbers, asked, trunks, roots, logits)
         self._ask(forward, first_slot, reading, logits, roots, asked)
         reading.unrefined = numbers.copy()
-        for left in range(refine, 0, -1):
-            hide = reading.asked.sum(1, keepdims=True) * left // (refine + 1)
-            rank = reading.confidence.argsort(1, kind="stable").argsort(1, kind="stable")
-            trunks, roots = self._trunks(numbers, rank < hide)
+        for _ in range(refine):
+            before = numbers.copy()
+            trunks, roots = self._trunks(numbers, np.zeros_like(asked))
             read = [forward.step(_row_tokens(forward, first_slot, trunks))] if any(trunks) else []
             # What follows the prompt directly sees no number, so its logits stay.
             logits = np.concatenate([*read, reading.logits[:, -1:]], 1)
-            self._ask(forward, first_slot, reading, logits, roots, rank < hide)
+            self._ask(forward, first_slot, reading, logits, roots, asked)
+            if (numbers == before).all():
+                break
         return reading
 
-    def _trunks(self, numbers: np.ndarray, asked: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
-        trunks, roots = zip(*map(self.trunk, numbers, asked), strict=True)
+    def _trunks(self, numbers: np.ndarray, hidden: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
+        trunks, roots = zip(*map(self.trunk, numbers, hidden), strict=True)
         return list(trunks), np.array(roots)
 
     def _ask(self, forward: TreeForward, first_slot: int, reading: Reading, logits, roots, asked) -> None:
         """Write the asked numbers, bool (B, N), into a reading, from the logits of their trunks; reads the rest."""
-        # A number that is not asked may begin behind its row's trunk: any logits do for it.
-        logits = np.take_along_axis(logits, roots.clip(max=logits.shape[1] - 1)[..., None], 1)
+        logits = np.take_along_axis(logits, roots[..., None], 1)
         node, open_ = np.broadcast_to(self.begin, asked.shape), asked.copy()
-        reading.confidence[asked] = 0
         branches = first_slot + roots.max() + 1  # the slots behind all trunks
         depth = 0
         while True:
-            node, whole, log_probability = self.step(node, logits)
-            reading.confidence += np.where(open_, log_probability, 0)
+            node, whole = self.step(node, logits)
             reading.numbers[open_ & whole] = self.tree.number[node[open_ & whole]]
             open_ &= ~whole
             if not open_.any():
@@ -202,7 +202,7 @@ class ParallelReader:
         """bool (…, columns): what may follow these nodes (…), and `ends` (…, columns) where they are whole."""
         return (self.tree.child[node] >= 0) | ((self.tree.number[node] >= 0)[..., None] & ends)
 
-    def step(self, node: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def step(self, node: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Choose what follows in each branch.
 
         Args:
@@ -210,17 +210,15 @@ class ParallelReader:
             logits: float32 (B, N, columns) after that.
 
         Returns:
-            the next node, or the same where the number ends; bool, whether the number is whole; log-probability.
+            the next node, or the same where the number ends; and bool, whether the number is whole.
         """
         tree, allowed = self.tree, self.allowed(node, self.ends)
         # Clamped: a forbidden token must lose against an allowed one of score −inf, too.
         scores = np.maximum(logits[..., tree.order], np.finfo(np.float32).min)
-        scores = np.where(allowed, scores.astype(np.float64), -np.inf)
-        column = scores.argmax(-1)
-        best = np.take_along_axis(scores, column[..., None], -1)
+        column = np.where(allowed, scores, -np.inf).argmax(-1)
         child = tree.child[node, column]
         after = np.where(child < 0, node, child)
-        return after, (child < 0) | tree.leaf[after], -np.log(np.exp(scores - best).sum(-1))
+        return after, (child < 0) | tree.leaf[after]
 
 
 def _shared(placeholder: list[int], spelled: list[list[int]]) -> int:
