@@ -94,12 +94,8 @@ def delete_claimed(folder: Path, unfinished: bool = False) -> None:
 
 def replace_folder(fresh: Path, target: Path) -> None:
     """Put a whole folder in another's place; after a kill in between the next call goes on from `target.old`."""
-    old = target.with_name(f"{target.name}.old")
-    if target.exists() and not old.exists():
-        target.rename(old)
-    elif target.exists():
-        delete_claimed(target)
-        move_files(target, old)
+    if target.exists():
+        _move_folder(target, target.with_name(f"{target.name}.old"))
     fresh.rename(target)
     restore_replaced(target)
 
@@ -107,11 +103,17 @@ def replace_folder(fresh: Path, target: Path) -> None:
 def restore_replaced(target: Path) -> None:
     """What a kill inside [`replace_folder`] left: the old folder comes back, or its rest is tidied up."""
     old = target.with_name(f"{target.name}.old")
-    if old.exists() and not target.exists():
-        old.rename(target)
-    elif old.exists():
-        delete_claimed(old)
-        move_files(old, target)
+    if old.exists():
+        _move_folder(old, target)
+
+
+def _move_folder(folder: Path, place: Path) -> None:
+    """Rename a folder; where the place is taken, only what users put into the folder goes there."""
+    if not place.exists():
+        folder.rename(place)
+    else:
+        delete_claimed(folder)
+        move_files(folder, place)
 
 
 def write_manifest(checkpoint: Path, files: dict[str, int], trained_on: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import cache
 from numbers import Real
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import yaml
@@ -49,52 +50,43 @@ def number(value: Any) -> float:
     return float(value)
 
 
-def positive(value: Any) -> float:
-    if not is_number(value) or value <= 0:
-        raise ValueError("a number above 0")
-    return value
+def numeric(holds: Callable[[float], bool], wanted: str) -> Kind:
+    """A number for which a condition holds, as it is."""
+
+    def read(value: Any) -> float:
+        if not is_number(value) or not holds(value):
+            raise ValueError(wanted)
+        return value
+
+    return read
 
 
-def share(value: Any) -> float:
-    if not is_number(value) or not 0 <= value <= 1:
-        raise ValueError("a number from 0 to 1")
-    return value
+positive = numeric(lambda value: value > 0, "a number above 0")
+share = numeric(lambda value: 0 <= value <= 1, "a number from 0 to 1")
+positive_share = numeric(lambda value: 0 < value <= 1, "a number above 0, at most 1")
+not_negative = numeric(lambda value: value >= 0, "a number from 0")
 
 
-def positive_share(value: Any) -> float:
-    if not is_number(value) or not 0 < value <= 1:
-        raise ValueError("a number above 0, at most 1")
-    return value
+def instance(of: type | UnionType, wanted: str) -> Kind:
+    """A value of a type, as it is."""
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, of):
+            raise ValueError(wanted)
+        return value
+
+    return read
 
 
-def not_negative(value: Any) -> float:
-    if not is_number(value) or value < 0:
-        raise ValueError("a number from 0")
-    return value
-
-
-def boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
-
-
-def text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("text")
-    return value
+boolean = instance(bool, "true or false")
+text = instance(str, "text")
+mapping = instance(dict, "an object with fields")
 
 
 def one_line(value: Any) -> str:
     """Text that stays in its line, whatever it is written into."""
     if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > 1000:
         raise ValueError("a line of text")
-    return value
-
-
-def mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError("an object with fields")
     return value
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from vla0_trl.schema import checked, is_number, whole
+from vla0_trl.schema import checked, instance, is_number, whole
 
 # Quantiles come from a histogram of this many cells between minimum and maximum, so a pass over any number of frames
 # needs constant memory; the error is at most one cell, far below any sensible bin width.
@@ -36,7 +36,7 @@ class NormStats:
             if len(values) != len(self.min):
                 raise ValueError(f"statistics: {name} has {len(values)} dimensions, min has {len(self.min)}")
             for dim, value in enumerate(values):
-                if not _is_finite(value):
+                if not is_number(value):
                     raise ValueError(f"statistics: {name} of dimension {dim} is {value}, not a finite number")
         for dim, (low, high) in enumerate(zip(self.min, self.max, strict=True)):
             if low > high:
@@ -105,8 +105,9 @@ class NormStats:
     @classmethod
     def from_dict(cls, data: dict) -> NormStats:
         """The inverse of `dataclasses.asdict`; `ValueError` names each field that is none."""
+        a_list = instance(list, "a list with a number for each dimension")
         names = [field.name for field in fields(cls)]
-        checked("statistics", data, {name: whole if name == "count" else _list for name in names})
+        checked("statistics", data, {name: whole if name == "count" else a_list for name in names})
         return cls(**{name: data[name] for name in names})
 
     @property
@@ -139,7 +140,7 @@ def check_range(normalization: str | list[float]) -> None:
     """`ValueError` if a fixed `[low, high]` is no range: of two numbers, rising, finite as is their difference."""
     if normalization in ("min_max", "quantile"):
         return
-    numbers = isinstance(normalization, list | tuple) and all(map(_is_finite, normalization))
+    numbers = isinstance(normalization, list | tuple) and all(map(is_number, normalization))
     if not numbers or len(normalization) != 2:
         raise ValueError(f"normalization={normalization!r} must be min_max, quantile or [low, high], finite numbers")
     low, high = map(float, normalization)
@@ -147,23 +148,10 @@ def check_range(normalization: str | list[float]) -> None:
         raise ValueError(f"normalization={normalization!r} must be low < high, and their difference a finite float32")
 
 
-def stats_or_record(value: object) -> object:
-    """For schemas: statistics, or the object that a file holds of them."""
-    if not isinstance(value, NormStats | dict):
-        raise ValueError("an object with min, max, q01, q99, mean, std and count")
-    return value
-
-
-def _list(value: object) -> object:
-    if not isinstance(value, list):
-        raise ValueError("a list with a number for each dimension")
-    return value
-
-
-def _is_finite(value: object) -> bool:
-    return is_number(value)
-
-
 def _fits_float32(low: float, high: float) -> bool:
     """Whether both ends and their difference are finite in the type that actions are handed out in."""
     return max(abs(low), abs(high), high - low) <= np.finfo(np.float32).max
+
+
+# For schemas: statistics, or the object that a file holds of them.
+stats_or_record = instance(NormStats | dict, "an object with min, max, q01, q99, mean, std and count")

@@ -10,6 +10,7 @@ import argparse
 import ast
 import sys
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,14 +19,13 @@ from vla0_trl.limits import check_limits
 from vla0_trl.schema import checked, parse_yaml
 from vla0_trl.streams import prepare_streams
 
-# Package, file and class, the most derived first: what [`parse_recipe`] parses, and what those classes inherit from.
+# Package, file and classes, the most derived first: what [`parse_recipe`] parses, and what those classes inherit from.
 _SOURCES = (
-    ("vla0_trl", "training/arguments.py", "DataArguments"),
-    ("vla0_trl", "training/arguments.py", "VLASFTConfig"),
-    ("trl", "trainer/model_config.py", "ModelConfig"),
-    ("trl", "trainer/sft_config.py", "SFTConfig"),
-    ("trl", "trainer/base_config.py", "_BaseConfig"),
-    ("transformers", "training_args.py", "TrainingArguments"),
+    ("vla0_trl", "training/arguments.py", ("DataArguments", "VLASFTConfig")),
+    ("trl", "trainer/model_config.py", ("ModelConfig",)),
+    ("trl", "trainer/sft_config.py", ("SFTConfig",)),
+    ("trl", "trainer/base_config.py", ("_BaseConfig",)),
+    ("transformers", "training_args.py", ("TrainingArguments",)),
 )
 
 
@@ -39,10 +39,10 @@ class RecipeField(NamedTuple):
 def recipe_fields() -> dict[str, RecipeField]:
     """Every field that a recipe can set."""
     found: dict[str, RecipeField] = {}
-    for package, file, name in _SOURCES:
+    for package, file, names in _SOURCES:
         tree = ast.parse((Path(find_spec(package).origin).parent / file).read_text())
-        body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-        for node in body:
+        classes = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name in names]
+        for node in chain.from_iterable(classes):
             if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation):
                 found.setdefault(node.target.id, _described(node.value))
     return {name: field for name, field in found.items() if field is not None}
