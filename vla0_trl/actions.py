@@ -1,8 +1,8 @@
 """Continuous vectors <-> text integers; the scale is set by the statistics in `stats.py`.
 
 An action chunk of `chunk_size` steps and `action_dim` dimensions becomes `chunk_size × action_dim` integers in
-0…`num_bins`, time-major, separated by single spaces: "524 341 892 …" (VLA-0, arXiv:2510.13054, section 3). Fewer, if
-only some of the steps are written and those between them interpolated.
+0…`num_bins`, time-major, separated by single spaces: "524 341 892 …" (VLA-0, arXiv:2510.13054, section 3). There
+are fewer if only some of the steps are written; those between them are interpolated.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def parse_integers(text: str, count: int, num_bins: int) -> np.ndarray:
     """The strict inverse of `join_integers`: int64 (count,). White space around the text is ignored.
 
     Raises:
-        ActionParseError: says what is wrong and quotes the offender.
+        ActionParseError: says what is wrong, and quotes it.
     """
     words = text.strip().split(" ")
     if len(words) != count or not text.strip():

@@ -124,7 +124,7 @@ def as_flags(arguments: Any, leave_out: Collection[str] = ()) -> list[list[str]]
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """What a user can mend, `ValueError` and `OSError`, as one line on stderr, and exit status 2."""
+    """Errors that a user can fix (`ValueError`, `OSError`): one line on stderr, and exit status 2."""
     try:
         yield
     except BrokenPipeError:  # see `streams`

@@ -1,4 +1,4 @@
-"""VLAConfig: all that a dataset or checkpoint must know to speak actions, saved beside it as vla_config.json."""
+"""VLAConfig: all that a dataset or checkpoint must know to write actions as text, saved in it as vla_config.json."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ _KINDS: dict[str, Kind] = {
 
 
 def check_ensemble(chunk_size: int, ensemble_size: int, decay: float | None, weights: str | None) -> None:
-    """`ValueError` for an ensemble that can't happen, and for weights that are none or have nothing to weigh."""
+    """`ValueError` for an impossible ensemble, for unknown weights, and for weights without an ensemble."""
     if not 1 <= ensemble_size <= chunk_size:
         raise ValueError(
             f"ensemble_size={ensemble_size} must be between 1 and chunk_size={chunk_size}: no more predictions than "

@@ -1,4 +1,4 @@
-"""From where to where a number may go: every count, share, size and seed that a script or a recipe can be told."""
+"""The lowest and highest value of every count, share, size and seed that a script or a recipe takes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NAMES = {
     _SEED: "seed data_seed eval_seed",
 }
 LIMITS = {name: limits for limits, names in _NAMES.items() for name in names.split()}
-# What a policy can be: beyond the largest that anybody trains, below what a typing error makes of memory and time.
+# Sizes of a policy: above the largest that is trained anywhere, and low enough that a typing error fills no memory.
 LIMITS |= {"chunk_size": (1, 1000), "n_action_steps": (1, 1000), "ensemble_size": (1, 1000)}
 LIMITS |= {"num_episodes": (1, 10**6), "num_envs": (1, 10**4), "num_proc": (1, 10**4), "width": (1, 2**14)}
 LIMITS |= {"num_clients": (1, 10**4), "image_side": (1, 4096), "port": (0, 2**16 - 1), "refine": (0, 1000)}

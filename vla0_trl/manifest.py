@@ -85,7 +85,7 @@ def claimed(folder: Path, unfinished: bool = False) -> list[Path]:
 
 
 def delete_claimed(folder: Path, unfinished: bool = False) -> None:
-    """Delete a dataset or checkpoint; what was put there beside it stays, the folder too then."""
+    """Delete a dataset or checkpoint. Other files in the folder stay, and then the folder stays, too."""
     for path in claimed(folder, unfinished):
         if not path.is_dir():
             path.unlink(missing_ok=True)

@@ -62,7 +62,7 @@ class RunFolder:
     def __init__(self, path: str | Path, launch: str | None = None):
         self.path = Path(os.path.realpath(path))
         beside = self.path.parent
-        # A mount point can't be replaced, and a folder beside which we may not write neither.
+        # A mount point can't be replaced, nor can a folder whose parent we may not write to.
         self.inside = self.path.is_dir() and (os.path.ismount(self.path) or not os.access(beside, os.W_OK))
         self.partial = self.path / ".partial" if self.inside else beside / f"{self.path.name}.partial"
         self._lock_path = self.path / ".lock" if self.inside else beside / f".{self.path.name}.lock"
@@ -119,7 +119,7 @@ class RunFolder:
         self.close()
 
     def begin(self, work: dict[str, Any], overwrite: bool) -> None:
-        """Make `partial`, or go on with it: its manifest.json says what is being made.
+        """Make `partial`, or continue it: its manifest.json says what is being made.
 
         Raises:
             FolderError: unfinished work of something else is there (unless `overwrite`), or what we never made.
@@ -241,6 +241,6 @@ def _read_record(lock_path: Path) -> dict[str, Any]:
     return unknown | {"launch": None} | (read_json(lock_path) or {})
 
 
-# A forked child, such as a data loader's worker, must not hold the lock of a parent that was killed.
+# A forked child, such as a data loader's worker, must not keep the lock of a parent that was killed.
 _open_locks: weakref.WeakSet[Any] = weakref.WeakSet()
 os.register_at_fork(after_in_child=lambda: [file.close() for file in list(_open_locks)])

@@ -104,7 +104,7 @@ class NormStats:
 
     @classmethod
     def from_dict(cls, data: dict) -> NormStats:
-        """The inverse of `dataclasses.asdict`; `ValueError` names each field that is none."""
+        """The inverse of `dataclasses.asdict`; `ValueError` names each wrong field."""
         a_list = instance(list, "a list with a number for each dimension")
         names = [field.name for field in fields(cls)]
         checked("statistics", data, {name: whole if name == "count" else a_list for name in names})
@@ -120,8 +120,8 @@ class NormStats:
         Args:
             normalization: `"min_max"`, `"quantile"` (1 to 99 %; values outside are clipped) or a fixed `[low, high]`.
 
-        A dimension that never moves, as of a robot's idle arm, has a range of nothing: its integer is 0, and means its
-        value whatever the integer. One whose quantiles are equal is taken from its least to its largest value.
+        A dimension that never changes, such as a robot's idle arm, has a range of width 0: it is written as 0, and any
+        integer is read as its one value. Where both quantiles are equal, minimum and maximum take their place.
 
         Raises:
             ValueError: `normalization` is no range.

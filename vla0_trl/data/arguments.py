@@ -80,7 +80,7 @@ class ConversionArguments:
         """What `--cameras` chooses of a source's cameras.
 
         Raises:
-            ConversionError: one that the source has not.
+            ConversionError: the source does not have one of them.
         """
         asked = names_in(self.cameras) or cameras
         if unknown := [camera for camera in asked if camera not in cameras]:
@@ -120,10 +120,10 @@ class ConversionArguments:
 
 @dataclass(kw_only=True)
 class Subset:
-    """What a converter of recorded episodes can be told, too; the first of its arguments' bases."""
+    """More settings, for converters of recorded episodes; list it before `ConversionArguments` among the bases."""
 
     num_episodes: int | None = option(
-        None, "only N of all that other flags leave, drawn with --seed, whatever their tasks", metavar="N"
+        None, "keep only N of the episodes that the other flags leave, drawn with --seed over all tasks", metavar="N"
     )
 
     def selection(self, tasks: list[str] | None = None) -> Selection:
@@ -174,7 +174,7 @@ def chosen_tasks(text: str | None, tasks: dict[int, str]) -> list[str] | None:
     """What `--tasks` chooses of a source's numbered instructions: "0,3" are numbers, all else is a part of their text.
 
     Raises:
-        ConversionError: none; lists those that there are.
+        ConversionError: no task matches; lists those that there are.
     """
     if text is None:
         return None

@@ -5,7 +5,7 @@ Two phases, so that a conversion streams, runs in parallel and can be stopped at
 1. every episode is read once, checked, its frames encoded, and written to a parquet of its own in OUTPUT_DIR.partial;
 2. statistics over all of them, then the text columns and the final shards, and a rename to OUTPUT_DIR.
 
-Both keep a piece of an episode in memory.
+Both hold only a part of one episode in memory at a time.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ def _encoded_frames(episode: Episode, camera: str, image_format: ImageFormat) ->
 def _checked_bytes(data: bytes, where: str) -> tuple[bytes, tuple[int, int]]:
     """The bytes themselves and (width, height), after decoding them once.
 
-    Turned first where EXIF says so: not every reader heeds that, so that what is stored must not need it.
+    An image whose EXIF data say that it is rotated is rotated back first, because some readers ignore EXIF.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:

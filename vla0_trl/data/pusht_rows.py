@@ -17,10 +17,10 @@ from vla0_trl.envs.pusht.env import CAMERA, STATE_MODES, TASK, WORKSPACE, PushTE
 from vla0_trl.envs.pusht.teacher import PushTTeacher, mirror_states
 
 BLOCK_ROWS = 100
-MAX_REACH = 160.0  # px between agent and target in a label: one of 1,000 is farther, and would widen every bin
+MAX_REACH = 160.0  # px between agent and target in a label; one label in 1,000 is farther, and would widen every bin
 # Jitter of states, standard deviations: the agent's in px; the block's in px and radians, times U(0, 1) for each state
 AGENT_JITTER, BLOCK_JITTER, ANGLE_JITTER = 10.0, 15.0, 0.4
-UNIFORM_SHARE = 0.15  # of rows whose state is drawn uniformly: what no episode shows is seen too
+UNIFORM_SHARE = 0.15  # of rows whose state is drawn uniformly, so that states that no episode reaches are seen, too
 EDGE = 12.0  # px that all positions keep from the edge of the workspace
 BLOCK_EDGE = 80.0  # px that a uniformly drawn block's origin keeps
 

@@ -23,7 +23,7 @@ class Environment(Protocol):
         """Start the episode of this seed, whatever happened before."""
 
     def observe(self) -> Observation:
-        """`{"images": {camera: uint8[H, W, 3]}, "state": float32[S] | None, "task": str}`; called once a query."""
+        """`{"images": {camera: uint8[H, W, 3]}, "state": float32[S] | None, "task": str}`; called once per query."""
 
     def step(self, action: np.ndarray) -> bool:
         """Execute float32[D] in environment units; True when the episode is over."""

@@ -97,7 +97,7 @@ def _true_chunk(row: dict[str, Any], config: VLAConfig) -> np.ndarray:
 
 
 def _baselines(config: VLAConfig, states: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """One action (N, action_dim) a frame, for the whole chunk."""
+    """One action per frame, (N, action_dim), for the whole chunk."""
     mean = np.array(config.action_stats.mean)
     if not config.relative_actions:
         return {"mean": np.tile(mean, (len(states), 1))}

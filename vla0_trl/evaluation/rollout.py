@@ -117,7 +117,7 @@ def rollout(
 
     Args:
         policy ([`Policy`]):
-            Called once a round with the observations of all unfinished episodes.
+            Called once per round with the observations of all unfinished episodes.
         envs (`Sequence[Environment | EnvRunner]`):
             As many as may run side by side. They stay open: closing them is up to the caller.
         seeds (`Sequence[Seed]`):

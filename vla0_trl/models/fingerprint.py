@@ -96,7 +96,7 @@ def fingerprint(name_or_path: str | Path, revision: str | None = None) -> str:
 
 
 def save_base_fingerprint(adapter: Path) -> None:
-    """Write beside an adapter which weights it is a change of; it would load on others of that shape, and be noise."""
+    """Write beside an adapter to which base weights it belongs; it would load on others of that shape, too."""
     name, revision = base_model_of(adapter), base_revision_of(adapter)
     base = {"name": name, "fingerprint": fingerprint(name, revision)}
     (adapter / BASE_FINGERPRINT).write_text(json.dumps(base) + "\n")

@@ -46,7 +46,7 @@ def checkpoint_folder(name_or_path: str | Path, revision: str | None = None) -> 
 
 
 def load_processor(name_or_path: str | Path, config: VLAConfig, revision: str | None = None) -> ProcessorMixin:
-    """The processor of a backbone or checkpoint, set to `config.image_size` and to one view an image."""
+    """The processor of a backbone or checkpoint, set to `config.image_size` and to one view per image."""
     with sound(name_or_path):
         processor = AutoProcessor.from_pretrained(name_or_path, revision=revision)
         # transformers prefers PIL's for SmolVLM where torchvision lacks Lanczos: that knows neither batches nor GPUs.

@@ -1,4 +1,4 @@
-"""What must hold of stored weights before anything is computed with them: all there, of the right shape, finite."""
+"""Checks of stored weights, before anything is computed with them: all there, of the right shape, finite."""
 
 from __future__ import annotations
 

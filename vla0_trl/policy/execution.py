@@ -1,7 +1,7 @@
 """From predicted chunks to executed actions: the first n steps of each, or an average of those that overlap.
 
 Robots (`VLAPolicy.select_action`) and evaluation (`evaluation/rollout.py`) both execute chunks through
-[`ChunkExecutor`]: a robot does what was evaluated.
+[`ChunkExecutor`], so that a robot does what was evaluated.
 """
 
 from collections import deque
@@ -69,7 +69,7 @@ class TemporalEnsembler:
             `"vla0_v2"`: 0.5^age.
 
     Raises:
-        `ValueError`: for an `ensemble_size` that can't happen, and for a weighting that would do nothing.
+        `ValueError`: for an impossible `ensemble_size`, and for a weighting that would do nothing.
     """
 
     def __init__(self, chunk_size: int, ensemble_size: int, decay: float | None = None, weights: str | None = None):

@@ -1,8 +1,8 @@
 """What a robot or simulator shows a policy, checked: uint8 pictures in RGB, a finite state, a task.
 
 The contract is `{"images": {camera: uint8[H, W, 3]}, "state": float32[state_dim] | None, "task": str}`. Pictures in
-another form are converted where they can mean one thing only. What could be two things raises: a policy that is shown
-a black picture acts all the same.
+another form are converted where they can mean one thing only. What could mean two things raises an error, because
+a policy acts on a wrong picture, too.
 """
 
 from __future__ import annotations

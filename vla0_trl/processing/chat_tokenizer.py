@@ -135,8 +135,8 @@ class ChatTokenizer:
             hidden (`np.ndarray`, *optional*): bool (n,): values to replace by one mask token each. Not even their
                 number of digits is left; separators stay.
             keep_labels (`bool`): hidden values are trained on all the same, see `can_keep_labels`.
-            targets (`Sequence[int]`, *optional*): (n,) what is trained on in place of the integers; needs numbers of
-                as many tokens each, see `can_keep_labels`.
+            targets (`Sequence[int]`, *optional*): (n,) what is trained on in place of the integers; every number must
+                have the same count of tokens, see `can_keep_labels`.
         """
         targets = integers if targets is None else targets
         ids: list[int] = []
@@ -173,7 +173,7 @@ class ChatTokenizer:
     def hide_characters(
         self, ids: list[int], labels: list[int], fraction: float, rng: np.random.Generator
     ) -> tuple[list[int], list[int]]:
-        """VLA-0's own masking, to compare with: single digits of an answer are hidden, each with `fraction`.
+        """VLA-0's own masking, to compare with: each digit of an answer is hidden with probability `fraction`.
 
         Unlike hidden values, hidden digits still show how many there are, and their neighbours.
         """

@@ -64,7 +64,7 @@ def jitter_colors(images: torch.Tensor, jitter: torch.Tensor) -> torch.Tensor:
     """Change the colours of a batch, each sample by its own draw, in a handful of batched operations.
 
     Brightness, saturation and hue (a rotation of the YIQ plane, where `ColorJitter` goes through HSV) are one matrix
-    a sample; contrast is about the sample's mean luma.
+    per sample; contrast is about the sample's mean luma.
 
     Args:
         images: uint8 (B, 3, H, W).

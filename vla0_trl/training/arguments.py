@@ -22,7 +22,7 @@ from vla0_trl.training.settings import NEEDS, check_settings
 
 @dataclass
 class DataArguments:
-    """The chat dataset, and how its rows are written as text. What is left out stays as the dataset was converted."""
+    """The chat dataset, and how its rows become text. A field that is not set keeps the dataset's own value."""
 
     dataset_name: str | None = option(None, "Chat dataset made by data_prep/: a local folder or a Hub id.")
     dataset_revision: str | None = option(None, "Revision of a dataset on the Hub.")
@@ -80,7 +80,7 @@ class VLASFTConfig(SFTConfig):
         False, "All parameters get gradients here: looking for others costs time."
     )
     logging_nan_inf_filter: bool = option(
-        False, "Hide NaN in the log: not needed, as it ends the run. The look costs time."
+        False, "Hide NaN in the log. Not needed, because NaN ends the run; the check costs time."
     )
     bf16: bool | None = option(None, "Autocast to bfloat16; default: on GPUs, and on CPUs with instructions for it.")
     hub_private_repo: bool | None = option(True, "Make a new repository on the Hub private; false: public.")

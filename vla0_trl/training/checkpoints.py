@@ -1,4 +1,4 @@
-"""Checkpoints that are whole: what a kill leaves half written is never taken for a policy, and never resumed from."""
+"""Whole checkpoints: one that a kill left half written is never used as a policy, and never resumed from."""
 
 from __future__ import annotations
 

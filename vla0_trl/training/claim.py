@@ -127,7 +127,7 @@ def episodes_trained_on(dataset_name: str, episodes: list[int]) -> dict[str, Any
 
 
 def _has_learnt(output_dir: Path) -> bool:
-    """Whether there is anything of a run that took time; until then any mistake in its settings can be mended."""
+    """Whether the run has made anything that took time; until then any of its settings may still change."""
     return bool(checkpoints(output_dir)) or any((output_dir / name).exists() for name in (BEST, CONFIG_NAME))
 
 

@@ -68,7 +68,7 @@ class GrowingRows(TorchDataset):
         self.load()
 
     def load(self) -> int:
-        """Read the rounds that are not here yet; how many added rows there are now."""
+        """Read the rounds that are not in memory yet; returns how many added rows there are now."""
         for step, path in self._files().items():
             if step not in self.rounds:
                 self.rounds[step] = pq.read_table(path).to_pylist()

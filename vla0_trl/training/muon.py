@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw
 MUON = "muon"  # as a recipe's `optim`
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration, as in torch.optim.Muon
 _ITERATIONS = 5
-_MATRICES = "hidden_matrices"  # a group's mark: Muon's, or AdamW's
+_MATRICES = "hidden_matrices"  # key of a parameter group: whether Muon or AdamW updates it
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""What a long run tells before and while it runs: its size, the time and memory it will take, the energy it took."""
+"""What a run reports about itself: its size, the time and memory that it will take, the energy that it took."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ SimulatorCallbacks = Callable[[VLATrainer], list[TrainerCallback]]
 
 
 def main(default_config: Path, description: str, in_simulator: SimulatorCallbacks | None = None) -> None:
-    """A recipe's command line; what a user can mend is one line, without a traceback.
+    """A recipe's command line; an error that a user can fix is one line, without a traceback.
 
     Args:
         in_simulator: makes the callbacks that run episodes during training, for `rollout_steps` and `dagger_steps`.

@@ -145,7 +145,7 @@ class VLATrainer(CheckpointingTrainer):
         return inputs
 
     def check_forward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
-        """Compare our forward pass with the stock one on a batch; all processes change over together, and one says so.
+        """Compare our forward pass with the stock one on a batch; all processes switch together, and one says so.
 
         It costs two forward passes of the first batch of a run, and changes no number of it.
         """

@@ -37,7 +37,7 @@ class LeRobotSource:
         gripper (`str`, *optional*): the last action dimension is one, by one of [`gripper.CONVENTIONS`].
 
     Raises:
-        ConversionError: a feature that there is not, no camera or no action at all.
+        ConversionError: a feature does not exist, or there is no camera or no action.
     """
 
     def __init__(

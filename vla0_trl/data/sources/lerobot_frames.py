@@ -1,4 +1,4 @@
-"""The one place that decides which rows an episode of a LeRobotDataset is, at which times, and with which task.
+"""The one place that decides which rows, times and task an episode of a LeRobotDataset has.
 
 An episode's rows are those with its `episode_index`, wherever they lie in its file, if their `frame_index` is 0, 1, 2,
 …; its task is that of its frames' `task_index`. Vectors, images, videos, `--tasks` and `--max_episodes_per_task` all

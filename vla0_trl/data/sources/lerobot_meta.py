@@ -171,7 +171,7 @@ def _license(card: Path) -> str:
 
 
 def _v21(root: Path, info: dict[str, Any], video_keys: list[str]) -> _Parts:
-    """One parquet, and one mp4 a camera, for each episode."""
+    """One parquet and one mp4 per camera, for each episode."""
     meta, where = root / "meta", f"{root}/meta/info.json"
     tasks = _tasks(meta / "tasks.jsonl", _json_lines(meta / "tasks.jsonl", TASK))
     stats = {}

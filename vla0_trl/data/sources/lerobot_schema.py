@@ -26,7 +26,7 @@ def shape(value: Any) -> list[int]:
 
 
 def texts(value: Any) -> list[str]:
-    """What there is of text. Nothing is decided by it alone, so that nothing is wrong."""
+    """The text that is there. Nothing is decided by it alone, so nothing is an error."""
     return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str) and item.strip()]
 
 

@@ -196,9 +196,9 @@ def _demos(path: Path) -> list[_Demo]:
 
 
 def _task(path: Path, data: h5py.Group) -> str:
-    """What evaluation says, which is in the file's name: `problem_info` words most tasks otherwise, as the BDDL does.
+    """The instruction as evaluation words it, from the file's name: `problem_info` and the BDDL often differ from it.
 
-    Of a file that was renamed, the name of its BDDL file; of one that does not tell that either, `problem_info`.
+    From the name of the BDDL file if the file was renamed, and from `problem_info` if that is missing, too.
     """
     if path.stem.endswith("_demo"):
         return instruction(path.stem.removesuffix("_demo"))

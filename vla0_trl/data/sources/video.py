@@ -12,7 +12,7 @@ import numpy as np
 from vla0_trl.data.episodes import EpisodeError, check_frame_size
 from vla0_trl.data.sources.lerobot_frames import TIME_TOLERANCE
 
-# 10 s of 256 px decode in 0.1 s. For what lies further ahead (others read what is between) seeking is faster.
+# Decoding 10 s of 256 px takes 0.1 s. To frames further ahead (other processes read those between), seeking is faster.
 _SEEK_AHEAD = 10.0
 _SEEK_MARGIN = 1.0  # seconds; a file's index goes by decoding time, which B-frames shift against a frame's own
 _FIX = "fetch the file again, or leave the episode out with --skip_bad_episodes"

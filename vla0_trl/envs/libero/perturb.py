@@ -15,10 +15,10 @@ from vla0_trl.envs.libero.env import LiberoEnv, Perturbation
 from vla0_trl.envs.libero.setup import instruction, task_names
 
 SEVERITIES = (1, 2, 3, 4, 5)
-CAMERA_SHIFT = 0.03  # m a severity, of the camera that looks at the scene, away from where it stood
+CAMERA_SHIFT = 0.03  # m per severity: how far the camera that looks at the scene moves
 LIGHT_STEP = 0.16  # share of the light that is lost with each severity
-OBJECT_SHIFT = 0.015  # m a severity, of everything that stands on the table or floor
-NOISE_STEP = 10.0  # standard deviation of the pixels' noise a severity, of 255
+OBJECT_SHIFT = 0.015  # m per severity: how far everything that stands on the table or floor moves
+NOISE_STEP = 10.0  # standard deviation of the pixels' noise per severity, of 255
 # A chat needs some text, and policies have seen no empty one: this says nothing about any task.
 NO_INSTRUCTION = "."
 

@@ -103,7 +103,7 @@ def simulate_pushes(walls: np.ndarray | None = None) -> np.ndarray:
 
 @cache
 def push_library() -> np.ndarray:
-    """[`simulate_pushes`] without walls, once a process: 20 ms."""
+    """[`simulate_pushes`] without walls, once per process: 20 ms."""
     return simulate_pushes()
 
 
