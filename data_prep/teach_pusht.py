@@ -37,7 +37,6 @@ class Arguments:
     seed: int = option(0, "of the fit and of all episodes (default: %(default)s)")
     num_proc: int = option(1, "processes for the expert; nothing else (default: %(default)s)")
     num_eval_episodes: int = option(400, "to measure with (default: %(default)s)")
-    eval_seed: int = option(4_000_000, "the first of their seeds (default: %(default)s)")
 
     def __post_init__(self):
         if self.num_eval_episodes < 1:  # a recipe's may be 0
@@ -66,7 +65,7 @@ def main() -> None:
     try:
         with raising_stopped(), user_errors():
             teacher = teach(args.output_dir, settings, args.num_proc)
-            measured = success(teacher, args.num_eval_episodes, args.eval_seed)
+            measured = success(teacher, args.num_eval_episodes)
     except Stopped as stopped:
         print(f"\nstopped: {args.output_dir} keeps what is done; run the same command again to go on", file=sys.stderr)
         sys.exit(stopped.status)

@@ -146,11 +146,8 @@ def bench(policy: VLAPolicy, size: int, chunks: int, warmup: int, jitter: int) -
                 "hz_n_step": policy.config.chunk_size / median, "hz_requery": 1 / median,
                 "passes_per_chunk": float(np.mean(counts[key])), "of_floor": median / floor,
                 "acceptance": stats.acceptance if stats and stats.drafted else None, "other_answers": wrong.get(key),
-                "grammar_share": None,
             }
         )  # fmt: skip
-        if key == "c":  # host time of a token, of a pass
-            table[-1]["grammar_share"] = _grammar_seconds(policy) / (median / table[-1]["passes_per_chunk"])
     return table
 
 
@@ -228,19 +225,6 @@ def _open_tokens(policy: VLAPolicy, answer: list[int]) -> int:
         row.write(speller.column[answer[len(row.tokens)]])
         count += 1
     return count
-
-
-def _grammar_seconds(policy: VLAPolicy, answers: int = 12) -> float:
-    """Host time per token for choosing, forcing and laying out the next pass, without any model."""
-    speller, tokens = Speller(policy.grammar), 0
-    logits = np.random.default_rng(0).standard_normal((64, len(speller.token_ids))).astype(np.float32)
-    began = time.perf_counter()
-    for _ in range(answers):
-        row = DraftState(speller)
-        while not row.done:
-            row.follow(row.grow(100, [], row.candidates()), logits)
-        tokens += len(row.tokens)
-    return (time.perf_counter() - began) / tokens
 
 
 def _floor_seconds(policy: VLAPolicy) -> float:

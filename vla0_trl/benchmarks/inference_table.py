@@ -37,5 +37,3 @@ def print_table(name: str, size: int, table: list[dict]) -> None:
     for row in table:
         cells = ("-" if row[key] is None else f"{row[key]:.2f}" for key in TITLES)
         print(f"({row['variant']}) {VARIANTS[row['variant']]:26s}" + "".join(f"{cell:>13s}" for cell in cells))
-        if row["grammar_share"] is not None:
-            print(f"    the grammar takes {row['grammar_share']:.1%} of a pass per token, on the host", flush=True)
