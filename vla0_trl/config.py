@@ -61,8 +61,7 @@ class VLAConfig:
         relative_actions (`bool`): actions are written as action − state; `action_stats` are then of the differences.
         use_system_prompt (`bool`): prepend VLA-0's description of the output format.
         normalization (`str` or `[low, high]`): see [`NormStats.bounds`].
-        gripper (`str`, *optional*): how the last action dimension is executed: `"sign"`, as −1 (open) or +1 (closed),
-            as LIBERO takes it; default: as predicted. (`--gripper` of a converter is how the *source* encodes it.)
+        gripper (`str`, *optional*): `"sign"` executes the last action dimension as −1 (open) or +1 (closed).
         action_stats, state_stats ([`NormStats`]): what sets the scale of the integers.
         fps (`float`): control frequency in Hz.
         base_model, robot, units, source, source_revision (`str`): where this is from and what its numbers measure;
