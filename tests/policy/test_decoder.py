@@ -21,9 +21,9 @@ OPTIONS = {
     "all": {},
     "no forced tokens": {"forced_tokens": False},
     "whole head": {"small_head": False},
-    "no tries": {"tries": False},
+    "no candidates": {"candidates": False},
     "no prefix": {"reuse_prefix": False},
-    "nothing": {"forced_tokens": False, "small_head": False, "tries": False, "reuse_prefix": False},
+    "nothing": {"forced_tokens": False, "small_head": False, "candidates": False, "reuse_prefix": False},
 }
 
 
@@ -65,7 +65,7 @@ def test_tokens_are_those_of_stock_greedy_decoding(policy, options, size):
         assert torch.equal(generate(policy, batch, custom_generate=decoder), expected)
     written = decoder.stats.tokens
     assert written == 2 * sum(len(answer(policy, row)) for row in expected) and decoder.stats.chunks == 2 * size
-    if not any(options.values()) and "tries" not in options and "forced_tokens" not in options:
+    if not any(options.values()) and "candidates" not in options and "forced_tokens" not in options:
         assert decoder.stats.passes < 0.6 * written / size
 
 
@@ -105,8 +105,8 @@ def test_drafts_never_change_an_answer(policy, kinds):
     without = ChunkDecoder(policy.grammar, DecodingOptions(drafts=False))
     assert torch.equal(generate(policy, batch, custom_generate=without, drafts=drafts), expected)
     assert without.stats.drafted == 0
-    for tries in (True, False):
-        decoder = ChunkDecoder(policy.grammar, DecodingOptions(tries=tries))
+    for candidates in (True, False):
+        decoder = ChunkDecoder(policy.grammar, DecodingOptions(candidates=candidates))
         assert torch.equal(generate(policy, batch, custom_generate=decoder, drafts=drafts), expected)
         if kinds == ["right"]:
             assert decoder.stats.passes == 1 and decoder.stats.acceptance == 1

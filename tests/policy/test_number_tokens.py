@@ -38,7 +38,7 @@ def generate(policy: VLAPolicy, batch: list[dict], **options) -> torch.Tensor:
     return output[:, inputs["input_ids"].shape[1] :]
 
 
-@pytest.mark.parametrize("options", [{}, {"forced_tokens": False, "small_head": False, "tries": False}])
+@pytest.mark.parametrize("options", [{}, {"forced_tokens": False, "small_head": False, "candidates": False}])
 @pytest.mark.parametrize("budget", [12, 1024])
 def test_tokens_are_those_of_stock_greedy_decoding(policy, options, budget, monkeypatch):
     """Also with a budget in which all thousand candidates are read at once."""

@@ -25,7 +25,7 @@ def test_labels_cover_the_completion_only(backbone, rows):
     batch = collator(rows)
     for row, text in zip(rows, answers(processor, batch), strict=True):
         numbers = " ".join(str(int(value)) for value in row["raw_action"])
-        assert text == collator.chat.prefix + numbers + collator.chat._suffix
+        assert text == collator.chat_tokenizer.prefix + numbers + collator.chat_tokenizer._suffix
     trained = batch["labels"] != -100
     assert torch.equal(batch["labels"][trained], batch["input_ids"][trained])
     # Completions are one piece, padding is on the right, and no padding is trained.

@@ -13,7 +13,7 @@ from vla0_trl.models.nano import NanoConfig, build_nano
 def test_masking_hides_whole_values(backbone, rows):
     _, processor, config = backbone
     collator = VLADataCollator(processor, config, mask_max=1.0, mask_skip=0.0)
-    mask_id, counts = collator.chat.mask_id, []
+    mask_id, counts = collator.chat_tokenizer.mask_id, []
     for epoch in range(40):
         collator.set_epoch(epoch)
         batch = collator(rows)
@@ -24,7 +24,7 @@ def test_masking_hides_whole_values(backbone, rows):
             completion = (labels != -100).nonzero()[0].item()
             if not hidden[: completion + 1].any():
                 tail = ids[completion:][ids[completion:] != processor.tokenizer.pad_token_id]
-                text = processor.tokenizer.decode(tail).removesuffix(collator.chat._suffix).strip()
+                text = processor.tokenizer.decode(tail).removesuffix(collator.chat_tokenizer._suffix).strip()
                 words = text.split(" ")
                 assert len(words) == config.num_values and all(w == "?" or w.isdigit() for w in words), text
     # U(0, 1) over six values: 0 to 6 hidden, three in the mean.
@@ -40,7 +40,7 @@ def test_mask_skip_and_evaluation_leave_samples_alone(backbone, rows):
     collator = VLADataCollator(processor, config, mask_max=1.0, mask_skip=0.5)
     for epoch in range(50):
         collator.set_epoch(epoch)
-        skipped += ((collator(rows)["input_ids"] == collator.chat.mask_id).sum(1) == 0).sum().item()
+        skipped += ((collator(rows)["input_ids"] == collator.chat_tokenizer.mask_id).sum(1) == 0).sum().item()
     assert 0.4 < skipped / 300 < 0.72  # 0.5 skipped, and 1/12 of the others round to none
 
 
@@ -59,7 +59,7 @@ def test_hidden_values_stay_targets_where_labels_are_kept(example_config, rows):
         ignored.set_epoch(epoch)
         batch, other = kept(rows), ignored(rows)
         assert torch.equal(batch["labels"], plain) and torch.equal(batch["input_ids"], other["input_ids"])
-        hidden = batch["input_ids"] == kept.chat.mask_id
+        hidden = batch["input_ids"] == kept.chat_tokenizer.mask_id
         assert torch.equal(other["labels"] == -100, (plain == -100) | hidden)
         counts += hidden.sum(1).tolist()
     assert 0.7 < np.mean([count == example_config.num_values for count in counts]) < 0.85

@@ -93,7 +93,7 @@ def test_first_action_loss_is_of_the_first_action_alone(trainer):
         text = " ".join(row["action"].split(" ")[:2])
         first = int((labels >= 0).nonzero()[0])
         tokens = len(trainer.processing_class.tokenizer(" " + text)["input_ids"]) - (
-            not trainer.eval_collator.chat.prefix
+            not trainer.eval_collator.chat_tokenizer.prefix
         )
         labels[first + tokens :] = -100
     with torch.no_grad():

@@ -49,7 +49,7 @@ def check_tasks(name: str, dataset: Dataset, collator: VLADataCollator, max_toke
     tasks = dataset.select_columns("task").unique("task")
     longest_rest = collator.longest_text("task")
     for task in tasks:
-        mistake = task_mistake(task, collator.chat.special_tokens)
+        mistake = task_mistake(task, collator.chat_tokenizer.special_tokens)
         # No tokenizer makes more tokens of a text than it has bytes, so that few tasks have to be counted.
         if mistake is None and longest_rest + len(task.encode()) > max_tokens:
             length = collator.longest_text(task)

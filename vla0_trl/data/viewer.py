@@ -147,7 +147,7 @@ def _shown(row: Row, config: VLAConfig, collator: VLADataCollator | None) -> dic
     }
     if collator is not None:
         state, _ = collator.integers(row)
-        shown["prompt"] = collator.chat.render(row["task"], " ".join(map(str, state)))
+        shown["prompt"] = collator.chat_tokenizer.render(row["task"], " ".join(map(str, state)))
         shown["tokens"] = list(_shortened(token_spans(row, collator)))
     return shown
 
@@ -168,9 +168,9 @@ def token_spans(row: Row, collator: VLADataCollator) -> list[tuple[str, str]]:
     answer = labels.index(next(label for label in labels if label != IGNORED))
     spans = []
     for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
-        hidden = position >= answer - 1 and token == collator.chat.mask_id
+        hidden = position >= answer - 1 and token == collator.chat_tokenizer.mask_id
         kind = "label" if label != IGNORED else "masked" if hidden else "ignored"
-        spans.append((collator.chat.tokenizer.decode([token]), kind))
+        spans.append((collator.chat_tokenizer.tokenizer.decode([token]), kind))
     return spans
 
 

@@ -89,18 +89,18 @@ class VLADataCollator:
             raise ValueError(f"label_smoothing_bins={label_smoothing_bins} must not be negative")
         self.train, self.seed, self.defer_images = train, seed, defer_images
         self.stored_cameras = list(stored_cameras or config.cameras)
-        self.chat = ChatTokenizer(processor, config)
-        if self.keep_labels and (mask_unit != "value" or not self.chat.can_keep_labels):
+        self.chat_tokenizer = ChatTokenizer(processor, config)
+        if self.keep_labels and (mask_unit != "value" or not self.chat_tokenizer.can_keep_labels):
             raise ValueError(
                 "mask_labels='keep' needs whole values of one token each, for one mask token stands in a value's "
                 "place: with digit tokens, or mask_unit='character', use mask_labels='ignore'"
             )
-        if label_smoothing_bins and not self.chat.can_keep_labels:
+        if label_smoothing_bins and not self.chat_tokenizer.can_keep_labels:
             raise ValueError(
                 "label_smoothing_bins needs numbers of one token each, whose neighbours fit in their place: use 0"
             )
-        self.actions = config.action_tokenizer()
-        self.states = config.state_quantizer()
+        self.action_tokenizer = config.action_tokenizer()
+        self.state_quantizer = config.state_quantizer()
         self._multiple = pad_to_multiple_of or 1
         self._min_length = max(map(self.longest_text, static_tasks), default=0)
         # Shared memory: the trainer turns the epoch while worker processes live on.
@@ -137,9 +137,9 @@ class VLADataCollator:
         raw_state = np.asarray(row["raw_state"], np.float64)
         # Rows may hold longer chunks than this config asks for.
         actions = np.asarray(row["raw_action"], np.float64).reshape(-1, config.action_dim)[: config.chunk_size]
-        if self.states is not None:
-            state = self.states.encode(raw_state)
-        return state, self.actions.to_integers(actions, raw_state)
+        if self.state_quantizer is not None:
+            state = self.state_quantizer.encode(raw_state)
+        return state, self.action_tokenizer.to_integers(actions, raw_state)
 
     def _rng(self, row: Row) -> np.random.Generator:
         key = (self.seed, self._epoch.item(), row.get("episode_index", 0), row.get("frame_index", 0))
@@ -156,14 +156,14 @@ class VLADataCollator:
         if fraction and self.mask_unit == "value":
             hidden = np.zeros(len(action), bool)
             hidden[rng.permutation(len(action))[: round(fraction * len(action))]] = True
-        prompt = self.chat.encode_prompt(row["task"], state)
+        prompt = self.chat_tokenizer.encode_prompt(row["task"], state)
         targets = action
         if rng is not None and self.label_smoothing_bins:
             noise = np.rint(rng.normal(0, self.label_smoothing_bins, len(action))).astype(np.int64)
             targets = (action + noise).clip(0, self.config.num_bins)
-        answer, labels = self.chat.encode_answer(action, hidden, self.keep_labels, targets)
+        answer, labels = self.chat_tokenizer.encode_answer(action, hidden, self.keep_labels, targets)
         if fraction and self.mask_unit == "character":
-            answer, labels = self.chat.hide_characters(answer, labels, fraction, rng)
+            answer, labels = self.chat_tokenizer.hide_characters(answer, labels, fraction, rng)
         return prompt + answer, [IGNORED] * len(prompt) + labels
 
     def images(self, row: Row) -> list[np.ndarray]:
@@ -178,15 +178,17 @@ class VLADataCollator:
 
     def longest_text(self, task: str) -> int:
         """Tokens of a row with this task, if all of its numbers are as long as they can be."""
-        widest = max(range(self.config.num_bins + 1), key=lambda number: len(self.chat.encode_answer([0, number])[0]))
+        widest = max(
+            range(self.config.num_bins + 1), key=lambda number: len(self.chat_tokenizer.encode_answer([0, number])[0])
+        )
         state, action = ([widest] * count for count in (self.config.state_dim, self.config.num_values))
-        return len(self.chat.encode_prompt(task, state)) + len(self.chat.encode_answer(action)[0])
+        return len(self.chat_tokenizer.encode_prompt(task, state)) + len(self.chat_tokenizer.encode_answer(action)[0])
 
     def _pad(self, encoded: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
         length = max(self._min_length, *(len(ids) for ids, _ in encoded))
         length = math.ceil(length / self._multiple) * self._multiple
         shape = (len(encoded), length)
-        input_ids = np.full(shape, self.chat.pad_id)
+        input_ids = np.full(shape, self.chat_tokenizer.pad_id)
         labels = np.full(shape, IGNORED)
         attention_mask = np.zeros(shape, np.int64)
         for row, (ids, label) in enumerate(encoded):
@@ -195,7 +197,7 @@ class VLADataCollator:
             attention_mask[row, : len(ids)] = 1
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         tensors = {key: torch.from_numpy(value) for key, value in batch.items()}
-        return tensors | self.chat.token_types(tensors["input_ids"])
+        return tensors | self.chat_tokenizer.token_types(tensors["input_ids"])
 
 
 def decoded_image(image: Image.Image | np.ndarray | dict) -> np.ndarray:

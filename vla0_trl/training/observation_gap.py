@@ -132,7 +132,7 @@ class ProbeCallback(TrainerCallback):
 
     def _first_tokens(self, rows: Sequence[Row], count: int) -> torch.Tensor:
         """int64 (B, 1): how many tokens of each answer spell its first `count` numbers."""
-        chat = self.collator.chat
+        chat = self.collator.chat_tokenizer
         end_of_turn = len(chat.encode_answer([])[0])
         numbers = [self.collator.integers(row)[1][:count] for row in rows]
         return torch.tensor([[len(chat.encode_answer(first)[0]) - end_of_turn] for first in numbers])

@@ -43,7 +43,7 @@ def describe_run(trainer: SFTTrainer, collator: VLADataCollator) -> str:
         trainable, total = get_model_param_count(model, trainable_only=True), get_model_param_count(model)
     sample = collator([trainer.train_dataset[0]])
     tokens = sample["input_ids"].numel()
-    of_images = int((sample["input_ids"] == collator.chat.image_token_id).sum())
+    of_images = int((sample["input_ids"] == collator.chat_tokenizer.image_token_id).sum())
     of_answer = int((sample["labels"] >= 0).sum())
     batch = global_batch_size(args)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(rows / batch))

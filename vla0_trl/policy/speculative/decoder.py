@@ -4,8 +4,8 @@ Answers have a known form. Five methods use it, none of them changes a token, an
 
 - *forced tokens*: a token without alternative needs no pass (a space after a number of full width);
 - *small head*: logits only for the dozen tokens that the grammar ever allows, not for 49k to 152k;
-- *tries*: all candidates for the next token, mostly ten digits, and the tokens that they force, are read in the pass
-  that chooses among them, so it also gives the logits after the chosen one: two tokens per pass over the weights;
+- *candidates*: all that may be the next token, mostly ten digits, and what these force, are read in the pass that
+  chooses among them, so it also gives the logits after the chosen one: two tokens per pass over the weights;
 - *drafts*: a guess of the whole answer is read in one pass, with the prompt, and its correct first part becomes the
   answer's. A row that left its draft rejoins it at the next number. Without a draft, a step is guessed to equal the
   step before it. (Speculative decoding, Leviathan et al. 2023; from the text itself: prompt lookup, Saxena 2023.)
@@ -245,7 +245,7 @@ class ChunkDecoder:
             guess = self._guess(forward, row, len(active))
             most = min(CANDIDATE_SLOTS, MAX_CANDIDATES.get(forward.device.type, 0) // len(active))
             few = len(self.grammar.choices(row.count, row.state)) <= most  # too many where one token spells a number
-            candidates = row.candidates() if self.options.tries and few and not guess else []
+            candidates = row.candidates() if self.options.candidates and few and not guess else []
             trees.append(row.grow(first_slot, guess, candidates if sum(map(len, candidates)) <= most else []))
         tokens = forward.padding(max(len(tree.tokens) for tree in trees))
         for (index, _), tree in zip(active, trees, strict=True):

@@ -27,7 +27,7 @@ class DecodingOptions:
         check (`str`): a model's first chunk is compared with stock `generate()`, see [`self_check`]. If they differ,
             or if ours raises, then or later: `"fall_back"` warns and continues with stock, `"raise"` raises an error;
             `"skip"` compares nothing.
-        forced_tokens, small_head, tries, drafts (`bool`): see [`decoder`]; `tries` are the candidates.
+        forced_tokens, small_head, candidates, drafts (`bool`): see [`decoder`].
         own_drafts (`bool`): where that was cheaper lately, the draft is a parallel reading.
         reuse_prefix (`bool`): compute keys and values of the prompt up to the first image only once. Applies to frozen
             weights only; switch it off where an adapter is enabled and disabled between chunks.
@@ -38,7 +38,7 @@ class DecodingOptions:
     refine: int = 0
     forced_tokens: bool = True
     small_head: bool = True
-    tries: bool = True
+    candidates: bool = True
     drafts: bool = True
     own_drafts: bool = True
     reuse_prefix: bool = True

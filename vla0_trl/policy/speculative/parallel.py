@@ -75,7 +75,7 @@ class ParallelReader:
             raise ValueError(
                 f"the grammar is of {ours[0]} integers up to {ours[1]}, the config of {theirs[0]} up to {theirs[1]}"
             )
-        self.chat, self.num_values, self.end_of_turn_id = chat, grammar.num_values, grammar.end_of_turn_id
+        self.chat_tokenizer, self.num_values, self.end_of_turn_id = chat, grammar.num_values, grammar.end_of_turn_id
         self.spelled, self.hidden = zip(*((chat.spellings(k), chat.placeholder(k)) for k in (0, 1)), strict=True)
         self.shared = [_shared(*pair) for pair in zip(self.hidden, self.spelled, strict=True)]
         self.tree = Spellings(grammar)
@@ -96,12 +96,12 @@ class ParallelReader:
 
     def answer(self, numbers: np.ndarray) -> list[int]:
         """Ids of an answer of these numbers, from the prefix through the end of the turn."""
-        return [*self.chat.encode_beginning(numbers), self.end_of_turn_id]
+        return [*self.chat_tokenizer.encode_beginning(numbers), self.end_of_turn_id]
 
     def parse(self, tokens: list[int]) -> list[int]:
         """The numbers that an answer begins with; `ValueError` if these are not the ids of whole numbers."""
         numbers: list[int] = []
-        while len(spelled := self.chat.encode_beginning(numbers)) < len(tokens):
+        while len(spelled := self.chat_tokenizer.encode_beginning(numbers)) < len(tokens):
             node = self.begin[len(numbers)]
             for column in self.tree.columns(tokens[len(spelled) + self.shared[min(len(numbers), 1)] :]):
                 if self.tree.child[node, column] < 0:
