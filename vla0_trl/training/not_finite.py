@@ -22,7 +22,7 @@ class NotFiniteError(RuntimeError):
 
 
 class TracedCollator(VLADataCollator):
-    """Says which rows a batch is made of: (B, 2), episode and frame."""
+    """The collator of training: a batch, and which rows it is made of: (B, 2), episode and frame."""
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         if get_worker_info() is not None:
