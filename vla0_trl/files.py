@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-_LEFTOVER = re.compile(r"\..+\.\d+\.partial")  # of `write_whole`, by a process that was killed
+_LEFTOVER = re.compile(r"\..+\.\d+\.partial")  # of `whole_file`, by a process that was killed
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside `path` and rename it: a kill or a full disk leaves the old one or none, never half."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write to; it becomes `path` when the block ends well.
+
+    A kill, an error or a full disk leaves the old file or none, never half of one.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several processes may write the same file
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def delete_leftovers(folder: Path) -> None:
-    """Delete what killed calls of [`write_whole`] left in a folder that no other process writes to."""
+    """Delete what killed uses of [`whole_file`] left in a folder that no other process writes to."""
     for path in folder.glob(".*.partial"):
         if _LEFTOVER.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import RAW_SCHEMA
 from vla0_trl.data.episodes import EpisodeError, ImageFormat, Source, raw_rows
+from vla0_trl.files import whole_file
 from vla0_trl.process_pool import ProcessPool
 
 MAX_RUN = 16  # episodes that a process reads in a row
@@ -92,22 +92,18 @@ class Staging:
 
     def stage(self, index: int) -> None:
         """Read one episode and write its file."""
-        temporary = self.path(index).with_suffix(f".{os.getpid()}.tmp")
-        try:
+        with whole_file(self.path(index)) as partial:
             try:
                 episode = self.source.episode(index)
                 if episode is None:
-                    self._write(temporary, ())
+                    self._write(partial, ())
                 else:
                     rows = raw_rows(episode, self.config, index, self.image_format)
-                    self._write(temporary, rows, name=episode.name)
+                    self._write(partial, rows, name=episode.name)
             except EpisodeError as error:
                 if not self.skip_bad:
                     raise
-                self._write(temporary, (), error=str(error))
-            temporary.replace(self.path(index))
-        finally:
-            temporary.unlink(missing_ok=True)
+                self._write(partial, (), error=str(error))
 
     def path(self, index: int) -> Path:
         """The file of one episode; it exists only when it is whole. A rejected or skipped episode's has no rows."""

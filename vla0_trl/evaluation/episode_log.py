@@ -24,7 +24,7 @@ import numpy as np
 
 from vla0_trl.evaluation.metrics import identity
 from vla0_trl.evaluation.rollout import EpisodeResult, Seed
-from vla0_trl.files import delete_leftovers, write_whole
+from vla0_trl.files import delete_leftovers, whole_file, write_whole
 from vla0_trl.run_folder import RunFolder, belongs_to_another
 from vla0_trl.schema import between, boolean, checked, mapping, not_negative, number, parse_json, text, warn_once
 
@@ -283,15 +283,12 @@ def can_film() -> bool:
 def write_video(path: Path, frames: list[np.ndarray], fps: float) -> None:
     """An mp4 (h264, yuv420p: plays in every browser) of uint8[H, W, 3] frames with even sides; or [`WriteError`]."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial_{path.name}")
     height, width, _ = frames[0].shape
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "-"]
-    target = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-movflags", "+faststart", str(partial)]
+    target = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-movflags", "+faststart", "-f", "mp4"]
     ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *source, *target]
-    try:
-        done = subprocess.run(ffmpeg, input=b"".join(frame.tobytes() for frame in frames), capture_output=True)
+    with whole_file(path) as partial:
+        pixels = b"".join(frame.tobytes() for frame in frames)
+        done = subprocess.run([*ffmpeg, str(partial)], input=pixels, capture_output=True)
         if done.returncode != 0:
             raise WriteError(f"ffmpeg could not write {path}: {done.stderr.decode(errors='replace').strip()}")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -107,7 +107,13 @@ def delete_run(output_dir: Path) -> None:
     for folder in (*checkpoints(output_dir), *(output_dir / name for name in (INITIAL, BASE_MODEL, *beside))):
         delete_claimed(folder, unfinished=True)
     delete_claimed(output_dir, unfinished=True)
-    for pattern in ("runs/*/events.out.tfevents.*", "dagger/round-*", "not_finite_step*_process*.json", ENERGY_FILE):
+    for pattern in (
+        "runs/*/events.out.tfevents.*",
+        "dagger/round-*",
+        "dagger/.round-*",
+        "not_finite_step*_process*.json",
+        ENERGY_FILE,
+    ):
         for path in output_dir.glob(pattern):
             path.unlink()
     (output_dir / STATE_FILE).unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
 from vla0_trl.data.chat_dataset import RAW_SCHEMA
+from vla0_trl.files import whole_file
 
 
 class GrowingRows(TorchDataset):
@@ -77,10 +78,8 @@ class GrowingRows(TorchDataset):
     def write_round(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Save what was added after `step`, in one step: a kill leaves the whole file or none."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"round-{step:08d}.parquet"
-        partial = path.with_suffix(".partial")
-        pq.write_table(pa.Table.from_pylist(rows, RAW_SCHEMA), partial)
-        partial.replace(path)
+        with whole_file(self.folder / f"round-{step:08d}.parquet") as partial:
+            pq.write_table(pa.Table.from_pylist(rows, RAW_SCHEMA), partial)
 
     def drop_rounds_after(self, step: int) -> None:
         """Delete later rounds: a run that goes on from `step` drives them again, with the same weights."""

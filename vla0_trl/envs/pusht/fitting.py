@@ -19,6 +19,7 @@ from torch import nn
 
 from vla0_trl.envs.pusht.driving import StateEpisode
 from vla0_trl.envs.pusht.teacher import CHUNK_SIZE, PushTTeacher, mirror_chunks, mirror_states
+from vla0_trl.files import whole_file
 
 # Standard deviations of what is added to states while their absolute targets stay: x, y, x, y in px, angle
 STATE_JITTER = np.array([1.0, 1.0, 1.0, 1.0, 0.01], np.float32)
@@ -131,9 +132,8 @@ class TeacherFit:
         for index, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
         metadata = {"done": str(self.done), "settings": json.dumps(asdict(self.settings))}
-        partial = path.with_name(f".{path.name}.partial")
-        save_file(tensors, partial, metadata)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            save_file(tensors, partial, metadata)
 
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote.

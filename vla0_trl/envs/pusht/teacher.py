@@ -21,6 +21,7 @@ from torch import nn
 
 from vla0_trl.envs.pusht.env import WORKSPACE
 from vla0_trl.envs.pusht.geometry import GOAL_POSE
+from vla0_trl.files import whole_file
 
 CHUNK_SIZE = 8  # steps that the teacher answers at once
 TARGET_SCALE = 50.0  # px; what the network's outputs of size 1 mean
@@ -110,11 +111,9 @@ class PushTTeacher(nn.Module):
 
     def save(self, path: str | Path, notes: dict[str, Any] | None = None) -> None:
         """Write weights, sizes and `notes` (JSON values: how it was made) as one safetensors file."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
         metadata = {"sizes": json.dumps(self.sizes), "notes": json.dumps(notes or {})}
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, partial, metadata)
-        partial.replace(path)
+        with whole_file(Path(path)) as partial:
+            save_file({name: value.contiguous() for name, value in self.state_dict().items()}, partial, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> PushTTeacher:

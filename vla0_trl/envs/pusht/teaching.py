@@ -26,7 +26,7 @@ from tqdm import tqdm
 from vla0_trl.envs.pusht.driving import StateEpisode, drive, record_states, recover
 from vla0_trl.envs.pusht.fitting import FitSettings, TeacherData, TeacherFit
 from vla0_trl.envs.pusht.teacher import PushTTeacher, through_waypoints
-from vla0_trl.files import write_whole
+from vla0_trl.files import whole_file, write_whole
 from vla0_trl.process_pool import ProcessPool
 
 SEEDS_PER_FILE = 50
@@ -125,16 +125,15 @@ def state_pool(folder: Path) -> np.ndarray:
 def save_episodes(path: Path, episodes: list[StateEpisode]) -> None:
     """Write episodes as one file of arrays; there may be none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f".{path.stem}.partial.npz")
-    np.savez(
-        partial_path,
-        states=np.concatenate([np.zeros((0, 5), np.float32), *(episode.states for episode in episodes)]),
-        actions=np.concatenate([np.zeros((0, 2), np.float32), *(episode.actions for episode in episodes)]),
-        lengths=np.array([len(episode.states) for episode in episodes], np.int64),
-        success=np.array([episode.success for episode in episodes], bool),
-        max_coverage=np.array([episode.max_coverage for episode in episodes], np.float64),
-    )
-    partial_path.replace(path)
+    arrays = {
+        "states": np.concatenate([np.zeros((0, 5), np.float32), *(episode.states for episode in episodes)]),
+        "actions": np.concatenate([np.zeros((0, 2), np.float32), *(episode.actions for episode in episodes)]),
+        "lengths": np.array([len(episode.states) for episode in episodes], np.int64),
+        "success": np.array([episode.success for episode in episodes], bool),
+        "max_coverage": np.array([episode.max_coverage for episode in episodes], np.float64),
+    }
+    with whole_file(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def load_episodes(path: Path) -> list[StateEpisode]:
