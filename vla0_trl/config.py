@@ -64,8 +64,7 @@ class VLAConfig:
         gripper (`str`, *optional*): `"sign"` executes the last action dimension as −1 (open) or +1 (closed).
         action_stats, state_stats ([`NormStats`]): what sets the scale of the integers.
         fps (`float`): control frequency in Hz.
-        base_model, robot, units, source, source_revision (`str`): where this is from and what its numbers measure;
-            documentation, and for an adapter the model that it belongs to.
+        base_model (an adapter's), robot, units, source, source_revision (`str`): origin and meaning of the numbers.
     """
 
     cameras: list[str] = field(default_factory=lambda: ["image"])
