@@ -166,7 +166,7 @@ class EpisodeLog:
             text = self.path.read_bytes()
             self._file.truncate(text.rfind(b"\n") + 1)  # or the next line would be glued to half a one
             self._held.share()
-        except BaseException:
+        except BaseException:  # Ctrl-C, too, must not leave the folder locked
             self._held.close()
             raise
 
