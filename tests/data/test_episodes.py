@@ -16,8 +16,7 @@ from vla0_trl.actions import parse_integers
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import FEATURES, RAW_SCHEMA, chat_rows, with_statistics
 from vla0_trl.data.episodes import Episode, EpisodeError, action_windows, raw_rows
-from vla0_trl.processing.collator import decoded_image
-from vla0_trl.processing.images import upright
+from vla0_trl.processing.images import decoded_image, upright
 
 
 def encoded(pixels: np.ndarray, form: str = "PNG") -> bytes:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from PIL import Image
 
-from vla0_trl.processing.images import upright
+from vla0_trl.processing.images import decoded_image
 
 
 class RowsInMemory(torch.utils.data.Dataset):
@@ -42,11 +40,7 @@ class RowsInMemory(torch.utils.data.Dataset):
         missing = [index for index in indices if self._rows[index] is None]
         if missing:
             for index, row in zip(missing, self._encoded[missing].to_pylist(), strict=True):
-                images = [np.asarray(upright(Image.open(_source(image)))) for image in row["images"]]
+                images = [decoded_image(image) for image in row["images"]]
                 vectors = {name: np.asarray(row[name], np.float32) for name in ("raw_state", "raw_action")}
                 self._rows[index] = row | vectors | {"images": images}
         return [self._rows[index] for index in indices]
-
-
-def _source(image: dict[str, Any]) -> io.BytesIO | str:
-    return image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])

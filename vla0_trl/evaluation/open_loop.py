@@ -13,7 +13,7 @@ from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import episode_indices
 from vla0_trl.policy.policy import VLAPolicy
 from vla0_trl.processing.chat_tokenizer import IGNORED
-from vla0_trl.processing.collator import VLADataCollator
+from vla0_trl.processing.collator import VLADataCollator, row_observation
 
 
 def pick_frames(dataset: Dataset, first_episode: int, end_episode: int, num_frames: int) -> Dataset:
@@ -48,7 +48,7 @@ def action_errors(policy: VLAPolicy, rows: Dataset, cameras: list[str], batch_si
     """
     predicted, true, states = [], [], []
     for batch in _batches(rows, batch_size, "predicting"):
-        observations = [_observation(row, cameras) for row in batch]
+        observations = [row_observation(row, cameras, policy.config) for row in batch]
         predicted.append(policy.predict_action_chunk(observations))
         true += [_true_chunk(row, policy.config) for row in batch]
         states += [observation["state"] for observation in observations]
@@ -84,11 +84,6 @@ def token_accuracy(policy: VLAPolicy, rows: Dataset, cameras: list[str], batch_s
 def _batches(rows: Dataset, batch_size: int, description: str) -> Iterator[list[dict[str, Any]]]:
     for start in tqdm(range(0, len(rows), batch_size), desc=description, unit="batch"):
         yield [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
-
-
-def _observation(row: dict[str, Any], cameras: list[str]) -> dict[str, Any]:
-    images = {name: np.asarray(image.convert("RGB")) for name, image in zip(cameras, row["images"], strict=True)}
-    return {"images": images, "state": np.array(row["raw_state"], np.float32), "task": row["task"]}
 
 
 def _true_chunk(row: dict[str, Any], config: VLAConfig) -> np.ndarray:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import ProcessorMixin
 
 from vla0_trl.actions import parse_integers
 from vla0_trl.config import VLAConfig
 from vla0_trl.processing.chat_tokenizer import IGNORED, ChatTokenizer
-from vla0_trl.processing.images import crop, draw_jitter, model_inputs, stack_cameras, upright
+from vla0_trl.processing.images import crop, decoded_image, draw_jitter, model_inputs, stack_cameras
 
 Row = dict[str, Any]
 MASK_UNITS = ("value", "character")
@@ -116,7 +114,8 @@ class VLADataCollator:
         for row in rows:
             rng = self._rng(row) if self.train else None
             encoded.append(self._encode(row, rng))
-            images.append([crop(image, self.config.crop_ratio, rng) for image in self.images(row)])
+            seen = row_images(row, self.stored_cameras, self.config.cameras)
+            images.append([crop(image, self.config.crop_ratio, rng) for image in seen])
             if rng is not None and self.config.image_jitter:
                 jitter.append([draw_jitter(self.config.image_jitter, rng) for _ in self.config.cameras])
         batch = self._pad(encoded)
@@ -166,16 +165,6 @@ class VLADataCollator:
             answer, labels = self.chat_tokenizer.hide_characters(answer, labels, fraction, rng)
         return prompt + answer, [IGNORED] * len(prompt) + labels
 
-    def images(self, row: Row) -> list[np.ndarray]:
-        """The config's cameras, uint8 (H, W, 3) each."""
-        if len(row["images"]) != len(self.stored_cameras):
-            raise ValueError(
-                f"episode {row.get('episode_index')}, frame {row.get('frame_index')}: {len(row['images'])} images, "
-                f"but the dataset has the cameras {self.stored_cameras}"
-            )
-        stored = dict(zip(self.stored_cameras, row["images"], strict=True))
-        return [decoded_image(stored[name]) for name in self.config.cameras]
-
     def longest_text(self, task: str) -> int:
         """Tokens of a row with this task, if all of its numbers are as long as they can be."""
         widest = max(
@@ -200,8 +189,18 @@ class VLADataCollator:
         return tensors | self.chat_tokenizer.token_types(tensors["input_ids"])
 
 
-def decoded_image(image: Image.Image | np.ndarray | dict) -> np.ndarray:
-    """A decoded image, or one still encoded as `datasets` stores it -> uint8 (H, W, 3)."""
-    if isinstance(image, dict):
-        image = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
-    return np.asarray(upright(image) if isinstance(image, Image.Image) else image)
+def row_images(row: Row, stored_cameras: list[str], cameras: list[str]) -> list[np.ndarray]:
+    """Some of a row's cameras, uint8 (H, W, 3) each."""
+    if len(row["images"]) != len(stored_cameras):
+        raise ValueError(
+            f"episode {row.get('episode_index')}, frame {row.get('frame_index')}: {len(row['images'])} images, "
+            f"but the dataset has the cameras {stored_cameras}"
+        )
+    stored = dict(zip(stored_cameras, row["images"], strict=True))
+    return [decoded_image(stored[name]) for name in cameras]
+
+
+def row_observation(row: Row, stored_cameras: list[str], config: VLAConfig) -> dict[str, Any]:
+    """A row with its raw columns as the policy would observe it."""
+    images = dict(zip(config.cameras, row_images(row, stored_cameras, config.cameras), strict=True))
+    return {"images": images, "state": np.asarray(row["raw_state"], np.float32), "task": row["task"]}

@@ -6,6 +6,7 @@ a 512 px input.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +24,13 @@ _RGB_TO_YIQ = [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.52
 def upright(image: Image.Image) -> Image.Image:
     """RGB, turned as its EXIF data says: what `datasets` gives, whoever decodes."""
     return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def decoded_image(image: Image.Image | np.ndarray | dict) -> np.ndarray:
+    """A decoded image, or one still encoded as `datasets` stores it -> uint8 (H, W, 3)."""
+    if isinstance(image, dict):
+        image = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+    return np.asarray(upright(image) if isinstance(image, Image.Image) else image)
 
 
 def crop(image: np.ndarray, ratio: float, rng: np.random.Generator | None = None) -> np.ndarray:

@@ -16,7 +16,7 @@ from trl import SFTTrainer
 
 from vla0_trl.actions import join_integers, relative_reference
 from vla0_trl.policy.policy import VLAPolicy
-from vla0_trl.processing.collator import Row
+from vla0_trl.processing.collator import Row, row_observation
 
 PROBE_ROWS = 128
 # What is taken from another row; the states are the prompt's text, and the answer stays the row's own.
@@ -92,14 +92,7 @@ class ProbeCallback(TrainerCallback):
         errors, written = {"chunk_rmse": [], "stay_rmse": []}, config.written_steps
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
-            observations = [
-                {
-                    "images": dict(zip(config.cameras, self.collator.images(row), strict=True)),
-                    "state": np.asarray(row["raw_state"], np.float32),
-                    "task": row["task"],
-                }
-                for row in part
-            ]
+            observations = [row_observation(row, self.collator.stored_cameras, config) for row in part]
             chunks = policy.predict_action_chunk(observations)
             for row, chunk in zip(part, chunks, strict=True):
                 true = np.asarray(row["raw_action"]).reshape(-1, config.action_dim)[written]
