@@ -38,7 +38,6 @@ BAD = [
     ({"num_rows": 0}, "--num_rows 0 must be at least 1"),
     ({"round_episodes": -1}, "--round_episodes -1 must be at least 1"),
     ({"width": 10**12}, "--width 1000000000000 must be at most 16384"),
-    ({"eval_seed": -1}, "--eval_seed -1 must be at least 0"),
     ({"action_noise": 10**12}, "--action_noise 1000000000000 must be at most 512"),
     ({"label_smoothing_bins": -1.0}, "--label_smoothing_bins -1.0 must be at least 0"),
     ({"router_aux_loss_coef": -1.0}, "--router_aux_loss_coef -1.0 must be at least 0"),

@@ -28,7 +28,7 @@ _NAMES = {
         learning_rate muon_adamw_learning_rate weight_decay max_grad_norm adam_epsilon neftune_noise_alpha
         num_train_epochs timeout_s ensemble_decay label_smoothing_bins router_aux_loss_coef card_gib max_gb peak_tflops
     """,
-    _SEED: "seed data_seed eval_seed",
+    _SEED: "seed data_seed",
 }
 LIMITS = {name: limits for limits, names in _NAMES.items() for name in names.split()}
 # Sizes of a policy: above the largest that is trained anywhere, and low enough that a typing error fills no memory.
