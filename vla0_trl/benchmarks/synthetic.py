@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,15 @@ def synthetic_dataset(kind: str, rows: int, **overrides: Any) -> tuple[Dataset, 
     config = config.replace(**stats | overrides)
     pieces = [pa.table(piece, RAW_SCHEMA) for piece in raw_rows(episode, config, index=0, image_format="jpeg")]
     return Dataset(chat_rows(pa.concat_tables(pieces), config)), config
+
+
+def save_synthetic(kind: str, rows: int, folder: Path) -> tuple[Dataset, VLAConfig]:
+    """[`synthetic_dataset`] as a chat dataset on disk."""
+    dataset, config = synthetic_dataset(kind, rows)
+    (folder / "data").mkdir(parents=True)
+    dataset.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    config.save_pretrained(folder)
+    return dataset, config
 
 
 def _smooth_image(side: int, rng: np.random.Generator) -> np.ndarray:

@@ -16,7 +16,8 @@ from vla0_trl.training.arguments import VLASFTConfig
 
 # Files of a checkpoint that only a training needs, by how their names begin.
 FOR_RESUMING = ("optimizer", "scheduler", "scaler", "rng_state", "latest", "zero_to_fp32")
-_PICKLED = "training_args.bin"  # nobody should have to unpickle what a stranger uploaded
+# Of no use to a policy's users, and the first one is pickled: nobody should have to unpickle what a stranger uploaded.
+_STAYS = ("training_args.bin", "trainer_state.json")
 
 
 def open_model_repository(training: VLASFTConfig, model_name_or_path: str, use_peft: bool) -> str:
@@ -48,7 +49,7 @@ def push_policy(
     """
     files: dict[str, Path | bytes] = {}
     for path in claimed(folder):
-        if path.parent == folder and not path.name.startswith(FOR_RESUMING) and path.name != _PICKLED:
+        if path.parent == folder and not path.name.startswith(FOR_RESUMING) and path.name not in _STAYS:
             files[path.name] = path
     sizes = {name: path.stat().st_size for name, path in files.items() if name != CHECKPOINT_FILE}
     manifest = {"files": sizes, "trained_on": trained_on(folder)}

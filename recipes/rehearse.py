@@ -1,0 +1,55 @@
+"""Go a recipe's whole way once, at true size, without weights, data or GPU: does it work, and what does it need?
+
+    python recipes/rehearse.py recipes/libero/night_12gb.yaml --output_dir runs/rehearsal
+    python recipes/rehearse.py recipes/libero/night_12gb.yaml --output_dir … --model_configs FOLDER_OF_MODELS
+
+The recipe's architecture with random weights, its real processor, optimizer and adapter, on synthetic rows of true
+shape: two optimizer steps, a checkpoint, one step more after resuming, a chunk of actions, merging, the same chunk.
+Without a GPU, one sample per step. Stopped at any moment, the same command goes on with the part that it was in. Only
+the model's config and processor are read; OUTPUT_DIR takes 5 GB, and may be deleted.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vla0_trl.command_line import ScriptParser, option
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    output_dir: Path = option(help="for weights, rows, checkpoints and rehearsal.json")
+    model_configs: Path | None = option(None, "folder with the models' folders, instead of the Hub")
+
+
+def main() -> None:
+    parser = ScriptParser(Arguments, __doc__)
+    parser.add_argument("recipe", type=Path, metavar="YAML")
+    args, others, options = parser.parse(unknown_allowed=True)
+    import torch  # after parsing: it takes seconds
+
+    from vla0_trl.benchmarks.rehearsal import Rehearsal
+    from vla0_trl.training.arguments import parse_recipe
+
+    fixed = {"report_to": "none", "logging_steps": 1, "warmup_steps": 0, "disable_tqdm": "true", "save_total_limit": 1}
+    fixed |= {"dataloader_num_workers": 0, "dataloader_persistent_workers": "false", "rollout_steps": 0}
+    if not torch.cuda.is_available():
+        fixed |= {"use_cpu": "true", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+
+    def plan(**settings):
+        given = [str(word) for name, value in (fixed | settings).items() for word in (f"--{name}", value)]
+        return parse_recipe(others.recipe, __doc__, ["--config", str(others.recipe), *given, *options])
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        source = plan(output_dir=args.output_dir)[2].model_name_or_path
+    except ValueError as error:
+        parser.error(str(error))
+    if args.model_configs:
+        source = str(args.model_configs / Path(source).name)
+    parts = Rehearsal(plan, others.recipe.resolve().parent.name, source, args.output_dir)().values()
+    seconds, peak = sum(part["seconds"] for part in parts), max(part["peak_gib"] for part in parts)
+    print(f"{seconds:6.0f} s  {peak:5.1f} GiB  the whole way, {'GPU' if torch.cuda.is_available() else 'CPU'}")
+
+
+if __name__ == "__main__":
+    main()
