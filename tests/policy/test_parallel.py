@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from support.backbones import DIGITS, TINY, multi_digit_tokenizer, observations
+from support.backbones import TINY, observations
 from support.random_policies import BACKBONES, build_policy, sharpened
 from transformers import LogitsProcessorList
 
 from vla0_trl import VLADataCollator, VLAPolicy
-from vla0_trl.config import VLAConfig
 from vla0_trl.models.nano import NanoConfig, build_nano
-from vla0_trl.policy.grammar import ActionGrammar, ActionGrammarLogitsProcessor
+from vla0_trl.policy.grammar import ActionGrammarLogitsProcessor
 from vla0_trl.policy.speculative import decoder as decoding
 from vla0_trl.policy.speculative.decoder import ChunkDecoder
 from vla0_trl.policy.speculative.options import DecodingOptions, DraftChoice, PromptError
@@ -255,35 +254,6 @@ def test_a_longer_prompt_gets_a_larger_cache_and_too_long_a_one_is_refused(polic
             generate(policy, long, custom_generate=decoder)
     finally:
         text_config.max_position_embeddings = positions
-
-
-class Numbers:
-    """What a reader needs of a chat tokenizer, for numbers 0 to 12 in any spelling."""
-
-    def __init__(self, tokenizer, spell):
-        self.tokenizer, self.prefix, self.end_of_turn_id = tokenizer, "", tokenizer.eos_token_id
-        self.config = VLAConfig(action_dim=2, chunk_size=1, num_bins=12)
-        self.spell, self.hidden = spell, tokenizer.convert_tokens_to_ids(["?"])
-
-    def spellings(self, position):
-        return [self.tokenizer.convert_tokens_to_ids(self.spell(number)) for number in range(13)]
-
-    def placeholder(self, position):
-        return self.hidden
-
-
-@pytest.mark.parametrize(
-    ("spell", "mistake"),
-    [
-        (lambda number: [*str(number)], "has a token that may continue a number or begin the next one"),
-        (lambda number: ["Ġ", str(number % 10)], "spells 10 as it spells another number"),
-        (lambda number: ["a", *str(number)], "is not of digits and spaces alone"),
-    ],
-)
-def test_numbers_that_tokens_do_not_tell_apart_are_refused(spell, mistake):
-    chat = Numbers(multi_digit_tokenizer([*DIGITS, "Ġ", "?", "a"]), spell)
-    with pytest.raises(ValueError, match=mistake):
-        ParallelReader(chat, ActionGrammar(chat, 2, 12))
 
 
 def test_a_grammar_of_another_answer_is_refused(policy):

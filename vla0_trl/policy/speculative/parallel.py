@@ -7,11 +7,12 @@ begins, and its own tokens so far, at the positions that they have in a training
 before it are hidden. All branches advance in the same pass, so an answer takes as many passes as a number has tokens.
 
 Example: two numbers up to 12, one token per digit, the prompt fills cache slots 0 to 3. The first pass reads the
-prompt and the trunk " ? ", and both of its spaces begin a number. Say both begin with "1". The second pass reads
+prompt and the trunk " ? ", and both of its spaces begin a number. Behind it each branch has two slots, as a number
+has two digits at most. Say both numbers begin with "1". The second pass reads
 
-    token  position  cache_slot  visible_until  visible_from    slot 0 1 2 3 4 5 6 7 8
-    "1"           1           7              4             7         x x x x x . . x .
-    "1"           3           8              6             8         x x x x x x x . x
+    token  position  cache_slot  visible_until  visible_from    slot 0 1 2 3 4 5 6 7 8 9
+    "1"           1           7              4             7         x x x x x . . x . .
+    "1"           3           9              6             9         x x x x x x x . . x
 
 and chooses a second digit for each, or that the number ends there. After "12" nothing may follow: it is whole.
 
