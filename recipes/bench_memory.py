@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vla0_trl.benchmarks.memory_table import CARD, GIB, PARTS
-from vla0_trl.command_line import ScriptParser, as_flags, option, unknown_flag
+from vla0_trl.command_line import ScriptParser, as_flags, option, unknown_flag, user_errors
 from vla0_trl.training.fields import recipe_fields
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "vla0_trl")
@@ -46,7 +46,8 @@ def main() -> None:
     table = {}
     for config in others.configs:
         if len(others.configs) == 1:
-            table[str(config)] = one(config, args, options)
+            with user_errors():
+                table[str(config)] = one(config, args, options)
         else:  # each in a process of its own, so that none finds the other's leftovers
             table[str(config)] = in_a_process(config, args, options)
         print(row(str(config), table[str(config)]), flush=True)
@@ -99,7 +100,9 @@ def in_a_process(config: Path, args: Arguments, options: list[str]) -> dict[str,
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         flags = [word for flag in as_flags(args, leave_out=["json"]) for word in flag]
         words = [sys.executable, __file__, str(config), "--json", file.name, *flags, *options]
-        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+        status = subprocess.run(words, stdout=subprocess.DEVNULL).returncode
+        if status:  # it has said why
+            sys.exit(status)
         return json.loads(Path(file.name).read_text())["configs"][str(config)]
 
 

@@ -60,13 +60,15 @@ def main() -> None:
         print_recipe(args)
         return
     collating = make_bench(args.processor or args.model, args)
-    contestants = {name: lambda c=c: collating.collate(c) for name, c in collating.collators().items()}
+    with user_errors():
+        contestants = {name: lambda c=c: collating.collate(c) for name, c in collating.collators().items()}
     table = take_turns(contestants, args.turns, "rows_per_s")
     ratios = {f"collator_vs_{other}": ratio(table, "rows_per_s", other) for other in ("trl", "peer")}
     if not args.skip_steps:
         bench = make_bench(args.model, args)
         steppers = ["trl", "trl_tuned", "ours"] + (["compiled"] if args.torch_compile else [])
-        speeds = take_turns({n: lambda n=n: bench.train(n) for n in steppers}, args.turns, "steps_per_s")
+        with user_errors():
+            speeds = take_turns({n: lambda n=n: bench.train(n) for n in steppers}, args.turns, "steps_per_s")
         sample = bench.sample()
         for name, figures in speeds.items():
             table[name] = table.get(name, {}) | figures

@@ -120,3 +120,27 @@ def test_conversions_say_it_before_they_read_anything(flag, capsys, monkeypatch)
 def test_recipes_say_it_before_anything_heavy_is_imported(words, message):
     with pytest.raises(SystemExit, match=f"^error: {message}$"):
         check_recipe_words(REPOSITORY / "recipes/pusht/nano.yaml", "", words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_steps: [1]", "max_steps is [1], wanted int"),
+        ("warmup_steps: {}", "warmup_steps is {}, wanted"),
+        ("optim: {a: 1}", "optim is {'a': 1}, wanted"),
+        ("learning_rate: .nan", "--learning_rate nan must be a finite number"),
+        ("seed: -1", "--seed -1 must be at least 0"),
+        ("max_stps: 1", "unknown argument max_stps: did you mean --max_steps?"),
+        ("3: 1", "unknown argument 3"),
+        ("- a", "found ['a'], wanted an object with fields"),
+        ("a: [", "is no YAML"),
+        ("a: " + "[" * 5000, "is nested too deep"),
+        ("a: !!python/name:os.system", "is no YAML"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_a_recipe_s_yaml(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(SystemExit) as error:
+        check_recipe_words(tmp_path / "recipe.yaml", "", [])
+    assert error.value.code.startswith("error: ") and message in error.value.code and "\n" not in error.value.code

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from vla0_trl.command_line import separated, unknown_flag
 from vla0_trl.limits import check_limits
-from vla0_trl.schema import checked, parse_yaml
+from vla0_trl.schema import checked, parse_yaml, short
 from vla0_trl.streams import prepare_streams
 
 # Package, file and classes, the most derived first: what [`parse_recipe`] parses, and what those classes inherit from.
@@ -34,6 +34,7 @@ class RecipeField(NamedTuple):
 
     default: str
     help: str
+    kind: str  # its annotation
 
 
 def recipe_fields() -> dict[str, RecipeField]:
@@ -44,24 +45,24 @@ def recipe_fields() -> dict[str, RecipeField]:
         classes = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name in names]
         for node in chain.from_iterable(classes):
             if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation):
-                found.setdefault(node.target.id, _described(node.value))
+                found.setdefault(node.target.id, _described(node.value, ast.unparse(node.annotation)))
     return {name: field for name, field in found.items() if field is not None}
 
 
-def _described(value: ast.expr | None) -> RecipeField | None:
+def _described(value: ast.expr | None, kind: str) -> RecipeField | None:
     """None for a field that is no argument (`init=False`)."""
     if not isinstance(value, ast.Call):
-        return RecipeField(ast.unparse(value) if value else "required", "")
+        return RecipeField(ast.unparse(value) if value else "required", "", kind)
     words = {word.arg: word.value for word in value.keywords}
     if ast.unparse(value.func) == "option":
-        return RecipeField(ast.unparse(value.args[0]), _text(value.args[1]))
+        return RecipeField(ast.unparse(value.args[0]), _text(value.args[1]), kind)
     if "init" in words and ast.unparse(words["init"]) == "False":
         return None
     default = ast.unparse(words["default"]) if "default" in words else "empty"
     metadata = words.get("metadata")
     pairs = zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else ()
     texts = [text for key, text in pairs if ast.unparse(key) == "'help'"]
-    return RecipeField(default, _text(texts[0]) if texts else "")
+    return RecipeField(default, _text(texts[0]) if texts else "", kind)
 
 
 def _text(node: ast.expr) -> str:
@@ -99,6 +100,10 @@ def check_recipe_words(default_config: Path, description: str, words: list[str] 
     given = {name: list(map(_number, found)) for name, found in vars(arguments).items() if isinstance(found, list)}
     try:
         keys = checked(str(path), parse_yaml(str(path), path.read_bytes()) or {}, {})
+        for name in keys.keys() & names.keys():
+            kind, value = names[name].kind, keys[name]
+            if isinstance(value, list | dict) and type(value).__name__ not in kind:
+                raise ValueError(f"{path}: {name} is {short(value)}, wanted {kind}")
         check_limits({"num_train_epochs": 1} | keys | given)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
