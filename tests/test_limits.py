@@ -128,6 +128,7 @@ def test_recipes_say_it_before_anything_heavy_is_imported(words, message):
         ("max_steps: [1]", "max_steps is [1], wanted int"),
         ("warmup_steps: {}", "warmup_steps is {}, wanted"),
         ("optim: {a: 1}", "optim is {'a': 1}, wanted"),
+        ("optim: 3", "optim is 3, wanted"),
         ("learning_rate: .nan", "--learning_rate nan must be a finite number"),
         ("seed: -1", "--seed -1 must be at least 0"),
         ("max_stps: 1", "unknown argument max_stps: did you mean --max_steps?"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 import sys
 from importlib.util import find_spec
 from itertools import chain
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 from vla0_trl.command_line import separated, unknown_flag
 from vla0_trl.limits import check_limits
-from vla0_trl.schema import checked, parse_yaml, short
+from vla0_trl.schema import checked, is_number, parse_yaml, short
 from vla0_trl.streams import prepare_streams
 
 # Package, file and classes, the most derived first: what [`parse_recipe`] parses, and what those classes inherit from.
@@ -102,7 +103,8 @@ def check_recipe_words(default_config: Path, description: str, words: list[str] 
         keys = checked(str(path), parse_yaml(str(path), path.read_bytes()) or {}, {})
         for name in keys.keys() & names.keys():
             kind, value = names[name].kind, keys[name]
-            if isinstance(value, list | dict) and type(value).__name__ not in kind:
+            fits = re.search(r"\b(int|float)\b" if is_number(value) else type(value).__name__, kind)
+            if not fits and (is_number(value) or isinstance(value, list | dict)):
                 raise ValueError(f"{path}: {name} is {short(value)}, wanted {kind}")
         check_limits({"num_train_epochs": 1} | keys | given)
     except (OSError, ValueError) as error:
