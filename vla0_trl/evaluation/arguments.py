@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from vla0_trl.command_line import option
-from vla0_trl.config import ENSEMBLE_WEIGHTS, VLAConfig
+from vla0_trl.config import VLAConfig
 from vla0_trl.envs.libero import protocol
 from vla0_trl.envs.libero.perturb import NAMES
+from vla0_trl.execution_arguments import ExecutionArguments
 from vla0_trl.policy.speculative.options import EXACT, MODES, DecodingOptions
 
 DTYPES = ("bfloat16", "float32")
@@ -25,7 +26,7 @@ class ModelArguments:
 
 
 @dataclass(kw_only=True)
-class EvaluationArguments(ModelArguments):
+class EvaluationArguments(ExecutionArguments, ModelArguments):
     """What every simulator's evaluation can be told; a script adds its own fields, and the defaults that suit it.
 
     `rank`, `num_processes`, `launch` and `store` are no flags: `driver.join_launch` sets them.
@@ -40,18 +41,6 @@ class EvaluationArguments(ModelArguments):
         None, "gets episodes.jsonl, results.json and videos/; one folder per run (default: runs/eval/CHECKPOINT)"
     )
     num_envs: int = option(8, "episodes side by side: speed, not results (default: %(default)s)")
-    n_action_steps: int | None = option(None, "steps of a chunk to execute before the next (default: its own)")
-    ensemble_size: int | None = option(
-        None, "ask at every step and average this many chunks; not with n_action_steps (default: its own)"
-    )
-    ensemble_decay: float | None = option(
-        None, "m of ACT's weights exp(-m*i), i=0 the oldest (default: the checkpoint's)"
-    )
-    ensemble_weights: str | None = option(
-        None,
-        "instead: a plain mean; or VLA-0's released weights: 0.5 for all but the newest (v1), 0.5^age (v2)",
-        choices=ENSEMBLE_WEIGHTS,
-    )
     decoding: str = option(
         EXACT,
         "exact: greedy decoding; stock: the same, slowly; parallel: each number without seeing the others, in the "

@@ -15,13 +15,14 @@ from trl import ModelConfig, SFTConfig, TrlParser
 
 from vla0_trl.command_line import option
 from vla0_trl.config import VLAConfig
+from vla0_trl.execution_arguments import ExecutionArguments
 from vla0_trl.training.muon import MUON
 from vla0_trl.training.precision import PRECISION_ADVICE, without_bfloat16
 from vla0_trl.training.settings import NEEDS, check_settings
 
 
 @dataclass
-class DataArguments:
+class DataArguments(ExecutionArguments):
     """The chat dataset, and how its rows become text. A field that is not set keeps the dataset's own value."""
 
     dataset_name: str | None = option(None, "Chat dataset made by data_prep/: a local folder or a Hub id.")
@@ -31,12 +32,6 @@ class DataArguments:
     chunk_size: int | None = option(None, "Steps predicted at once; at most the stored ones.")
     waypoints: list[int] | None = option(
         None, "Steps of the chunk that are written, such as 0 3 7; those between are interpolated."
-    )
-    n_action_steps: int | None = option(None, "Steps executed before the next prediction.")
-    ensemble_size: int | None = option(None, "Re-query at every step and average this many overlapping predictions.")
-    ensemble_decay: float | None = option(None, "m of ACT's weights exp(-m*i), i=0 the oldest; default: a plain mean.")
-    ensemble_weights: str | None = option(
-        None, "Instead: uniform, or VLA-0's released weights: 0.5 for all but the newest (vla0_v1), 0.5^age (vla0_v2)."
     )
     image_size: int | None = option(None, "Side of the square that the model sees, in pixels.")
     crop_ratio: float | None = option(

@@ -23,6 +23,7 @@ from vla0_trl.streams import prepare_streams
 # Package, file and classes, the most derived first: what [`parse_recipe`] parses, and what those classes inherit from.
 _SOURCES = (
     ("vla0_trl", "training/arguments.py", ("DataArguments", "VLASFTConfig")),
+    ("vla0_trl", "execution_arguments.py", ("ExecutionArguments",)),
     ("trl", "trainer/model_config.py", ("ModelConfig",)),
     ("trl", "trainer/sft_config.py", ("SFTConfig",)),
     ("trl", "trainer/base_config.py", ("_BaseConfig",)),

@@ -1,0 +1,24 @@
+"""How chunks are executed, on every command line: recipes save it in the checkpoint, evaluations may change it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vla0_trl.command_line import option
+from vla0_trl.config import ENSEMBLE_WEIGHTS
+
+
+@dataclass
+class ExecutionArguments:
+    """Fields of [`VLAConfig`]; one that is not set keeps the dataset's or the checkpoint's value."""
+
+    n_action_steps: int | None = option(None, "steps of a chunk to execute before the next")
+    ensemble_size: int | None = option(
+        None, "ask at every step and average this many chunks instead; not with n_action_steps"
+    )
+    ensemble_decay: float | None = option(None, "m of ACT's weights exp(-m*i), i=0 the oldest; not set: a plain mean")
+    ensemble_weights: str | None = option(
+        None,
+        "instead: a plain mean; or VLA-0's released weights: 0.5 for all but the newest (v1), 0.5^age (v2)",
+        choices=ENSEMBLE_WEIGHTS,
+    )
