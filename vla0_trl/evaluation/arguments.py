@@ -34,7 +34,7 @@ class EvaluationArguments(ExecutionArguments, ModelArguments):
 
     model_name_or_path: str | None = option(None, "checkpoint, full or adapter: a folder or a Hub id")
     policy: str | None = option(
-        None, "instead: what answers at this ws:// address by openpi's protocol, ours or another policy's server"
+        None, "instead: what answers at ws://… by openpi's protocol, or at vla-eval://… by vla-eval's"
     )
     policy_key_file: Path | None = option(None, "a file with that server's key")
     output_dir: Path | None = option(

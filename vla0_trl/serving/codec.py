@@ -68,6 +68,13 @@ def unpack(data: bytes) -> Any:
         raise CodecError(f"the message is not openpi's msgpack: {one_line(reason)}") from error
 
 
+def unpack_array(value: Any) -> Any:
+    """An array in vla-eval's dialect, whose map has text for keys; checked in the same way."""
+    if isinstance(value, dict) and "__ndarray__" in value:
+        return _array(value.get("data"), _dtype(value.get("dtype")), value.get("shape"))
+    return value
+
+
 def one_line(text: str, longest: int = 500) -> str:
     """Text for a line of an error: no line breaks or control characters, not longer than this."""
     plain = "".join(character if character.isprintable() else " " for character in str(text)[: longest + 1])

@@ -1,4 +1,4 @@
-"""Whatever answers at a URL by openpi's protocol, as a policy for our evaluators: ours, π0, π0-FAST, LeRobot's."""
+"""Whatever answers at a URL, as a policy for our evaluators: by openpi's protocol (ours, π0, …) or by vla-eval's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from vla0_trl.policy.observation import Observation
 from vla0_trl.serving.client import PolicyConnection, ServerError
 from vla0_trl.serving.layouts import LAYOUTS
 from vla0_trl.serving.server import PROTOCOL
+from vla0_trl.serving.vla_eval_client import SCHEME, VlaEvalPolicy
 
 # Of simulators, for servers whose metadata tell nothing; keys are those of openpi's LIBERO client.
 PUSHT = VLAConfig(cameras=["image"], action_dim=2, state_dim=2, use_state=True)
@@ -79,7 +80,7 @@ class RemotePolicy:
 
 
 def remote_policy(args: EvaluationArguments, simulator: VLAConfig) -> PolicySource:
-    """The policy at `args.policy`; asks it once, to know its chunk, if its metadata don't tell.
+    """The policy at `args.policy`, ws://… or vla-eval://…; asks openpi's once, to know its chunk.
 
     Args:
         simulator ([`VLAConfig`]): `PUSHT` or `LIBERO`: what a server is shown that does not say what it wants to see.
@@ -90,6 +91,8 @@ def remote_policy(args: EvaluationArguments, simulator: VLAConfig) -> PolicySour
     useless = {"device": None, "dtype": None, "load_in_4bit": False, "decoding": "exact", "refine": 0}
     if given := [name for name, default in useless.items() if vars(args)[name] != default]:
         raise ValueError(f"--{given[0]} would do nothing with --policy: the server decides how its model runs")
+    if args.policy.startswith(SCHEME):
+        return _vla_eval_policy(args, simulator)
     key = args.policy_key_file and args.policy_key_file.read_text().strip()
     try:
         connection = PolicyConnection(args.policy, key, TIMEOUT_S)
@@ -98,17 +101,34 @@ def remote_policy(args: EvaluationArguments, simulator: VLAConfig) -> PolicySour
     except (ServerError, PolicyError) as error:
         raise ValueError(str(error)) from error
     told = {name: value for name, value in connection.metadata.items() if name != "latency_ms"}
-    described = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+    return _source(args.policy, told, policy, "openpi's protocol")
 
-    def load(config: VLAConfig) -> RemotePolicy:
+
+def _vla_eval_policy(args: EvaluationArguments, simulator: VLAConfig) -> PolicySource:
+    given = [name for name in ("n_action_steps", "ensemble_size") if vars(args)[name] is not None]
+    if args.policy_key_file is not None or given:
+        name = given[0] if given else "policy_key_file"
+        raise ValueError(f"--{name} would do nothing with {SCHEME}…: its server executes chunks, and knows no key")
+    try:
+        policy = VlaEvalPolicy(args.policy, simulator, TIMEOUT_S)
+    except PolicyError as error:
+        raise ValueError(str(error)) from error
+    return _source(args.policy, policy.told, policy, "vla-eval's protocol")
+
+
+def _source(url: str, told: dict[str, Any], policy: RemotePolicy | VlaEvalPolicy, protocol: str) -> PolicySource:
+    """`told`: what the server said of itself: its hash stands for a checkpoint's, where it has none."""
+
+    def load(config: VLAConfig) -> RemotePolicy | VlaEvalPolicy:
         policy.config = config
         return policy
 
+    described = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
     return PolicySource(
-        checkpoint=args.policy,
-        checkpoint_hash=connection.metadata.get("revision") or described,
+        checkpoint=url,
+        checkpoint_hash=told.get("revision") or described,
         config=policy.config,
-        protocol={"policy": "openpi's protocol"},
+        protocol={"policy": protocol},
         device="remote",
         trained_on=set(),
         load=load,
