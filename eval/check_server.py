@@ -75,11 +75,11 @@ def verdict(metadata: dict, p95_ms: float) -> tuple[bool, str]:
     """Whether a robot that prefetches never stops, and a line that says why."""
     fps, chunk, executed = (metadata[name] for name in ("fps", "chunk_size", "n_action_steps"))
     delay = math.ceil(p95_ms / 1000 * fps) + 1  # as vla0_trl.serving.client counts
-    left = min(executed, chunk - delay)
+    left = max(0, min(executed, chunk - delay))
     words = f"p95 is {delay - 1} steps at {fps:g} Hz; asked {delay} steps ahead, of a chunk of {chunk} remain {left}"
     if left >= delay:
         return True, f"fits: {words}, which last until the next reply"
-    stop = f"a robot that prefetches stops for up to {delay - max(left, 0)} steps per chunk"
+    stop = f"a robot that prefetches stops for up to {delay - left} steps per chunk"
     return False, f"does not fit: {words}; {stop}: longer chunks, a faster machine or a lower frequency"
 
 

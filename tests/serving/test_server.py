@@ -2,6 +2,9 @@
 
 import http.client
 import re
+import shutil
+import ssl
+import subprocess
 import threading
 import time
 
@@ -11,8 +14,10 @@ from support.backbones import observations
 from support.random_policies import build_policy
 from support.serving import ask, open_connection, plain_message, served
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
 
 from vla0_trl import VLAPolicy
+from vla0_trl.actions import NormStats
 from vla0_trl.serving.codec import pack, unpack
 from vla0_trl.serving.layouts import LAYOUTS
 from vla0_trl.serving.server import ServerOptions
@@ -168,6 +173,23 @@ def test_the_first_request_is_no_slower_than_others(server):
     assert seconds[0] < 1.5 * np.median(seconds) + 0.02  # a busy machine
 
 
+def test_an_so101_sends_what_lerobot_gives_and_says_its_units():
+    base, stats = build_policy("nano"), NormStats.from_array(np.float32([[-170] * 6, [170] * 6]))
+    config = base.config.replace(cameras=["front"], action_dim=6, state_dim=6, action_stats=stats, state_stats=stats)
+    policy = VLAPolicy(base.model, base.processor, config)
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    joints = {name: 10.0 * place for place, name in enumerate(LAYOUTS["so100"].state)}
+    message = {**joints, "front": image, "prompt": "pick it up"}
+    with served(policy, LAYOUTS["so100"], "degrees") as server, open_connection(server) as connection:
+        metadata = unpack(connection.recv())
+        assert "does not say 'units', the checkpoint's are 'degrees'" in ask(connection, message)
+        actions = ask(connection, message | {"units": "degrees"})["actions"]
+    assert metadata["units"] == "degrees" and metadata["action_names"] == list(joints)
+    state = np.array(list(joints.values()))
+    expected = policy.predict_action_chunk([{"images": {"front": image}, "state": state, "task": "pick it up"}])[0]
+    assert np.array_equal(actions, expected) and actions.shape == (4, 6)
+
+
 # -- who is let in
 
 
@@ -227,6 +249,24 @@ def test_a_message_beyond_the_limit_ends_its_connection_alone(policy):
                 connection.send(b"\0" * (1 << 20) + b"\0")
                 connection.recv(timeout=30)
         assert ask(other, plain_message(observations(1)[0]))["actions"].shape == (4, 2)
+
+
+def test_tls(policy, tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate, and is not installed")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "1"]
+    words += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(words, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    with served(policy, tls=context) as server:
+        url, trusted = f"wss://127.0.0.1:{server.port}", ssl.create_default_context(cafile=str(cert))
+        with connect(url, ssl=trusted, compression=None, max_size=None) as connection:
+            connection.recv()
+            assert ask(connection, plain_message(observations(1)[0]))["actions"].shape == (4, 2)
+        with pytest.raises(ssl.SSLCertVerificationError):
+            connect(url)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "robot.local"])
