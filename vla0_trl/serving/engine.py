@@ -172,6 +172,7 @@ class Engine:
         prefixes = [waiting.request.prefix for waiting in batch]
         try:
             chunks = self.policy.predict_action_chunk(observations, prefixes)
+            actions = [self._executable(waiting.session, chunk) for waiting, chunk in zip(batch, chunks, strict=True)]
         except ValueError as error:
             if len(batch) == 1:
                 batch[0].reply.set_exception(error)
@@ -186,10 +187,9 @@ class Engine:
                 waiting.reply.set_exception(failure)
             return
         done = time.perf_counter()
-        for waiting, chunk in zip(batch, chunks, strict=True):
+        for waiting, executable in zip(batch, actions, strict=True):
             self._latencies.append(done - waiting.arrived)
-            actions = self._executable(waiting.session, chunk)
-            waiting.reply.set_result(Reply(actions, began - waiting.arrived, done - began, len(batch)))
+            waiting.reply.set_result(Reply(executable, began - waiting.arrived, done - began, len(batch)))
 
     def _executable(self, session: Hashable, chunk: np.ndarray) -> np.ndarray:
         if not self.ensembles:
