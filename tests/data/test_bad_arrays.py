@@ -14,6 +14,7 @@ from support.general import load_script
 from support.lerobot_files import replace_column, rewrite
 
 from vla0_trl.data.episodes import Episode, EpisodeError, raw_rows
+from vla0_trl.data.sources.lerobot_meta import read_meta
 from vla0_trl.data.sources.libero_hdf5 import LiberoDemos
 from vla0_trl.data.staging import ConversionError
 
@@ -136,6 +137,40 @@ def test_an_hdf5_that_is_cut_off(hdf5, share):
     hdf5.write_bytes(hdf5.read_bytes()[: int(hdf5.stat().st_size * share)])
     with pytest.raises(EpisodeError, match="can't be read, it is absent, cut off or no HDF5"):
         read(hdf5)
+
+
+# -- the card of a LeRobotDataset, of which the licence counts
+
+
+@pytest.mark.parametrize(
+    ("card", "license"),
+    [
+        ("---\nlicense: mit\n---\n", "mit"),
+        ("---\nlicense: [mit]\n---\n", "mit"),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", "other"),
+        ("---\nlicense: |\n  mit\n  configs: x\n---\n", "unknown"),
+        ("---\nlicense: 3\n---\n", "unknown"),
+        ("---\nlicense: {a: 1}\n---\n", "unknown"),
+        ("---\n: : :\n---\n", "unknown"),
+        ("---\n- a\n---\n", "unknown"),
+        ("---\nlicense: " + "[" * 5000 + "\n---\n", "unknown"),
+        ("---\nlicense: !!python/object/apply:os.system [ls]\n---\n", "unknown"),
+        ("no header", "unknown"),
+        ("\0", "unknown"),
+        ("", "unknown"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_the_licence_of_a_lerobot_dataset(v3, card, license):
+    (v3 / "README.md").write_text(card)
+    assert read_meta(v3).license == license
+
+
+def test_links_out_of_meta_are_not_followed(v3):
+    (v3 / "meta/stats.json").unlink()
+    (v3 / "meta/stats.json").symlink_to("/etc/passwd")
+    with pytest.raises(ConversionError, match=r"meta/stats.json leads to /etc/passwd, outside the dataset"):
+        read_meta(v3)
 
 
 # -- zarr

@@ -165,7 +165,8 @@ def _license(card: Path) -> str:
     try:
         found = parse_yaml(str(card), header.group(1)) if header else None
         found = found.get("license") if isinstance(found, dict) else None
-        return ", ".join(items(one_line, 1, 10)(found if isinstance(found, list) else [found]))
+        licenses = items(one_line, 1, 10)(found if isinstance(found, list) else [found])
+        return licenses[0] if len(licenses) == 1 else "other"  # the Hub's word for it
     except ValueError:
         return "unknown"
 
