@@ -1,14 +1,12 @@
-"""HDF5 files, zarrs and pictures from elsewhere that are damaged or malicious: one line, soon, in little memory."""
+"""HDF5 files and pictures from elsewhere that are damaged or malicious: one line, soon, in little memory."""
 
 import io
-import json
 import zlib
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-import zarr
 from PIL import Image
 from support.general import load_script
 from support.lerobot_files import replace_column, rewrite
@@ -171,97 +169,6 @@ def test_links_out_of_meta_are_not_followed(v3):
     (v3 / "meta/stats.json").symlink_to("/etc/passwd")
     with pytest.raises(ConversionError, match=r"meta/stats.json leads to /etc/passwd, outside the dataset"):
         read_meta(v3)
-
-
-# -- zarr
-
-VECTORS = np.arange(1, 13, dtype=np.float32).reshape(6, 2)
-ARRAYS = {
-    "data/img": np.full((6, 8, 8, 3), 7, np.float32),
-    "data/state": np.hstack([VECTORS, VECTORS]),
-    "data/action": VECTORS,
-    "meta/episode_ends": np.array([3, 6]),
-}
-ZARRS = [
-    ("data/img", None, "has no array data/img"),
-    ("data/img", "group", "has no array data/img"),
-    ("data/img", ARRAYS["data/img"][:, 0], "data/img is float32 of shape (6, 8, 3), wanted numbers in 4 dimensions"),
-    ("data/img", np.full((6, 8, 8, 3), "x"), "data/img is <U1"),
-    ("data/img", ARRAYS["data/img"][:5], "have [5, 6] frames"),
-    ("data/img", {"shape": (6, 60_000, 60_000, 3), "chunks": (1, 100, 100, 3)}, "has 0 of its 2160000 chunks"),
-    ("data/img", {"shape": (6, 60_000, 60_000, 3), "chunks": (1, 60_000, 60_000, 3)}, "at most 256 MiB are read"),
-    ("data/state", VECTORS[:, :1], "data/state has 1 values per frame, wanted 2"),
-    ("data/state", VECTORS[:, 0], "wanted numbers in 2 dimensions"),
-    ("data/state", VECTORS.astype(complex), "data/state is complex128"),
-    ("data/action", VECTORS[:, :1], "data/action has 1 values per frame, wanted 2"),
-    ("data/action", {"shape": (10**12, 2), "chunks": (1000, 2)}, "at most 1000000 long"),
-    ("data/action", {"shape": (10**6, 200), "chunks": (10**6, 200)}, "at most 256 MiB are read"),
-    ("meta/episode_ends", None, "has no array meta/episode_ends"),
-    ("meta/episode_ends", np.array([3, 7]), "meta/episode_ends says [7]"),
-    ("meta/episode_ends", np.array([3, 5]), "meta/episode_ends says [5]"),
-    ("meta/episode_ends", np.array([6, 3]), "meta/episode_ends says [3]"),
-    ("meta/episode_ends", np.array([3, 2, 6]), "fetch it again"),
-    ("meta/episode_ends", np.array([3, 3, 6]), "fetch it again"),
-    ("meta/episode_ends", np.array([-1, 6]), "fetch it again"),
-    ("meta/episode_ends", np.array([0, 6]), "fetch it again"),
-    ("meta/episode_ends", np.array([3.0, 6.0]), "wanted whole numbers in 1 dimensions"),
-    ("meta/episode_ends", np.array([[3, 6]]), "wanted whole numbers in 1 dimensions"),
-]
-
-
-@pytest.fixture
-def zarrs(tmp_path) -> Path:
-    group = zarr.create_group(tmp_path / "small.zarr")
-    for name, values in ARRAYS.items():
-        group.create_array(name, data=values)
-    return tmp_path / "small.zarr"
-
-
-@pytest.fixture(scope="module")
-def script():
-    return load_script("data_prep/convert_pusht_zarr.py")
-
-
-@pytest.mark.parametrize(("key", "value", "message"), ZARRS, ids=lambda value: str(value)[:40])
-def test_a_zarr_that_can_not_be_read(zarrs, script, key, value, message):
-    group = zarr.open_group(zarrs)
-    del group[key]
-    if isinstance(value, dict):
-        group.create_array(key, dtype="f4", **value)
-    elif isinstance(value, str):
-        group.create_group(key)
-    elif value is not None:
-        group.create_array(key, data=value)
-    with pytest.raises(ConversionError) as error:
-        script.PushTZarr(zarrs, "agent")
-    assert message in str(error.value) and "small.zarr" in str(error.value) and "\n" not in str(error.value)
-
-
-METADATA = [
-    "{",
-    "[]",
-    "3",
-    "{}",
-    '{"zarr_format": 3}',
-    json.dumps({"zarr_format": 3, "node_type": "array"}),
-    "\0",
-    "[" * 50_000,
-]
-
-
-@pytest.mark.parametrize("text", METADATA, ids=lambda text: text[:30])
-def test_damaged_metadata_of_a_zarr(zarrs, script, text):
-    (zarrs / "data/img/zarr.json").write_text(text)
-    with pytest.raises(ConversionError, match=r"small\.zarr"):
-        script.PushTZarr(zarrs, "agent")
-
-
-def test_a_zarr_does_not_read_outside_of_itself(zarrs, script):
-    chunk = next(path for path in (zarrs / "data/img/c").rglob("*") if path.is_file())
-    chunk.unlink()
-    chunk.symlink_to("/etc/passwd")
-    with pytest.raises(ConversionError, match="leads to /etc/passwd, outside the zarr"):
-        script.PushTZarr(zarrs, "agent")
 
 
 # -- pictures

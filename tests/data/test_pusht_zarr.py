@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -89,4 +90,80 @@ def test_a_source_that_is_none(tmp_path, small, script, monkeypatch):
 def test_no_zarr_says_how_to_install(small, script, monkeypatch):
     monkeypatch.setitem(sys.modules, "zarr", None)
     with pytest.raises(ConversionError, match=r'pip install -e "\.\[convert\]"'):
+        script.PushTZarr(small, "agent")
+
+
+VECTORS = np.arange(1, 13, dtype=np.float32).reshape(6, 2)
+ARRAYS = {
+    "data/img": np.full((6, 8, 8, 3), 7, np.float32),
+    "data/state": np.hstack([VECTORS, VECTORS]),
+    "data/action": VECTORS,
+    "meta/episode_ends": np.array([3, 6]),
+}
+ZARRS = [
+    ("data/img", None, "has no array data/img"),
+    ("data/img", "group", "has no array data/img"),
+    ("data/img", ARRAYS["data/img"][:, 0], "data/img is float32 of shape (6, 8, 3), wanted numbers in 4 dimensions"),
+    ("data/img", np.full((6, 8, 8, 3), "x"), "data/img is <U1"),
+    ("data/img", ARRAYS["data/img"][:5], "have [5, 6] frames"),
+    ("data/img", {"shape": (6, 60_000, 60_000, 3), "chunks": (1, 100, 100, 3)}, "has 0 of its 2160000 chunks"),
+    ("data/img", {"shape": (6, 60_000, 60_000, 3), "chunks": (1, 60_000, 60_000, 3)}, "at most 256 MiB are read"),
+    ("data/state", VECTORS[:, :1], "data/state has 1 values per frame, wanted 2"),
+    ("data/state", VECTORS[:, 0], "wanted numbers in 2 dimensions"),
+    ("data/state", VECTORS.astype(complex), "data/state is complex128"),
+    ("data/action", VECTORS[:, :1], "data/action has 1 values per frame, wanted 2"),
+    ("data/action", {"shape": (10**12, 2), "chunks": (1000, 2)}, "at most 1000000 long"),
+    ("data/action", {"shape": (10**6, 200), "chunks": (10**6, 200)}, "at most 256 MiB are read"),
+    ("meta/episode_ends", None, "has no array meta/episode_ends"),
+    ("meta/episode_ends", np.array([3, 7]), "meta/episode_ends says [7]"),
+    ("meta/episode_ends", np.array([3, 5]), "meta/episode_ends says [5]"),
+    ("meta/episode_ends", np.array([6, 3]), "meta/episode_ends says [3]"),
+    ("meta/episode_ends", np.array([3, 2, 6]), "fetch it again"),
+    ("meta/episode_ends", np.array([3, 3, 6]), "fetch it again"),
+    ("meta/episode_ends", np.array([-1, 6]), "fetch it again"),
+    ("meta/episode_ends", np.array([0, 6]), "fetch it again"),
+    ("meta/episode_ends", np.array([3.0, 6.0]), "wanted whole numbers in 1 dimensions"),
+    ("meta/episode_ends", np.array([[3, 6]]), "wanted whole numbers in 1 dimensions"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), ZARRS, ids=lambda value: str(value)[:40])
+def test_a_zarr_that_can_not_be_read(small, script, key, value, message):
+    group = zarr.open_group(small)
+    del group[key]
+    if isinstance(value, dict):
+        group.create_array(key, dtype="f4", **value)
+    elif isinstance(value, str):
+        group.create_group(key)
+    elif value is not None:
+        group.create_array(key, data=value)
+    with pytest.raises(ConversionError) as error:
+        script.PushTZarr(small, "agent")
+    assert message in str(error.value) and "small.zarr" in str(error.value) and "\n" not in str(error.value)
+
+
+METADATA = [
+    "{",
+    "[]",
+    "3",
+    "{}",
+    '{"zarr_format": 3}',
+    json.dumps({"zarr_format": 3, "node_type": "array"}),
+    "\0",
+    "[" * 50_000,
+]
+
+
+@pytest.mark.parametrize("text", METADATA, ids=lambda text: text[:30])
+def test_damaged_metadata_of_a_zarr(small, script, text):
+    (small / "data/img/zarr.json").write_text(text)
+    with pytest.raises(ConversionError, match=r"small\.zarr"):
+        script.PushTZarr(small, "agent")
+
+
+def test_a_zarr_does_not_read_outside_of_itself(small, script):
+    chunk = next(path for path in (small / "data/img/c").rglob("*") if path.is_file())
+    chunk.unlink()
+    chunk.symlink_to("/etc/passwd")
+    with pytest.raises(ConversionError, match="leads to /etc/passwd, outside the zarr"):
         script.PushTZarr(small, "agent")
