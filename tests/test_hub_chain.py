@@ -106,6 +106,38 @@ def test_the_chain(machine):
     assert coverage.metric_type == "mean_max_coverage"
 
 
+def test_a_job_takes_its_recipe_by_id_and_goes_on_on_another_machine(machine):
+    hub, home = machine.hub, machine.home
+    if ("datasets", DATASET) not in hub.repositories:
+        machine.run(*RECORD.split(), "--output_dir", home / "data")
+    repository = hub.repositories["datasets", DATASET]
+    recipe = (REPOSITORY / "recipes/pusht/nano.yaml").read_bytes()
+    repository.commit("recipe", repository.commits[-1].files | {"recipe.yaml": recipe})
+    job = ["recipes/jobs/train.py", "--dataset_name", DATASET, "--hub_model_id", "me/job", "--nano", json.dumps(TINY)]
+    job += TRAIN.split()[5:-2]  # without script, recipe, dataset and push_to_hub
+    machine.run(*job, "--max_steps", "2", "--output_dir", home / "first")
+    files = hub.repositories["models", "me/job"].commits[-1].files
+    assert {"last-checkpoint/optimizer.pt", "last-checkpoint/run.json", "model.safetensors"} <= files.keys()
+    out = machine.run(*job, "--max_steps", "4", "--output_dir", home / "second")
+    assert f"continuing from {home / 'second' / 'checkpoint-2'}" in out
+    assert json.loads((home / "second" / "trainer_state.json").read_text())["global_step"] == 4
+
+
+def test_a_conversion_by_id_says_what_it_downloads_and_goes_on_after_a_break(machine, written):
+    root, hub = written("v3.0", None), machine.hub
+    files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    hub.store("datasets", "lab/arm", files)
+    hub.break_downloads, before = 1, len(hub.log)
+    command = ["data_prep/convert_lerobot.py", "--source", "lab/arm", "--num_proc", "2"]
+    out = machine.run(*command, "--output_dir", machine.home / "arm")
+    data = [size for name, size in ((n, len(d)) for n, d in files.items()) if name.startswith("data/")]
+    assert f"downloading {len(data)} of {len(data)} files, {sum(data) / 1e9:.2f} GB, of lab/arm" in out
+    [broken] = [path for method, path, status, _ in hub.log[before:] if status == 0]
+    again = [status for method, path, status, _ in hub.log[before:] if (method, path) == ("GET", broken)]
+    assert again in ([0, 200], [0, 206])  # in full below the 10 MB that its client writes at once
+    assert "downloading" not in machine.run(*command, "--episodes", "0:1", "--output_dir", machine.home / "one")
+
+
 def test_a_typo_in_an_id_is_one_line(machine):
     error = machine.run(
         *TRAIN.replace(DATASET, "me/pusht_smal").split(), "--output_dir", machine.home / "x", fails=True

@@ -241,7 +241,9 @@ def hub(tmp_path, written, monkeypatch):
     commit = "0123456789abcdef" * 2 + "01234567"
     snapshot = tmp_path / "cache" / commit
 
-    def snapshot_download(repo_id, *, repo_type, revision, allow_patterns):
+    def snapshot_download(repo_id, *, repo_type, revision, allow_patterns, dry_run=False):
+        if dry_run:
+            return []
         calls.append((repo_id, repo_type, revision, allow_patterns))
         root = written()
         for path in root.rglob("*"):

@@ -55,13 +55,15 @@ class LocalHub:
 
     Args:
         fail_uploads (`int`): the connection breaks in the middle of every upload from this one on (from 1); 0: never.
+        break_downloads (`int`): as many large files arrive by half.
     """
 
-    def __init__(self, fail_uploads: int = 0):
+    def __init__(self, fail_uploads: int = 0, break_downloads: int = 0):
         self.repositories: dict[tuple[str, str], Repository] = {}  # (models or datasets, id)
         self.large: dict[str, bytes] = {}  # by sha256
         self.log: list[tuple[str, str, int, int]] = []  # method, path, status, bytes of the answer
-        self.fail_uploads, self.uploads, self.lock = fail_uploads, 0, threading.Lock()
+        self.fail_uploads, self.break_downloads = fail_uploads, break_downloads
+        self.uploads, self.lock = 0, threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -82,6 +84,18 @@ class LocalHub:
         ours = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         ours |= {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
         return kept | ours | ({"HF_TOKEN": token} if token else {})
+
+    def store(self, kind: str, name: str, files: dict[str, bytes]) -> Repository:
+        """A public repository with these files, without a client."""
+        repository = self.repositories[kind, name] = Repository(private=False)
+        stored = {}
+        for path, data in files.items():
+            oid = hashlib.sha256(data).hexdigest()
+            stored[path] = _pointer(oid, len(data)) if path.endswith(LARGE) else data
+            if path.endswith(LARGE):
+                self.large[oid] = data
+        repository.commit("files", stored)
+        return repository
 
     def requests(self, pattern: str) -> list[tuple[str, str, int, int]]:
         """What was asked with a method and path that match."""
@@ -289,7 +303,16 @@ class _Handler(BaseHTTPRequestHandler):
         return self.answer(b"", 302, headers | linked | {"Location": f"{self.hub.elsewhere}/lfs/{oid}"})
 
     def download(self, oid: str) -> None:
-        self.answer_file(self.hub.large[oid], {"ETag": f'"{oid}"'})
+        data = self.hub.large[oid]
+        if self.command == "GET" and self.hub.break_downloads:
+            self.hub.break_downloads -= 1
+            self.close_connection = True
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+            return
+        self.answer_file(data, {"ETag": f'"{oid}"'})
 
     def validate_card(self) -> None:
         card = json.loads(self.body)["content"]

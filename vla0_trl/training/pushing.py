@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from vla0_trl.config import NANO
 from vla0_trl.hub import HubError, address, open_repository, upload
-from vla0_trl.manifest import CHECKPOINT_FILE, claimed, trained_on
+from vla0_trl.manifest import CHECKPOINT_FILE, claimed, read_json, trained_on
+from vla0_trl.run_folder import RUN_FILE, STATE_FILE
 from vla0_trl.training.arguments import VLASFTConfig
 
 # Files of a checkpoint that only a training needs, by how their names begin.
@@ -58,6 +60,20 @@ def push_policy(
     return f"{address(repo_id, 'model')} at revision {commit}"
 
 
+def restore_checkpoint(uploaded: Path, output_dir: Path) -> Path:
+    """Lay a checkpoint that `hub_strategy=checkpoint` uploaded where its training looks for it; returns the folder.
+
+    Args:
+        uploaded (`Path`): a download of `last-checkpoint/`.
+        output_dir (`Path`): of the run; must not exist.
+    """
+    step = read_json(uploaded / STATE_FILE)["global_step"]
+    checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    shutil.copytree(uploaded, checkpoint, ignore=shutil.ignore_patterns(RUN_FILE))
+    shutil.copy(uploaded / RUN_FILE, output_dir)
+    return checkpoint
+
+
 class Uploads:
     """Uploads beside a training, one after another, as `hub_strategy` and `hub_always_push` say."""
 
@@ -98,5 +114,6 @@ class Uploads:
             last = training.hub_strategy == HubStrategy.CHECKPOINT
             folder = "last-checkpoint" if last else checkpoint.name
             files = {f"{folder}/{path.relative_to(checkpoint)}": path for path in claimed(checkpoint)}
+            files[f"{folder}/{RUN_FILE}"] = checkpoint.parent / RUN_FILE
             message = f"Step {step}, with what a training needs to go on"
             upload(files, training.hub_model_id, "model", message, **target)

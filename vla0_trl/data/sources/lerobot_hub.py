@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    DryRunError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 from vla0_trl.data.convert import Selection
 from vla0_trl.data.sources.lerobot import LeRobotSource
@@ -51,7 +60,31 @@ def fetch(source: LeRobotSource, selection: Selection, cameras: list[str]) -> No
         episodes = [meta.episodes[index] for index in indices]
         patterns = [episode.data for episode in episodes]
         patterns += [episode.videos[key].path for episode in episodes for key in videos]
-    _download(meta.hub_id, meta.revision, list(dict.fromkeys(patterns)))
+    patterns = list(dict.fromkeys(patterns))
+    _say_what_is_left(meta.hub_id, meta.revision, patterns)
+    _download(meta.hub_id, meta.revision, patterns)
+
+
+def _say_what_is_left(hub_id: str, revision: str | None, patterns: list[str]) -> None:
+    """Print how many files, and how much, are not here yet; `ConversionError` if they don't fit on the disk."""
+    options = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
+    try:
+        with _readable(hub_id, revision):
+            files = snapshot_download(hub_id, **options, dry_run=True)
+    except DryRunError:  # no connection, or offline on purpose: what is here may do
+        return
+    missing = [file for file in files if file.will_download]
+    if not missing:
+        return
+    size, cache = sum(file.file_size or 0 for file in missing), Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
+    wanted = f"{len(missing)} of {len(files)} files, {size / 1e9:.2f} GB"
+    if size > free:
+        raise ConversionError(
+            f"{wanted} of {hub_id} are to be downloaded into {cache}, where {free / 1e9:.2f} GB are free: set HF_HOME "
+            "to a larger disk, or take fewer episodes (--tasks, --num_episodes)"
+        )
+    print(f"downloading {wanted}, of {hub_id}; stopped, it goes on where it was", flush=True)
 
 
 def _wildcard(template: str) -> str:
@@ -60,11 +93,18 @@ def _wildcard(template: str) -> str:
 
 
 def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    try:
+    with _readable(hub_id, revision):
         return Path(snapshot_download(hub_id, repo_type="dataset", revision=revision, allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+
+
+@contextmanager
+def _readable(hub_id: str, revision: str | None) -> Iterator[None]:
+    """What the Hub's client raises, as a [`ConversionError`] of one line."""
+    try:
+        yield
+    except (HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         at = f" at revision {revision}" if revision else ""
         raise ConversionError(
             f"no folder {hub_id!r} here, and the Hub's dataset of that name{at} can't be read "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {' '.join(str(error).split())})"
         ) from error
