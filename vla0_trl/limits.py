@@ -18,7 +18,7 @@ _NAMES = {
     _MAYBE_NONE: """
         num_eval_episodes rollout_steps probe_steps dagger_steps dataloader_num_workers warmup_steps eval_delay
         eval_accumulation_steps torch_empty_cache_steps ddp_timeout num_videos first_init_state warmup jitter
-        num_workers window_ms
+        num_workers window_ms delays_ms
     """,
     _SHARE: """
         mask_max mask_skip mask_full label_smoothing_factor adam_beta1 adam_beta2 lora_dropout crop_ratio
