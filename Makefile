@@ -80,7 +80,7 @@ test-all: .venv/dev
 	$(PYTEST) $(PYTEST_ARGS)
 
 # Environments of their own, made anew each time. Tests that touch a library's inside, or its formats.
-VERSIONED := tests/processing tests/models tests/policy tests/training tests/envs tests/data/test_chat_dataset.py \
+VERSIONED := tests/processing tests/models tests/policy tests/serving tests/training tests/envs tests/data/test_chat_dataset.py \
 	tests/evaluation/test_rollout.py tests/evaluation/test_open_loop.py
 
 test-newest test-oldest: test-%: .venv/dev

@@ -96,14 +96,24 @@ def steps(client: RobotClient, message: dict, count: int, seconds: float = 0.02)
     return actions
 
 
+def until_it_acts(client: RobotClient, message: dict) -> np.ndarray:
+    """The first action, however busy the machine is."""
+    for _ in range(3000):
+        if (action := client.step(message)) is not None:
+            return action
+        time.sleep(0.01)
+    raise AssertionError(f"no action in 30 s: {client.last_error}")
+
+
 def test_a_robot_is_driven(policy):
     (observation,) = observations(1)
     expected = build_policy("nano").predict_action_chunk([observation])[0]
     with served(policy, warm=True) as server, RobotClient(f"ws://127.0.0.1:{server.port}") as client:
         assert client.metadata["n_action_steps"] == 3 and client.delay_steps >= 2
-        actions = steps(client, plain_message(observation), 40, 0.1)
-        assert client.last_error is None and client.stream.executed > 15  # of 40, on a busy machine
-    assert np.array_equal(next(action for action in actions if action is not None), expected[0])
+        assert np.array_equal(until_it_acts(client, plain_message(observation)), expected[0])
+        for _ in range(20):
+            until_it_acts(client, plain_message(observation))
+        assert client.last_error is None and client.stream.executed == 21
 
 
 def test_a_reply_that_is_too_late_is_never_executed(policy, monkeypatch):
@@ -119,17 +129,14 @@ def test_a_reply_that_is_too_late_is_never_executed(policy, monkeypatch):
         return chunks
 
     monkeypatch.setattr(policy, "predict_action_chunk", sometimes_slow)
-    with served(policy) as server, RobotClient(f"ws://127.0.0.1:{server.port}", timeout_s=0.5) as client:
-        before = steps(client, plain_message(observation), 20)
-        assert any(action is not None for action in before)
+    with served(policy, warm=True) as server, RobotClient(f"ws://127.0.0.1:{server.port}", timeout_s=0.5) as client:
+        until_it_acts(client, plain_message(observation))
         slow.set()
         held = steps(client, plain_message(observation), 60)
         assert held[-1] is None and "did not answer" in client.last_error
         slow.clear()
         release.set()
-        after = steps(client, plain_message(observation), 100)
-        assert client.last_error is None
-    assert any(action is not None for action in after)
+        after = [until_it_acts(client, plain_message(observation)) for _ in range(8)]
     assert all(action is None or (action >= 0).all() for action in [*held, *after])
 
 
@@ -139,7 +146,7 @@ def test_a_line_of_error_is_kept_and_the_robot_holds(policy, monkeypatch):
     with served(policy) as server, RobotClient(f"ws://127.0.0.1:{server.port}") as client:
         assert steps(client, {"prompt": "go"}, 20) == [None] * 20
         assert "the request lacks ['observation/image', 'observation/state']" in client.last_error
-        assert any(action is not None for action in steps(client, plain_message(observation), 30))
+        until_it_acts(client, plain_message(observation))
         client.reset()
         assert client.stream.executed == 0 and client.step(plain_message(observation)) is None
 
