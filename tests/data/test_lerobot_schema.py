@@ -44,7 +44,7 @@ FIELDS = {
         {"data_path": "data/{chunk_index}"},
         "data_path is 'data/{chunk_index}', wanted a path with {episode_index}",
     ),
-    "path null": ({"data_path": None}, "info.json: data_path is null, wanted text"),
+    "path null": ({"data_path": None}, "info.json: data_path is null, wanted a line of text"),
     "chunks_size": ({"chunks_size": "many"}, "info.json: chunks_size is 'many', wanted a whole number"),
 }
 
