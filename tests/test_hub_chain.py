@@ -55,10 +55,16 @@ def machine(tmp_path_factory):
         yield Machine(hub, tmp_path_factory.mktemp("machine"))
 
 
-def test_the_chain(machine):
+@pytest.fixture(scope="module")
+def recorded(machine) -> str:
+    """A dataset that a converter has uploaded."""
+    machine.run(*RECORD.split(), "--output_dir", machine.home / "data")
+    return DATASET
+
+
+def test_the_chain(machine, recorded):
     """One test: every step takes what the one before has uploaded."""
     hub, home = machine.hub, machine.home
-    machine.run(*RECORD.split(), "--output_dir", home / "data")
     assert hub.repositories["datasets", DATASET].private
 
     # plain datasets reads it, and streams it in ranges
@@ -106,10 +112,8 @@ def test_the_chain(machine):
     assert coverage.metric_type == "mean_max_coverage"
 
 
-def test_a_job_takes_its_recipe_by_id_and_goes_on_on_another_machine(machine):
+def test_a_job_takes_its_recipe_by_id_and_goes_on_on_another_machine(machine, recorded):
     hub, home = machine.hub, machine.home
-    if ("datasets", DATASET) not in hub.repositories:
-        machine.run(*RECORD.split(), "--output_dir", home / "data")
     repository = hub.repositories["datasets", DATASET]
     recipe = (REPOSITORY / "recipes/pusht/nano.yaml").read_bytes()
     repository.commit("recipe", repository.commits[-1].files | {"recipe.yaml": recipe})
@@ -138,7 +142,7 @@ def test_a_conversion_by_id_says_what_it_downloads_and_goes_on_after_a_break(mac
     assert "downloading" not in machine.run(*command, "--episodes", "0:1", "--output_dir", machine.home / "one")
 
 
-def test_a_typo_in_an_id_is_one_line(machine):
+def test_a_typo_in_an_id_is_one_line(machine, recorded):
     error = machine.run(
         *TRAIN.replace(DATASET, "me/pusht_smal").split(), "--output_dir", machine.home / "x", fails=True
     )
