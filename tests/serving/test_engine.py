@@ -18,7 +18,7 @@ class Gate:
     """Stands before a policy: notes the batches, and lets them through when it is open."""
 
     def __init__(self, policy):
-        self.policy, self.config = policy, policy.config
+        self.policy, self.config, self.decoder = policy, policy.config, None
         self.batches: list[list] = []
         self.open, self.entered = threading.Event(), threading.Event()
         self.open.set()

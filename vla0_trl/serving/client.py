@@ -15,6 +15,7 @@ import math
 import threading
 import time
 from collections import deque
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -50,11 +51,12 @@ class PolicyConnection:
 
     def __init__(self, url: str, api_key: str | None = None, timeout_s: float = 10.0):
         self.url, self.timeout_s, self.closed = url, timeout_s, False
+        self._stack = ExitStack()
         headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
         try:
-            self._socket: ClientConnection = connect(
-                url, additional_headers=headers, compression=None, max_size=None, open_timeout=timeout_s
-            )
+            # Entered, since websockets 17 warns of connections that are opened otherwise; left by `close`.
+            opening = connect(url, additional_headers=headers, compression=None, max_size=None, open_timeout=timeout_s)
+            self._socket: ClientConnection = self._stack.enter_context(opening)
             self.metadata: dict[str, Any] = unpack(self._socket.recv(timeout=timeout_s))
         except (OSError, WebSocketException, CodecError) as error:
             raise ServerError(f"no policy at {url}: {error}") from error
@@ -85,7 +87,7 @@ class PolicyConnection:
     def close(self) -> None:
         self.closed = True
         self._socket.close_timeout = 0.1  # a server that is busy or gone does not hold the robot up
-        self._socket.close()
+        self._stack.close()
 
 
 class ChunkStream:

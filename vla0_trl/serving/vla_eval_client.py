@@ -8,6 +8,7 @@ keys.
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,10 @@ class _Session:
 
     def __init__(self, url: str, timeout_s: float):
         self.timeout_s, self._seq, self.episode = timeout_s, 0, None
-        self._socket: ClientConnection = connect(
-            url.replace(SCHEME, "ws://", 1), compression=None, max_size=None, open_timeout=timeout_s
-        )
+        self._stack = ExitStack()  # websockets 17 warns of connections that are not entered
+        address = url.replace(SCHEME, "ws://", 1)
+        opening = connect(address, compression=None, max_size=None, open_timeout=timeout_s)
+        self._socket: ClientConnection = self._stack.enter_context(opening)
         self.send("hello", {"harness_version": "0.8.0", "protocol_version": VERSION})
         self.told: dict[str, Any] = self.receive("hello")
 
