@@ -84,6 +84,7 @@ def test_the_chain(machine, recorded):
     files = policy.commits[-1].files
     assert {"model.safetensors", "vla_config.json", "checkpoint.json", "README.md"} <= files.keys()
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth"))]  # nothing pickled
+    assert json.loads(files["checkpoint.json"])["trained_on"]["seeds"] == [0, 1]  # evaluations warn of these
     card = ModelCard(files["README.md"].decode())
     assert card.data.pipeline_tag == "robotics" and card.data.datasets == [DATASET] and card.data.base_model is None
 

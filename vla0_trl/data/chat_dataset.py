@@ -14,9 +14,12 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, Image, List, Value, load_dataset
 from datasets import config as datasets_config
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from vla0_trl.actions import NormStats, Quantizer, join_integers
 from vla0_trl.config import VLAConfig
+from vla0_trl.manifest import CONVERSION_NAME, read_json
 from vla0_trl.processing.chat import completion_messages, prompt_messages
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
@@ -93,6 +96,17 @@ def load_chat_dataset(
             "the episodes again with data_prep/"
         )
     return dataset, config
+
+
+def conversion_record(name_or_path: str | Path, revision: str | None = None) -> dict[str, Any] | None:
+    """What a dataset's conversion.json says of its making, from a folder or the Hub; None where there is none."""
+    if Path(name_or_path).is_dir():
+        return read_json(Path(name_or_path) / CONVERSION_NAME)
+    try:
+        file = hf_hub_download(str(name_or_path), CONVERSION_NAME, repo_type="dataset", revision=revision)
+    except (EntryNotFoundError, HFValidationError):
+        return None
+    return read_json(Path(file))
 
 
 def check_loadable(path: str | Path) -> None:

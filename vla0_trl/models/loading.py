@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -18,8 +19,8 @@ from transformers import (
     ProcessorMixin,
 )
 
-from vla0_trl.config import VLAConfig
-from vla0_trl.models.fingerprint import base_model_of, base_revision_of, check_base, is_adapter
+from vla0_trl.config import NANO, VLAConfig
+from vla0_trl.models.fingerprint import ADAPTER_CONFIG, base_model_of, base_revision_of, check_base, is_adapter
 from vla0_trl.models.weights import check_finite, load_whole, sound
 
 if TYPE_CHECKING:
@@ -43,6 +44,17 @@ def checkpoint_folder(name_or_path: str | Path, revision: str | None = None) -> 
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     return Path(snapshot_download(str(name_or_path), revision=revision))
+
+
+def local_adapter(name_or_path: str, revision: str | None = None) -> str:
+    """The folder of an adapter on the Hub, which is downloaded; any other name as it is."""
+    if name_or_path == NANO or Path(name_or_path).is_dir():
+        return name_or_path
+    try:
+        hf_hub_download(name_or_path, ADAPTER_CONFIG, revision=revision)
+    except (EntryNotFoundError, HFValidationError):
+        return name_or_path
+    return snapshot_download(name_or_path, revision=revision)
 
 
 def load_processor(name_or_path: str | Path, config: VLAConfig, revision: str | None = None) -> ProcessorMixin:

@@ -11,8 +11,9 @@ from typing import Any
 from trl import ModelConfig
 
 from vla0_trl.config import CONFIG_NAME, VLAConfig
+from vla0_trl.data.chat_dataset import conversion_record
 from vla0_trl.files import delete_leftovers, write_whole
-from vla0_trl.manifest import CONVERSION_NAME, delete_claimed, read_json, restore_replaced
+from vla0_trl.manifest import delete_claimed, read_json, restore_replaced
 from vla0_trl.run_folder import (
     BEST,
     ENERGY_FILE,
@@ -57,7 +58,7 @@ def run_identity(
         if name in _COUNTS or (name not in _MAY_CHANGE and not name.startswith(_FAMILIES))
     }
     settings |= {"global_batch": global_batch_size(training), "vla_config": config.to_dict()}
-    conversion = read_json(Path(data.dataset_name) / CONVERSION_NAME)
+    conversion = conversion_record(data.dataset_name, data.dataset_revision)
     if conversion is not None:  # a folder may hold another dataset than yesterday
         content = json.dumps(conversion | {"files": None}, sort_keys=True)
         settings["dataset_conversion"] = hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -120,9 +121,9 @@ def delete_run(output_dir: Path) -> None:
     (output_dir / RUN_FILE).unlink()
 
 
-def episodes_trained_on(dataset_name: str, episodes: list[int]) -> dict[str, Any]:
+def episodes_trained_on(dataset_name: str, episodes: list[int], revision: str | None = None) -> dict[str, Any]:
     """The episodes of a training, and the seeds of the simulator that they were recorded on, if we did that."""
-    conversion = read_json(Path(dataset_name) / CONVERSION_NAME) or {}
+    conversion = conversion_record(dataset_name, revision) or {}
     options = conversion.get("staging", {}).get("source", {}).get("options", {})
     seeds: list[Any] = []
     if options.keys() >= {"seed", "expert_mix"}:  # record_pusht.py

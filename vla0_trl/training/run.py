@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,14 @@ from vla0_trl.hub import HubError
 from vla0_trl.limits import check_limits
 from vla0_trl.models.adapters import check_named_modules, check_tied_targets
 from vla0_trl.models.fingerprint import base_model_of, is_adapter
-from vla0_trl.models.loading import IMAGE_ENCODER, freeze_vision, load_model, load_processor, set_image_size
+from vla0_trl.models.loading import (
+    IMAGE_ENCODER,
+    freeze_vision,
+    load_model,
+    load_processor,
+    local_adapter,
+    set_image_size,
+)
 from vla0_trl.models.nano import build_nano, nano_from_dict
 from vla0_trl.processing.chat import prompt_messages
 from vla0_trl.run_folder import FolderError, RunFolder
@@ -168,7 +175,9 @@ def build_trainer(run: Run, in_simulator: SimulatorCallbacks | None = None) -> V
     train_set, eval_set = hold_out(run.dataset, run.data.num_eval_episodes)
     messages = [message for task in tasks_of(run.dataset) for message in prompt_messages(run.config, task)]
     prompts = [message["content"] for message in messages]
-    model, processor = load_backbone(run.model_args, run.training, run.config, prompts, run.begin)
+    name = local_adapter(run.model_args.model_name_or_path, run.model_args.model_revision)
+    model_args = replace(run.model_args, model_name_or_path=name)
+    model, processor = load_backbone(model_args, run.training, run.config, prompts, run.begin)
     trainer = VLATrainer(
         model=model,
         args=run.training,
@@ -177,7 +186,7 @@ def build_trainer(run: Run, in_simulator: SimulatorCallbacks | None = None) -> V
         train_dataset=train_set,
         eval_dataset=eval_set,
         stored_cameras=run.stored_cameras,
-        peft_config=lora_config(run.model_args, run.training),
+        peft_config=lora_config(model_args, run.training),
     )
     max_tokens = trainer.model.config.get_text_config().max_position_embeddings
     check_tasks(run.data.dataset_name, run.dataset, trainer.eval_collator, max_tokens)
@@ -185,7 +194,7 @@ def build_trainer(run: Run, in_simulator: SimulatorCallbacks | None = None) -> V
         check_named_modules(trainer.model)
         check_tied_targets(trainer.model)
     episodes = np.unique(episode_indices(train_set)).tolist()
-    trainer.trained_on = episodes_trained_on(run.data.dataset_name, episodes)
+    trainer.trained_on = episodes_trained_on(run.data.dataset_name, episodes, run.data.dataset_revision)
     for callback in in_simulator(trainer) if in_simulator else ():
         trainer.add_callback(callback)
     return trainer
