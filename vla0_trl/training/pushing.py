@@ -60,6 +60,13 @@ def push_policy(
     return f"{address(repo_id, 'model')} at revision {commit}"
 
 
+def push_finished(training: VLASFTConfig) -> None:
+    """Upload the policy in `output_dir`, if the run is to; `HubError` if that was not finished."""
+    if training.push_to_hub and training.should_save:
+        target = (training.hub_model_id, "End of training", training.hub_revision, training.hub_token)
+        print(f"uploaded: {push_policy(Path(training.output_dir), *target)}")
+
+
 def restore_checkpoint(uploaded: Path, output_dir: Path) -> Path:
     """Lay a checkpoint that `hub_strategy=checkpoint` uploaded where its training looks for it; returns the folder.
 

@@ -41,7 +41,7 @@ from vla0_trl.training.checkpoints import finish_from_checkpoint, is_finished, r
 from vla0_trl.training.claim import BASE_MODEL, begin_run, episodes_trained_on, hold_run, run_identity
 from vla0_trl.training.not_finite import NotFiniteError
 from vla0_trl.training.progress import describe_run
-from vla0_trl.training.pushing import open_model_repository, push_policy
+from vla0_trl.training.pushing import open_model_repository, push_finished
 from vla0_trl.training.settings import check_together
 from vla0_trl.training.trainer import VLATrainer
 
@@ -138,10 +138,10 @@ def _train(run: Run, in_simulator: SimulatorCallbacks | None) -> None:
     training, output_dir = run.training, Path(run.training.output_dir)
     if is_finished(training) and not training.overwrite:
         print(f"already trained: {output_dir} (--overwrite to start again, a larger --max_steps to go on)")
-        return push_finished(run)
+        return push_finished(training)
     if not training.overwrite and finish_from_checkpoint(training):
         print(f"policy saved in {output_dir}: its last step was done already")
-        return push_finished(run)
+        return push_finished(training)
     try:
         trainer = build_trainer(run, in_simulator)
     except (ValueError, OSError, ImportError) as error:  # of settings, files and packages that are not there
@@ -158,16 +158,7 @@ def _train(run: Run, in_simulator: SimulatorCallbacks | None) -> None:
         raise Stopped(trainer.stop_signal)
     trainer.save_policy(output_dir, with_state=True)
     say(f"policy saved in {output_dir}")
-    push_finished(run)
-
-
-def push_finished(run: Run) -> None:
-    """Upload the policy in `output_dir`, if the run is to; `HubError` if that was not finished."""
-    training = run.training
-    if training.push_to_hub and training.should_save:
-        folder, target = Path(training.output_dir), (training.hub_revision, training.hub_token)
-        where = push_policy(folder, training.hub_model_id, "End of training", *target)
-        print(f"uploaded: {where}")
+    push_finished(training)
 
 
 def build_trainer(run: Run, in_simulator: SimulatorCallbacks | None = None) -> VLATrainer:
