@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.general import load_script
+from support.general import load_script, short_words
 
 from vla0_trl.benchmarks.ablation import Ablation
 from vla0_trl.evaluation.episode_log import read_episodes
@@ -82,7 +82,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "message"), REFUSED, ids=str)
+@pytest.mark.parametrize(("name", "change", "message"), REFUSED, ids=short_words)
 def test_a_wrong_field_is_named(folder, name, change, message):
     file = folder / f"eval/{name}.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))

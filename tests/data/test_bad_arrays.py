@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image
-from support.general import load_script
+from support.general import load_script, short_words
 from support.lerobot_files import replace_column, rewrite
 
 from vla0_trl.data.episodes import Episode, EpisodeError, raw_rows
@@ -104,7 +104,7 @@ DEMOS = [
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "message"), DEMOS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("key", "value", "message"), DEMOS, ids=short_words)
 def test_a_demonstration_that_can_not_be_read(hdf5, key, value, message):
     with h5py.File(hdf5, "a") as file:
         group = file["data/demo_0"]
@@ -207,7 +207,7 @@ PICTURES = [
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize(("data", "message"), PICTURES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("data", "message"), PICTURES, ids=short_words)
 def test_a_picture_that_is_none(data, message):
     from support.episodes import small_config
 

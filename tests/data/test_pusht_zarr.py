@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from support.general import PUSHT_ZARR, load_script, shared_path
+from support.general import PUSHT_ZARR, load_script, shared_path, short_words
 from support.runs import run_main
 
 from vla0_trl.data.episodes import EpisodeError
@@ -127,7 +127,7 @@ ZARRS = [
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "message"), ZARRS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("key", "value", "message"), ZARRS, ids=short_words)
 def test_a_zarr_that_can_not_be_read(small, script, key, value, message):
     group = zarr.open_group(small)
     del group[key]

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from support.episodes import small_config, small_episode
+from support.general import short_words
 from support.runs import run
 
 from vla0_trl.config import VLAConfig
@@ -89,14 +90,14 @@ def test_whole_rows_pass(table, dot_dataset):
     check(without_state_text, VLAConfig.from_pretrained(dot_dataset))
 
 
-@pytest.mark.parametrize(("column", "value", "message"), BAD_ROWS, ids=lambda value: repr(value)[:30])
+@pytest.mark.parametrize(("column", "value", "message"), BAD_ROWS, ids=short_words)
 def test_a_bad_row_is_named(table, dot_dataset, column, value, message):
     with pytest.raises(ValueError, match=PLACE) as error:
         check(one_changed(table, column, value), VLAConfig.from_pretrained(dot_dataset))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("column", "kind", "value", "message"), BAD_COLUMNS, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("column", "kind", "value", "message"), BAD_COLUMNS, ids=short_words)
 def test_a_column_of_another_type_is_named(table, dot_dataset, column, kind, value, message):
     with pytest.raises(ValueError, match=f"dots: {message}"):
         check(changed(table, column, [value] * len(table), kind), VLAConfig.from_pretrained(dot_dataset))

@@ -77,3 +77,8 @@ class HostSyncs(TorchDispatchMode):
 def contents(directory: Path) -> dict[str, bytes]:
     """Name and bytes of every file."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def short_words(value: object) -> str | None:
+    """A case's name: words as they are; pytest's own for what is no text, the same in every process."""
+    return value[:40] if isinstance(value, str) else None
