@@ -154,6 +154,7 @@ def one_process(dot_dataset, tmp_path_factory) -> list[dict[str, float]]:
     return probed(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["multi_gpu", *SHARDED])
 def test_two_processes_measure_what_one_does(config, dot_dataset, one_process, tmp_path):
     if config == "fsdp2" and Version(torch.__version__) < Version("2.12"):

@@ -196,7 +196,7 @@ def test_a_run_says_what_it_will_take(dot_dataset, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(dot_dataset, tmp_path):
     out = tmp_path / "r"
     with pytest.raises(NotFiniteError, match=r"the loss is nan at step 2; the batch's rows are in .*process0.json"):
-        run(dot_dataset, out, learning_rate=1e30, max_steps=9)
+        run(dot_dataset, out, learning_rate=1e10, max_steps=9)
     found = json.loads((out / "not_finite_step2_process0.json").read_text())
     assert found["columns"] == ["episode_index", "frame_index"] and found["step"] == 2
     rows = {tuple(row) for row in found["rows"] + found["before"]}
