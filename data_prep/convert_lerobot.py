@@ -3,7 +3,7 @@
     python data_prep/convert_lerobot.py --source HuggingFaceVLA/libero --gripper sign --output_dir data/libero
     python data_prep/convert_lerobot.py --source HuggingFaceVLA/libero --gripper sign --num_episodes 40 --output_dir …
     python data_prep/convert_lerobot.py --source lerobot/pusht --relative_actions --output_dir data/pusht
-    python data_prep/convert_lerobot.py --source ~/recordings/so100 --tasks "red cube" --output_dir data/so100
+    python data_prep/convert_lerobot.py --source ~/recordings/so100 --units degrees --output_dir data/so100
 
 Cameras, state and action are found in the dataset's meta/info.json; a camera is named by its key without
 "observation.images.". Images in parquet files go over untouched, those of videos become JPEGs of quality 95. Of a Hub
@@ -18,6 +18,7 @@ from vla0_trl.data.arguments import ConversionArguments, Subset, chosen_tasks, c
 from vla0_trl.data.sources.gripper import CONVENTIONS
 from vla0_trl.data.sources.lerobot import LeRobotSource
 from vla0_trl.data.sources.lerobot_hub import fetch, open_dataset
+from vla0_trl.joint_units import JOINT_UNITS
 
 
 @dataclass(kw_only=True)
@@ -38,6 +39,11 @@ class Arguments(Subset, ConversionArguments):
         "and the robot have −1 and +1, as LIBERO needs (default: no such gripper)",
         choices=list(CONVENTIONS),
     )
+    units: str | None = option(
+        None,
+        "of a LeRobot arm's joints: degrees, or normalized (−100…100); its server compares them with the robot's",
+        choices=JOINT_UNITS,
+    )
     ignore_stats: bool = option(False, "convert values that meta's statistics say there are not")
     trust_timestamps: bool = option(False, "convert frames whose timestamps contradict meta/info.json's fps")
     image_format: str = option(
@@ -53,7 +59,7 @@ def main() -> None:
     with command_line_errors(args):
         meta = open_dataset(args.source, args.revision)
         keys = names_in(args.image_keys), args.state_key, args.action_key
-        source = LeRobotSource(meta, *keys, not args.ignore_stats, args.trust_timestamps, args.gripper)
+        source = LeRobotSource(meta, *keys, not args.ignore_stats, args.trust_timestamps, args.gripper, args.units)
         cameras = args.chosen_cameras(list(source.cameras))
         tasks = chosen_tasks(args.tasks, meta.tasks)
         fetch(source, args.selection(tasks), cameras)

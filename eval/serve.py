@@ -23,6 +23,7 @@ from pathlib import Path
 
 from vla0_trl.command_line import option, parse, user_errors
 from vla0_trl.evaluation.arguments import ModelArguments
+from vla0_trl.joint_units import JOINT_UNITS
 
 
 @dataclass(kw_only=True)
@@ -30,7 +31,9 @@ class Arguments(ModelArguments):
     layout: str = option(
         "plain", "keys of the robot's messages: plain, libero, pusht, droid, aloha, so100, or a FILE.yaml"
     )
-    units: str | None = option(None, "of the checkpoint's joints, for so100", choices=("degrees", "normalized"))
+    units: str | None = option(
+        None, "of the checkpoint's joints, for so100 (default: as they were converted)", choices=JOINT_UNITS
+    )
     host: str = option("127.0.0.1", "address to listen on (default: %(default)s, this machine alone)")
     port: int = option(8000, "0 takes a free one (default: %(default)s)")
     api_key_file: Path | None = option(None, "a file whose one line clients must send as Authorization: Api-Key …")

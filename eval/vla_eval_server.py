@@ -10,12 +10,17 @@ as the checkpoint says, or as --args.n_action_steps or --args.ensemble_size do.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
-from vla_eval.model_servers.base import SessionContext
-from vla_eval.model_servers.predict import PredictModelServer
-from vla_eval.specs import IMAGE_RGB, LANGUAGE, RAW, DimSpec
+
+try:
+    from vla_eval.model_servers.base import SessionContext
+    from vla_eval.model_servers.predict import PredictModelServer
+    from vla_eval.specs import IMAGE_RGB, LANGUAGE, RAW, DimSpec
+except ImportError as error:
+    sys.exit(f"error: {error}: this needs vla-eval as well: pip install vla-eval==0.8.0")
 
 from vla0_trl.policy.execution import ChunkExecutor
 from vla0_trl.policy.policy import VLAPolicy, resolve_device

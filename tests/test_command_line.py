@@ -1,8 +1,10 @@
 """One command line for all scripts: flags, `--config YAML`, mistakes in one line."""
 
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ from support.general import REPOSITORY
 
 from vla0_trl.command_line import ScriptParser, as_flags, option, parse
 
+FOREIGN = "vla_eval_server.py"  # its command line is vla-eval's, which is not among our packages
 SCRIPTS = [path for folder in ("data_prep", "eval", "recipes") for path in sorted((REPOSITORY / folder).glob("*.py"))]
+SCRIPTS = [path for path in SCRIPTS if path.name != FOREIGN]
 
 
 @dataclass(kw_only=True)
@@ -84,6 +88,12 @@ def test_words_that_are_no_field():
 
 
 @pytest.mark.slow  # a process per script
+@pytest.mark.skipif(find_spec("vla_eval") is not None, reason="vla-eval is installed here")
+def test_a_script_on_a_package_that_is_not_there_is_one_line():
+    with pytest.raises(SystemExit, match=r"error: No module named 'vla_eval'.* pip install vla-eval==0.8.0"):
+        runpy.run_path(str(REPOSITORY / "eval" / FOREIGN))
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_help_and_a_typo_are_answered_before_anything_heavy_is_imported(script):
     code = (

@@ -183,3 +183,19 @@ def test_an_image_column_of_another_type_is_one_line(v2):
     rewrite(v2 / DATA_2, lambda t: replace_column(t, TOP, pa.array(["x.png"] * 33)))
     with pytest.raises(EpisodeError, match=f"{TOP} is string, wanted struct<bytes"):
         list(source(v2).episode(1).images["top"])
+
+
+# -- joints of an arm
+
+
+def test_units_of_joints_are_said_and_checked(v2):
+    """Degrees and −100…100 both convert; numbers that can't be what was said are refused, and so is a mix."""
+    rewrite(v2 / DATA_2, lambda table: replace_column(table, "action", pa.array([[0.0, 101.0]] * len(table))))
+    options = {"check_stats": False, "trust_timestamps": True}
+    degrees, normalized = (source(v2, units=units, **options) for units in ("degrees", "normalized"))
+    assert [source(v2, **options).info.units, degrees.info.units, normalized.info.units] == [
+        *("as in the source", "degrees", "normalized")
+    ]
+    assert degrees.episode(1).actions.max() == 101 and len(normalized.episode(0).actions) == LENGTHS[0]
+    with pytest.raises(EpisodeError, match="episode 1: action reaches 101, which no joint in normalized does"):
+        normalized.episode(1)

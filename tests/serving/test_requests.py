@@ -155,7 +155,18 @@ def test_a_message_that_does_not_fit_is_one_line(message, error):
         ("droid", config(["image"], 8, 8, chunk_size=8), None, "executes 10 actions .* predicts chunk_size=8"),
         ("libero", config(["image"], 8, 7), "degrees", "--units degrees would do nothing"),
         ("so100", config(["front"], 6, 6), None, "--units must say what the checkpoint's joints were recorded in"),
-        ("so100", config(["front"], 6, 6, largest=170), "normalized", "the checkpoint's state reaches 170: degrees"),
+        (
+            "so100",
+            config(["front"], 6, 6, largest=170),
+            "normalized",
+            "--units normalized, but the checkpoint's state reaches 170",
+        ),
+        (
+            "so100",
+            config(["front"], 6, 6).replace(units="degrees"),
+            "normalized",
+            "--units normalized, but the checkpoint's joints were recorded in degrees",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_robot_is_refused(layout, checkpoint, units, error):
@@ -163,12 +174,17 @@ def test_a_checkpoint_of_another_robot_is_refused(layout, checkpoint, units, err
         RequestReader(LAYOUTS[layout], checkpoint, units)
 
 
+def test_units_that_were_said_when_converting_need_not_be_said_again():
+    checkpoint = config(["front"], 6, 6).replace(units="degrees")
+    assert RequestReader(LAYOUTS["so100"], checkpoint).units == "degrees"
+
+
 @pytest.mark.parametrize(
     "changes, error",
     [
         ({"units": "degrees"}, "has units 'degrees', the checkpoint's are 'normalized'"),
         ({"units": None}, "does not say 'units', the checkpoint's are 'normalized'"),
-        ({"units": "normalized", "elbow_flex.pos": 101.0}, "the state reaches 101, beyond −100…100: is it in degrees"),
+        ({"units": "normalized", "elbow_flex.pos": 101.0}, "the state reaches 101: is it normalized"),
     ],
 )
 def test_degrees_are_never_taken_for_shares_of_the_range(changes, error):

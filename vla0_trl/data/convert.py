@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from vla0_trl.config import VLAConfig
-from vla0_trl.data.episodes import EpisodeError, ImageFormat, Source
-from vla0_trl.data.shards import classify_episodes, write_dataset
+from vla0_trl.data.episodes import EpisodeError, ImageFormat, Source, SourceInfo
+from vla0_trl.data.shards import ClassifiedEpisodes, classify_episodes, write_dataset
 from vla0_trl.data.staging import ConversionError, Staging
 from vla0_trl.manifest import CONVERSION_NAME, damage, read_json
 from vla0_trl.run_folder import FolderError, RunFolder, belongs_to_another, is_free
@@ -128,18 +128,7 @@ def convert(
         robot=info.robot, units=info.units, fps=info.fps, source=info.source, source_revision=info.revision
     )
     indices = (selection or Selection()).indices(source)
-    staging_key = {
-        "format": 2,
-        "source": {"name": info.source, "revision": info.revision, "options": info.options},
-        "cameras": config.cameras,
-        "action_dim": config.action_dim,
-        "state_dim": config.state_dim,
-        "image_format": image_format,
-    }
-    wanted = {name: value for name, value in config.to_dict().items() if name != "units"}  # words, and no content
-    key = {"staging": staging_key, "episodes": indices, "config": wanted, "skip_bad": skip_bad_episodes}
-    key = json.loads(json.dumps(key))  # as it is read back
-
+    key = _identity(info, config, indices, image_format, skip_bad_episodes)
     with RunFolder(output_dir) as folder:
         folder.finish_publishing()
         work = key["staging"] | {"chunk_size": config.chunk_size}
@@ -163,21 +152,25 @@ def convert(
             ) from error
         folder.publish()  # what was there is replaced only now, when what replaces it is complete
 
-    seconds = time.monotonic() - started
-    names = f" ({', '.join(map(str, result.rejected))})" if result.rejected else ""
-    print(
-        f"{len(result.included)} episodes kept, {len(result.rejected)} rejected{names}; "
-        f"{staged} of {len(indices)} read now\n"
-        f"{result.frames} frames in {seconds:.1f} s: {result.frames / seconds:.0f} frames/s\n"
-        f"dataset: {output_dir}\n"
-        f"look at it: python data_prep/inspect_dataset.py --dataset {output_dir} --output inspect.html\n"
-        f"train on it: accelerate launch {recipe} --dataset_name {output_dir}"
-    )
-    if result.clipped:
-        print("clipped:", *result.clipped, sep="\n  ")
-    if result.skipped:
-        print(f"{len(result.skipped)} episodes skipped as bad:", *result.skipped.values(), sep="\n  ")
+    _print_report(result, output_dir, recipe, staged, len(indices), time.monotonic() - started)
     return output_dir
+
+
+def _identity(
+    info: SourceInfo, config: VLAConfig, indices: list[int], image_format: ImageFormat, skip_bad_episodes: bool
+) -> dict[str, Any]:
+    """What makes this conversion another one than that of other data or settings, as it is read back from JSON."""
+    staging = {
+        "format": 2,
+        "source": {"name": info.source, "revision": info.revision, "options": info.options},
+        "cameras": config.cameras,
+        "action_dim": config.action_dim,
+        "state_dim": config.state_dim,
+        "image_format": image_format,
+    }
+    content = {name: value for name, value in config.to_dict().items() if name != "units"}  # words, and no content
+    key = {"staging": staging, "episodes": indices, "config": content, "skip_bad": skip_bad_episodes}
+    return json.loads(json.dumps(key))
 
 
 def _is_finished(folder: RunFolder, key: dict[str, Any], overwrite: bool) -> bool:
@@ -194,3 +187,21 @@ def _is_finished(folder: RunFolder, key: dict[str, Any], overwrite: bool) -> boo
     if error := damage(folder.path):
         raise FolderError(f"{folder.path} is damaged: {error}: convert it again with --overwrite")
     return True
+
+
+def _print_report(
+    result: ClassifiedEpisodes, output_dir: Path, recipe: str, read_now: int, wanted: int, seconds: float
+) -> None:
+    names = f" ({', '.join(map(str, result.rejected))})" if result.rejected else ""
+    print(
+        f"{len(result.included)} episodes kept, {len(result.rejected)} rejected{names}; "
+        f"{read_now} of {wanted} read now\n"
+        f"{result.frames} frames in {seconds:.1f} s: {result.frames / seconds:.0f} frames/s\n"
+        f"dataset: {output_dir}\n"
+        f"look at it: python data_prep/inspect_dataset.py --dataset {output_dir} --output inspect.html\n"
+        f"train on it: accelerate launch {recipe} --dataset_name {output_dir}"
+    )
+    if result.clipped:
+        print("clipped:", *result.clipped, sep="\n  ")
+    if result.skipped:
+        print(f"{len(result.skipped)} episodes skipped as bad:", *result.skipped.values(), sep="\n  ")

@@ -11,15 +11,13 @@ import numpy as np
 from PIL import Image
 
 from vla0_trl.config import VLAConfig
+from vla0_trl.joint_units import DEGREES, JOINT_UNITS, NORMALIZED, beyond_units
 from vla0_trl.policy.observation import Observation, check_observation
 from vla0_trl.serving.codec import one_line
 from vla0_trl.serving.layouts import CAMERA, Layout
 
 MAX_PIXELS = 16 << 20  # of a compressed picture, before it is decoded
 MAX_DEPTH = 4  # of maps in maps
-DEGREES, NORMALIZED = "degrees", "normalized"  # what LeRobot records of a servo's joints: `use_degrees`, or −100…100
-UNITS = (DEGREES, NORMALIZED)
-LARGEST_NORMALIZED = 100.5  # a calibrated joint that is pushed a little beyond its stops
 # What any request may carry beside its layout's keys.
 OPTIONS = ("episode", "prefix", "units", "deadline_s")
 
@@ -45,7 +43,8 @@ class RequestReader:
 
     Args:
         layout ([`Layout`]), config ([`VLAConfig`]): the two sides.
-        units (`str`, *optional*): what the checkpoint's joints are in, where the layout needs it: one of `UNITS`.
+        units (`str`, *optional*): of the checkpoint's joints, where the layout needs it: one of `JOINT_UNITS`.
+            Default: as it was converted.
 
     Attributes:
         cameras (`dict[str, str]`): the checkpoint's camera -> its key in a message.
@@ -171,22 +170,20 @@ class RequestReader:
             if self.units is not None:
                 raise ValueError(f"--units {self.units} would do nothing: this layout's units are fixed")
             return
-        if self.units not in UNITS:
+        recorded = self.config.units if self.config.units in JOINT_UNITS else None
+        if recorded and self.units not in (None, recorded):
+            raise ValueError(f"--units {self.units}, but the checkpoint's joints were recorded in {recorded}")
+        self.units = self.units or recorded
+        if self.units not in JOINT_UNITS:
             raise ValueError(
                 f"--units must say what the checkpoint's joints were recorded in: {DEGREES} (LeRobot's default since "
                 f"0.4.4) or {NORMALIZED} (−100…100); one taken for the other moves an arm wrongly"
             )
         for what, stats in (("state", self.config.state_stats), ("action", self.config.action_stats)):
-            if (
-                self.units == NORMALIZED
-                and stats is not None
-                and not (what == "action" and self.config.relative_actions)
-            ):
-                largest = max(map(abs, [*stats.min, *stats.max]))
-                if largest > LARGEST_NORMALIZED:
-                    raise ValueError(
-                        f"--units {NORMALIZED}, but the checkpoint's {what} reaches {largest:g}: degrees?"
-                    )
+            if stats is None or (what == "action" and self.config.relative_actions):
+                continue
+            if (largest := beyond_units(np.array([stats.min, stats.max]), self.units)) is not None:
+                raise ValueError(f"--units {self.units}, but the checkpoint's {what} reaches {largest:g}")
 
     def _check_request_units(self, units: Any, state: np.ndarray | None) -> None:
         if not self.layout.needs_units:
@@ -196,8 +193,8 @@ class RequestReader:
         if units != self.units:
             said = "does not say 'units'" if units is None else f"has units {one_line(repr(units), 40)}"
             raise ValueError(f"the request {said}, the checkpoint's are {self.units!r}: convert, or say so")
-        if units == NORMALIZED and state is not None and np.abs(state).max() > LARGEST_NORMALIZED:
-            raise ValueError(f"the state reaches {np.abs(state).max():g}, beyond −100…100: is it in degrees?")
+        if state is not None and (largest := beyond_units(state, units)) is not None:
+            raise ValueError(f"the state reaches {largest:g}: is it {units}?")
 
 
 def _leaves(message: dict, before: str = "", depth: int = 1) -> Iterator[tuple[str, Any]]:

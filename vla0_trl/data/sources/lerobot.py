@@ -17,6 +17,7 @@ from vla0_trl.data.sources.lerobot_frames import FIX, EpisodeRows, Frames, read_
 from vla0_trl.data.sources.lerobot_meta import IMAGE_TYPES, EpisodeMeta, LeRobotMeta
 from vla0_trl.data.sources.parquet_images import ImageColumn
 from vla0_trl.data.staging import ConversionError
+from vla0_trl.joint_units import beyond_units
 from vla0_trl.schema import short
 
 _STATE_KEYS = ("observation.state", "state")  # LeRobot's name, and physical-intelligence/libero's
@@ -35,6 +36,7 @@ class LeRobotSource:
         check_stats (`bool`): compare what is read with the dataset's own statistics.
         trust_timestamps (`bool`): accept timestamps that contradict fps.
         gripper (`str`, *optional*): the last action dimension is one, by one of [`gripper.CONVENTIONS`].
+        units (`str`, *optional*): what joints are measured in, one of [`joint_units.JOINT_UNITS`].
 
     Raises:
         ConversionError: a feature does not exist, or there is no camera or no action.
@@ -49,8 +51,9 @@ class LeRobotSource:
         check_stats: bool = True,
         trust_timestamps: bool = False,
         gripper: str | None = None,
+        units: str | None = None,
     ):
-        self.meta, self.check_stats, self.gripper = meta, check_stats, gripper
+        self.meta, self.check_stats, self.gripper, self.units = meta, check_stats, gripper, units
         pictures = [key for key, feature in meta.features.items() if feature["dtype"] in IMAGE_TYPES]
         known = [key for key in pictures if not _is_depth_map(meta.features[key])]
         images = self._found("--image_keys", image_keys or [], known, "camera")
@@ -81,7 +84,9 @@ class LeRobotSource:
                 "cameras": self.cameras,
                 "trust_timestamps": trust_timestamps,
                 "gripper": gripper,
+                **({"units": units} if units else {}),
             },
+            **({"units": units} if units else {}),
         )
         self.frames = Frames(meta, trust_timestamps)
         self._listed: dict[int, str] = {}  # tasks by which episodes were chosen before their frames were fetched
@@ -163,6 +168,8 @@ class LeRobotSource:
         values = vectors(table[key], self._dim(key), f"{name}: {self.meta.root / meta.data}: {key}")
         if self.check_stats:
             self._compare_stats(key, values, meta, name)
+        if (largest := beyond_units(values, self.units)) is not None:
+            raise EpisodeError(f"{name}: {key} reaches {largest:g}, which no joint in {self.units} does: see --units")
         return values
 
     def _compare_stats(self, key: str, values: np.ndarray, meta: EpisodeMeta, name: str) -> None:
