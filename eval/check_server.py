@@ -76,7 +76,9 @@ def verdict(metadata: dict, p95_ms: float) -> tuple[bool, str]:
     fps, chunk, executed = (metadata[name] for name in ("fps", "chunk_size", "n_action_steps"))
     delay = math.ceil(p95_ms / 1000 * fps) + 1  # as vla0_trl.serving.client counts
     left = max(0, min(executed, chunk - delay))
-    words = f"p95 is {delay - 1} steps at {fps:g} Hz; asked {delay} steps ahead, of a chunk of {chunk} remain {left}"
+    words = (
+        f"p95 in control steps at {fps:g} Hz: {delay - 1}; asked {delay} ahead, of a chunk of {chunk} remain {left}"
+    )
     if left >= delay:
         return True, f"fits: {words}, which last until the next reply"
     stop = f"a robot that prefetches stops for up to {delay - left} steps per chunk"
@@ -102,12 +104,12 @@ def main() -> None:
             found = latencies(lambda: PolicyConnection(others.url, key, args.timeout_s), count, args)
             p50, p95, largest = (round(float(value), 1) for value in np.percentile(found, (50, 95, 100)))
             rows.append({"clients": count, "p50_ms": p50, "p95_ms": p95, "max_ms": largest})
-            print(f"{count} robots: p50 {p50} ms, p95 {p95} ms, largest {largest} ms of {len(found)} replies")
+            print(f"robots {count}: p50 {p50} ms, p95 {p95} ms, largest {largest} ms of {len(found)} replies")
     fits = True
     for row in rows:
         row["fits"], row["verdict"] = verdict(metadata, row["p95_ms"])
         fits &= row["fits"]
-        print(f"{row['clients']} robots: {row['verdict']}")
+        print(f"robots {row['clients']}: {row['verdict']}")
     if args.json is not None:
         args.json.write_text(json.dumps({"url": others.url, "server": metadata, "latencies": rows}, indent=2) + "\n")
     sys.exit(0 if fits else 1)

@@ -51,8 +51,8 @@ def test_mistakes_are_one_line_before_a_model_is_loaded(words, error, monkeypatc
 @pytest.mark.parametrize(
     "p95_ms, executed, fits, words",
     [
-        (90, 5, True, "p95 is 1 steps at 10 Hz; asked 2 steps ahead, of a chunk of 8 remain 5"),
-        (300, 8, True, "p95 is 3 steps at 10 Hz; asked 4 steps ahead, of a chunk of 8 remain 4"),
+        (90, 5, True, "p95 in control steps at 10 Hz: 1; asked 2 ahead, of a chunk of 8 remain 5"),
+        (300, 8, True, "p95 in control steps at 10 Hz: 3; asked 4 ahead, of a chunk of 8 remain 4"),
         (
             310,
             8,
@@ -75,7 +75,7 @@ def test_a_server_is_measured(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             CHECK.main()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["1 robots", "3 robots"] * 2
+    assert [line.split(":")[0] for line in lines] == ["robots 1", "robots 3"] * 2
     assert lines[0].endswith("of 4 replies") and lines[1].endswith("of 12 replies")
 
 
