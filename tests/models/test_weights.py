@@ -1,5 +1,6 @@
 """Incomplete, foreign or broken weights are refused by name; transformers and PEFT would only warn."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from vla0_trl.models.loading import load_model
+from vla0_trl.config import VLAConfig
+from vla0_trl.models.loading import load_model, load_processor
 
 VICTIM = "model.text_model.layers.0.mlp.up_proj.weight"
 
@@ -75,6 +77,16 @@ def test_a_cut_off_file_is_one_line(checkpoint):
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="a weight file is damaged or cut off"):
         load_model(checkpoint)
+
+
+@pytest.mark.parametrize("mean", ["x", [1, 2], [float("nan"), 0, 0]])
+def test_colours_that_cannot_be_computed_with_are_one_line(checkpoint, mean):
+    file = checkpoint / "processor_config.json"
+    found = json.loads(file.read_text())
+    found["image_processor"]["image_mean"] = mean
+    file.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="one of its files is damaged"):
+        load_processor(str(checkpoint), VLAConfig.from_pretrained(checkpoint))
 
 
 def test_large_but_finite_weights_and_tied_ones_are_fine(checkpoint):

@@ -67,6 +67,14 @@ def load_processor(name_or_path: str | Path, config: VLAConfig, revision: str | 
     if is_adapter(name_or_path):
         name_or_path, revision = base_model_of(name_or_path), base_revision_of(name_or_path)
     set_image_size(processor, AutoConfig.from_pretrained(name_or_path, revision=revision), config)
+    with sound(name_or_path):  # numbers that can't be computed with show when they are used
+        white = torch.full((3, config.image_size, config.image_size), 255, dtype=torch.uint8)
+        try:
+            pixels = image_processor(white, return_tensors="pt")["pixel_values"]
+        except RuntimeError as error:
+            raise ArithmeticError(f"its image processor fails: {error}") from error
+        if not pixels.isfinite().all():
+            raise ArithmeticError("its image processor makes pixels that are not finite")
     return processor
 
 
