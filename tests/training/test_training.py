@@ -18,7 +18,7 @@ from vla0_trl.data.chat_dataset import load_chat_dataset
 from vla0_trl.models.loading import load_model, load_processor
 from vla0_trl.run_folder import last_checkpoint
 from vla0_trl.training.arguments import DataArguments, VLASFTConfig
-from vla0_trl.training.not_finite import NotFiniteError
+from vla0_trl.training.row_trace import NotFiniteError
 from vla0_trl.training.run import hold_out
 from vla0_trl.training.trainer import VLATrainer
 

@@ -182,7 +182,7 @@ class VLAPolicy:
         answers = decode(
             self.model, inputs, self.generation_config, self.grammar, self.decoder, drafts, beginnings
         ).cpu()
-        chunks = np.stack([self._decode(a, o) for a, o in zip(answers, observations, strict=True)])
+        chunks = np.stack([self._read_answer(a, o) for a, o in zip(answers, observations, strict=True)])
         for chunk, prefix in zip(chunks, prefixes, strict=True):
             chunk[: len(prefix)] = prefix
         for key, chunk in zip(keys, chunks, strict=True):
@@ -266,7 +266,7 @@ class VLAPolicy:
         pixels = model_inputs(self.processor.image_processor, cameras, self.config)
         return batch | self.chat_tokenizer.token_types(batch["input_ids"]) | pixels
 
-    def _decode(self, answer: torch.Tensor, observation: Observation) -> np.ndarray:
+    def _read_answer(self, answer: torch.Tensor, observation: Observation) -> np.ndarray:
         text = self.processor.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return self.decode_answer(text, observation["state"])
 

@@ -39,9 +39,9 @@ from vla0_trl.stopping import Stopped
 from vla0_trl.training.arguments import DataArguments, VLASFTConfig, parse_recipe
 from vla0_trl.training.checkpoints import finish_from_checkpoint, is_finished, resume_point
 from vla0_trl.training.claim import BASE_MODEL, begin_run, episodes_trained_on, hold_run, run_identity
-from vla0_trl.training.not_finite import NotFiniteError
 from vla0_trl.training.progress import describe_run
 from vla0_trl.training.pushing import open_model_repository, push_finished
+from vla0_trl.training.row_trace import NotFiniteError
 from vla0_trl.training.settings import check_together
 from vla0_trl.training.trainer import VLATrainer
 

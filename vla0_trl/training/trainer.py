@@ -23,10 +23,10 @@ from vla0_trl.training.callbacks import PolicyCallback, finish_on_signal
 from vla0_trl.training.checkpoints import CheckpointingTrainer
 from vla0_trl.training.growing_rows import GrowingRows
 from vla0_trl.training.muon import MUON, build_muon
-from vla0_trl.training.not_finite import RowTrace, TracedCollator
 from vla0_trl.training.observation_gap import ProbeCallback
 from vla0_trl.training.progress import EnergyCallback, SpeedCallback
 from vla0_trl.training.pushing import Uploads
+from vla0_trl.training.row_trace import RowTrace, TracedCollator
 
 MASKING = ("mask_max", "mask_skip", "mask_full", "mask_labels", "label_smoothing_bins", "mask_unit")
 DAGGER = "dagger"  # in the run's folder: what the policy visited while it learnt

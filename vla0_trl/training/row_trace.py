@@ -1,4 +1,4 @@
-"""When the loss becomes NaN or infinite: stop, and say which rows it was."""
+"""Training's collator: it says which rows a batch is made of, so that a loss that is NaN or infinite names them."""
 
 from __future__ import annotations
 
