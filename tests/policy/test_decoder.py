@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support.backbones import DIGITS, MULTI, Chat, multi_digit_tokenizer, observations
-from support.random_policies import BACKBONES, build_policy, sharpened
+from support.random_policies import BACKBONES, build_policy, generate, sharpened
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
 from vla0_trl import VLAPolicy
@@ -38,15 +38,6 @@ def budget_of_a_gpu(monkeypatch) -> None:
     """Candidates and drafts also where a batch is too large for them on a CPU."""
     monkeypatch.setattr(decoding, "MAX_CANDIDATES", {"cpu": 512})
     monkeypatch.setattr(decoding, "MAX_DRAFTED", {"cpu": 1024})
-
-
-def generate(policy, batch, **options) -> torch.Tensor:
-    inputs = policy._inputs(batch)
-    if not options:
-        processor = ActionGrammarLogitsProcessor(grammar=policy.grammar)
-        options = {"logits_processor": LogitsProcessorList([processor])}
-    output = policy.model.generate(**inputs, generation_config=policy.generation_config, **options)
-    return output[:, inputs["input_ids"].shape[1] :]
 
 
 def answer(policy, tokens) -> list[int]:

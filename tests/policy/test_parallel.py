@@ -4,12 +4,10 @@ import numpy as np
 import pytest
 import torch
 from support.backbones import TINY, observations
-from support.random_policies import BACKBONES, build_policy, sharpened
-from transformers import LogitsProcessorList
+from support.random_policies import BACKBONES, build_policy, generate, sharpened
 
 from vla0_trl import VLADataCollator, VLAPolicy
 from vla0_trl.models.nano import NanoConfig, build_nano
-from vla0_trl.policy.grammar import ActionGrammarLogitsProcessor
 from vla0_trl.policy.speculative import decoder as decoding
 from vla0_trl.policy.speculative.decoder import ChunkDecoder
 from vla0_trl.policy.speculative.options import DecodingOptions, DraftChoice, PromptError
@@ -31,15 +29,6 @@ def policy(request):
 
 def decoder_of(policy, **options) -> ChunkDecoder:
     return ChunkDecoder(policy.grammar, DecodingOptions(**options), policy.decoder.prefix, 2, policy.decoder.reader)
-
-
-def generate(policy, batch, **options) -> torch.Tensor:
-    inputs = policy._inputs(batch)
-    if not options:
-        processor = ActionGrammarLogitsProcessor(grammar=policy.grammar)
-        options = {"logits_processor": LogitsProcessorList([processor])}
-    output = policy.model.generate(**inputs, generation_config=policy.generation_config, **options)
-    return output[:, inputs["input_ids"].shape[1] :]
 
 
 class Watched(ParallelReader):

@@ -6,7 +6,6 @@ import time
 import numpy as np
 import pytest
 from support.backbones import observations
-from support.random_policies import build_policy
 
 from vla0_trl.policy.execution import ChunkExecutor
 from vla0_trl.serving import engine as engines
@@ -28,17 +27,6 @@ class Gate:
         assert self.open.wait(30)
         self.batches.append([observation["episode"] for observation in observations])
         return self.policy.predict_action_chunk(observations, prefixes)
-
-
-@pytest.fixture(scope="module")
-def policy():
-    return build_policy("nano")
-
-
-@pytest.fixture(scope="module")
-def twin():
-    """Answers like the policy, which belongs to the engine's thread."""
-    return build_policy("nano")
 
 
 @pytest.fixture

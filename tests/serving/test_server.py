@@ -24,17 +24,6 @@ from vla0_trl.serving.server import ServerOptions
 
 
 @pytest.fixture(scope="module")
-def policy():
-    return build_policy("nano")
-
-
-@pytest.fixture(scope="module")
-def twin():
-    """Answers like the policy, which belongs to the engine's thread."""
-    return build_policy("nano")
-
-
-@pytest.fixture(scope="module")
 def server(policy):
     with served(policy, warm=True) as server:
         yield server

@@ -1,7 +1,7 @@
 """Policies of random weights whose greedy answers are clear: no two best logits are equal but for rounding."""
 
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, LogitsProcessorList
 
 from support.backbones import QWEN, SMOLVLM, TINY, shrunk
 from support.general import shared_path
@@ -10,6 +10,7 @@ from vla0_trl.actions import NormStats
 from vla0_trl.config import VLAConfig
 from vla0_trl.models.loading import load_processor
 from vla0_trl.models.nano import NanoConfig, build_nano
+from vla0_trl.policy.grammar import ActionGrammarLogitsProcessor
 
 BACKBONES = ["nano", SMOLVLM, QWEN]
 
@@ -36,3 +37,13 @@ def build_policy(name: str) -> VLAPolicy:
     # Qwen's own dtype is bfloat16, in which two of the best logits are equal all too often.
     model = AutoModelForImageTextToText.from_config(shrunk(name), dtype=torch.float32)
     return VLAPolicy(sharpened(model), processor, config)
+
+
+def generate(policy, batch, **options) -> torch.Tensor:
+    """The answers' tokens; without options those of stock decoding under the grammar."""
+    inputs = policy._inputs(batch)
+    if not options:
+        processor = ActionGrammarLogitsProcessor(grammar=policy.grammar)
+        options = {"logits_processor": LogitsProcessorList([processor])}
+    output = policy.model.generate(**inputs, generation_config=policy.generation_config, **options)
+    return output[:, inputs["input_ids"].shape[1] :]

@@ -71,6 +71,7 @@ class LeRobotSource:
         self.state_dim = self._dim(self.state_key) if states else 0
 
         robot = meta.info["robot_type"]
+        said = {"units": units} if units else {}
         self.info = SourceInfo(
             source=meta.hub_id or meta.root.resolve().name,
             revision=meta.revision or f"sha256 of meta/: {meta.digest}",
@@ -84,9 +85,9 @@ class LeRobotSource:
                 "cameras": self.cameras,
                 "trust_timestamps": trust_timestamps,
                 "gripper": gripper,
-                **({"units": units} if units else {}),
+                **said,
             },
-            **({"units": units} if units else {}),
+            **said,
         )
         self.frames = Frames(meta, trust_timestamps)
         self._listed: dict[int, str] = {}  # tasks by which episodes were chosen before their frames were fetched
