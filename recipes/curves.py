@@ -29,6 +29,7 @@ class Arguments:
     key: str = option(help="what to draw")
     label: str | None = option(None, "what the picture calls it (default: the key)")
     output: Path = option(help="the PNG")
+    samples_per_minute: float | None = option(None, "draw minutes instead of samples, at this speed", metavar="RATE")
 
 
 def read_run(folder: Path) -> list[dict[str, Any]]:
@@ -63,12 +64,14 @@ def main() -> None:
         logs = {run.name: [entry for entry in read_run(run) if args.key in entry] for run in others.runs}
         if not any(logs.values()):
             raise ValueError(f"{args.key} is in no log of {', '.join(map(str, others.runs))}")
+    speed = args.samples_per_minute
+    unit = speed or 1
     figure = training_curve(
-        {name: [entry | {"step": entry["samples"]} for entry in entries] for name, entries in logs.items()},
+        {name: [entry | {"step": entry["samples"] / unit} for entry in entries] for name, entries in logs.items()},
         args.key,
         args.label or args.key,
     )
-    figure.axes[0].set_xlabel("samples")
+    figure.axes[0].set_xlabel(f"minutes, at {speed:g} samples a minute" if speed else "samples")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=150)
     kept = ("step", "samples", args.key, *EVALUATED)

@@ -13,7 +13,7 @@ _NAMES = {
         ddp_bucket_cap_mb pad_to_multiple_of dataloader_prefetch_factor max_steps
         max_episodes_per_task episodes_per_task num_episodes_per_task num_frames
         batch_size batch_sizes rows steps turns chunks dagger_episodes num_rows round_episodes
-        max_batch max_mb max_connections requests
+        max_batch max_mb max_connections requests samples_per_minute
     """,
     _MAYBE_NONE: """
         num_eval_episodes rollout_steps probe_steps dagger_steps dataloader_num_workers warmup_steps eval_delay
