@@ -21,6 +21,7 @@ from vla0_trl.data.episodes import Episode, EpisodeError, SourceInfo, check_fram
 from vla0_trl.data.pusht import PushTArguments
 from vla0_trl.data.staging import ConversionError
 from vla0_trl.envs.pusht.env import CAMERA, FPS, STATE_MODES, TASK, UNITS
+from vla0_trl.schema import one_line
 
 if TYPE_CHECKING:
     import zarr
@@ -65,7 +66,7 @@ class PushTZarr:
         except ConversionError:
             raise
         except _DAMAGED as error:
-            raise ConversionError(f"{path} is damaged, fetch it again: {' '.join(str(error).split())}") from error
+            raise ConversionError(f"{path} is damaged, fetch it again: {one_line(error)}") from error
         for array, name, least in ((arrays[1], "state", self.state_dim), (arrays[2], "action", 2)):
             if array.shape[1] < least:
                 raise ConversionError(f"{path}: data/{name} has {array.shape[1]} values per frame, wanted {least}")
@@ -119,7 +120,7 @@ class PushTZarr:
                 try:
                     self._chunk = number, self._frames[number * length : (number + 1) * length]
                 except _DAMAGED as error:
-                    text = " ".join(str(error).split())
+                    text = one_line(error)
                     raise EpisodeError(f"{name}: data/img is damaged, fetch it again: {text}") from error
             floats = self._chunk[1][offset]
             with np.errstate(invalid="ignore"):  # a NaN is reported below

@@ -17,10 +17,10 @@ from vla0_trl.schema import (
     between,
     boolean,
     items,
+    line_of_text,
     mistakes,
     not_negative,
     number,
-    one_line,
     optional,
     positive,
     positive_share,
@@ -249,7 +249,7 @@ class VLAConfig:
 
 
 _KINDS: dict[str, Kind] = {
-    "cameras": items(one_line, 1, _MAX_CAMERAS),
+    "cameras": items(line_of_text, 1, _MAX_CAMERAS),
     "action_dim": between(1, _MAX_DIM),
     "state_dim": between(0, _MAX_DIM),
     **{name: between(*LIMITS[name]) for name in ("chunk_size", "num_bins", "image_size", "ensemble_size")},
@@ -261,7 +261,7 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("tile_images", "use_state", "relative_actions", "use_system_prompt"), boolean),
     **dict.fromkeys(("action_stats", "state_stats"), optional(stats_or_record)),
     "fps": positive,
-    **dict.fromkeys(("base_model", "gripper", "ensemble_weights"), optional(one_line)),
+    **dict.fromkeys(("base_model", "gripper", "ensemble_weights"), optional(line_of_text)),
     **dict.fromkeys(("robot", "units", "source", "source_revision"), optional(text)),  # a card escapes them
 }
 

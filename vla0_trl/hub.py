@@ -10,6 +10,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from vla0_trl.schema import one_line
+
 
 class HubError(OSError):
     """The Hub can't be written to or read from; one line that says why, and what to do."""
@@ -90,13 +92,13 @@ def _reason(error: Exception, api: HfApi) -> str:
     if not isinstance(error, HfHubHTTPError):
         if isinstance(error, LocalTokenNotFoundError):
             return "not logged in: run `hf auth login`, or set HF_TOKEN"
-        return f"no answer from {api.endpoint} ({type(error).__name__}: {_one_line(error)})"
+        return f"no answer from {api.endpoint} ({type(error).__name__}: {one_line(error)})"
     status, said = error.response.status_code, error.server_message or ""
     if status == 401:
         return "not logged in, or the token is not valid: run `hf auth login`, or set HF_TOKEN"
     if status in (403, 404):
-        return f"{_one_line(said) or 'refused'} ({_who(api)})"
-    return f"the Hub answered with status {status}: {_one_line(said or error)}"
+        return f"{one_line(said) or 'refused'} ({_who(api)})"
+    return f"the Hub answered with status {status}: {one_line(said or error)}"
 
 
 def _who(api: HfApi) -> str:
@@ -109,7 +111,3 @@ def _who(api: HfApi) -> str:
     owners = [user["name"], *(organization["name"] for organization in user.get("orgs", ()))]
     may = " or ".join(f"{owner}/…" for owner in owners)
     return f"logged in as {user['name']}, the token's role is {role!r}; it needs 'write', and an id such as {may}"
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())

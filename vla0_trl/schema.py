@@ -83,7 +83,7 @@ text = instance(str, "text")
 mapping = instance(dict, "an object with fields")
 
 
-def one_line(value: Any) -> str:
+def line_of_text(value: Any) -> str:
     """Text that stays in its line, whatever it is written into."""
     if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > 1000:
         raise ValueError("a line of text")
@@ -174,7 +174,7 @@ def read_if_whole(path: Path, kinds: Kinds, loss: str) -> dict[str, Any] | None:
     try:
         return read_record(path, kinds)
     except (ValueError, OSError) as error:
-        warn_once(f"{' '.join(str(error).split())}; {loss}")
+        warn_once(f"{one_line(error, 1000)}; {loss}")
         return None
 
 
@@ -200,7 +200,14 @@ def parse_yaml(where: str, data: str | bytes) -> Any:
     except RecursionError as error:
         raise ValueError(f"{where}: is nested too deep: write the file again") from error
     except (yaml.YAMLError, ValueError, TypeError, LookupError) as error:  # PyYAML raises all of these
-        raise ValueError(f"{where}: is no YAML ({' '.join(str(error).split())[:200]}): correct it") from error
+        raise ValueError(f"{where}: is no YAML ({one_line(error, 200)}): correct it") from error
+
+
+def one_line(text: object, longest: int = 500) -> str:
+    """A text as messages quote it: without line breaks and control characters, cut where it is longer."""
+    printable = "".join(char if char.isprintable() else " " for char in str(text)[: 4 * longest])
+    words = " ".join(printable.split())
+    return words if len(words) <= longest else words[: longest - 1] + "…"
 
 
 def short(value: Any) -> str:

@@ -22,7 +22,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["line"] = one_line
+    environment.filters["line"] = markdown_line
     return environment
 
 
@@ -35,6 +35,6 @@ def render(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(values)
 
 
-def one_line(text: object) -> str:
-    """For Markdown: text that stays in its line and in its cell of a table, and is no HTML."""
+def markdown_line(text: object) -> str:
+    """Text that stays in its line and in its cell of a Markdown table, and is no HTML."""
     return " ".join(str(text).split()).replace("|", r"\|").replace("<", "&lt;")

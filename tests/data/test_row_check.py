@@ -1,5 +1,6 @@
 """Rows that can't be trained on are found before training, without decoding an image; the row is named."""
 
+import io
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from PIL import Image
 from support.episodes import small_config, small_episode
 from support.general import short_words
 from support.runs import run
@@ -20,6 +22,15 @@ from vla0_trl.processing.collator import VLADataCollator
 
 ROW, PLACE = 13, r"dots: row 13 \(episode 1, frame 3\): "
 NAN = float("nan")
+
+
+def blank(width: int, height: int) -> dict:
+    """A picture of a few kilobytes, whatever its size."""
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
 BAD_ROWS = [
     ("task", None, "task is null"),
     ("task", "", "task is empty"),
@@ -55,6 +66,11 @@ BAD_ROWS = [
     ("images", [], "images has 0 values, wanted 1"),
     ("images", None, "images is null"),
     ("images", [{"bytes": b"", "path": None}] * 2, "images has 2 values, wanted 1"),
+    ("images", [{"bytes": b"", "path": None}], "images holds no image that can be read"),
+    ("images", [{"bytes": b"\x89PNG\r\n\x1a\n" + b"\0" * 20, "path": None}], "images holds no image that can be read"),
+    ("images", [{"bytes": b"GIF87a\1", "path": None}], "images holds no image that can be read"),
+    ("images", [blank(5000, 5000)], "images holds an image of 5000×5000 pixels, at most 16777216 are read"),
+    ("images", [blank(20_000, 20_000)], "images holds an image of more than 16777216 pixels"),
 ]
 BAD_COLUMNS = [
     ("task", pa.int64(), 1, "column task is of int64, wanted text"),

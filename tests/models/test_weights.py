@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from support.general import short_words
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.models.loading import load_model, load_processor
@@ -75,18 +76,58 @@ def test_a_base_backbone_may_carry_more_but_not_less(tiny_nano, tmp_path):
 def test_a_cut_off_file_is_one_line(checkpoint):
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="a weight file is damaged or cut off"):
+    with pytest.raises(ValueError, match=r"SafetensorError: .*: if one of its files is damaged"):
         load_model(checkpoint)
 
 
-@pytest.mark.parametrize("mean", ["x", [1, 2], [float("nan"), 0, 0]])
-def test_colours_that_cannot_be_computed_with_are_one_line(checkpoint, mean):
-    file = checkpoint / "processor_config.json"
-    found = json.loads(file.read_text())
-    found["image_processor"]["image_mean"] = mean
-    file.write_text(json.dumps(found))
-    with pytest.raises(ValueError, match="one of its files is damaged"):
-        load_processor(str(checkpoint), VLAConfig.from_pretrained(checkpoint))
+DAMAGED = "transformers can't load it .*: if one of its files is damaged"
+# file, path of a field (none: the whole file), its value, what is said
+FILES = [
+    ("config.json", (), "{", "not a valid JSON"),
+    ("config.json", (), "null", DAMAGED),
+    ("config.json", (), "[1]", DAMAGED),
+    ("config.json", ("model_type",), 3, DAMAGED),
+    ("config.json", ("text_config",), [1], DAMAGED),
+    ("config.json", ("text_config", "model_type"), 0, DAMAGED),
+    ("config.json", ("text_config", "num_hidden_layers"), 10**9, "num_hidden_layers is 1000000000, wanted up to 1000"),
+    ("config.json", ("text_config", "num_hidden_layers"), "x", DAMAGED),
+    ("config.json", ("vision_config", "num_hidden_layers"), 10**5, "num_hidden_layers is 100000, wanted up to 1000"),
+    ("config.json", ("text_config", "num_attention_heads"), 10**9, DAMAGED),
+    ("config.json", ("text_config", "head_dim"), -1, DAMAGED),
+    ("config.json", ("text_config", "hidden_size"), 10**5, "config.json is of a model of"),
+    ("config.json", ("text_config", "intermediate_size"), 10**9, "config.json is of a model of"),
+    ("config.json", ("vision_config", "image_size"), 10**9, "config.json is of a model of"),
+    ("config.json", ("vision_config", "patch_size"), 10**9, DAMAGED),
+    ("config.json", ("text_config", "rms_norm_eps"), None, DAMAGED),
+    ("config.json", ("tie_word_embeddings",), 10**9, DAMAGED),
+    ("processor_config.json", ("image_processor", "image_mean"), "x", DAMAGED),
+    ("processor_config.json", ("image_processor", "image_mean"), [1, 2], DAMAGED),
+    ("processor_config.json", ("image_processor", "image_mean"), [float("nan"), 0, 0], DAMAGED),
+    ("processor_config.json", ("image_processor", "image_processor_type"), 10**9, DAMAGED),
+    ("tokenizer.json", (), "", DAMAGED),
+    ("tokenizer.json", ("model",), {}, DAMAGED),
+    ("tokenizer.json", ("model", "merges"), [["q", "q"]], DAMAGED),
+    ("tokenizer.json", ("added_tokens",), "x", DAMAGED),
+    ("tokenizer_config.json", (), "\udcff", DAMAGED),
+    ("tokenizer_config.json", (), "[]", DAMAGED),
+    ("tokenizer_config.json", ("model_max_length",), "x", DAMAGED),
+    ("tokenizer_config.json", ("tokenizer_class",), 10**9, DAMAGED),
+]
+
+
+@pytest.mark.parametrize(("file", "path", "value", "message"), FILES, ids=short_words)
+def test_an_altered_file_of_transformers_is_one_line(checkpoint, file, path, value, message):
+    altered = found = None
+    if path:
+        altered = found = json.loads((checkpoint / file).read_text())
+        for name in path[:-1]:
+            found = found[name]
+        found[path[-1]] = value
+    (checkpoint / file).write_text(json.dumps(altered) if path else value, errors="surrogateescape")
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        load_model(checkpoint)
+        load_processor(checkpoint, VLAConfig.from_pretrained(checkpoint))
+    assert "\n" not in str(error.value)
 
 
 def test_large_but_finite_weights_and_tied_ones_are_fine(checkpoint):

@@ -144,7 +144,7 @@ def test_a_policy_that_fails_is_told_and_asked_again(running, gate, policy, monk
         raise RuntimeError("out of memory:\n 3 GB")
 
     monkeypatch.setattr(policy, "predict_action_chunk", out_of_memory)
-    with pytest.raises(NotAnswered, match="the policy failed: RuntimeError: out of memory:  3 GB"):
+    with pytest.raises(NotAnswered, match="the policy failed: RuntimeError: out of memory: 3 GB"):
         engine.submit("robot", request).result(30)
     assert "the policy failed" in caplog.text
     monkeypatch.undo()

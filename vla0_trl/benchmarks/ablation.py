@@ -16,7 +16,7 @@ from vla0_trl.evaluation.report.charts import beside_published
 from vla0_trl.evaluation.report.summary import Table, format_table, percent_interval, read_results
 from vla0_trl.files import write_whole
 from vla0_trl.manifest import read_json
-from vla0_trl.schema import between, checked, each, is_number, mapping, one_line, optional, read_record
+from vla0_trl.schema import between, checked, each, is_number, line_of_text, mapping, optional, read_record
 from vla0_trl.training.fields import recipe_fields
 
 # What all arms must share: how much they learn from, and where they go.
@@ -49,7 +49,7 @@ def _setting(value: Any) -> Any:
 
 _ARM = {**dict.fromkeys(("train", "evaluate"), optional(each(_setting), {})), "published": _published}
 _FILE = {
-    **dict.fromkeys(("config", "recipe", "evaluation", "published_source"), one_line),
+    **dict.fromkeys(("config", "recipe", "evaluation", "published_source"), line_of_text),
     "published_episodes": between(1, 10**9),
     "arms": each(optional(mapping, {}), 1000),
 }

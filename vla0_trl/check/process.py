@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from vla0_trl.schema import one_line
+
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 _MESSAGE = 300  # characters of an exception
 _answers = 1  # file descriptor, in a probe's process; its stdout goes to stderr
@@ -92,7 +94,7 @@ def unexpected_end_means(status: str, fix: str) -> None:
 
 def message(error: BaseException) -> str:
     """An exception as one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_MESSAGE]
+    return one_line(f"{type(error).__name__}: {error}", _MESSAGE)
 
 
 def _answer(finding: Finding | None) -> None:

@@ -16,7 +16,8 @@ from vla0_trl.actions import NormStats
 from vla0_trl.config import CONFIG_NAME, VLAConfig
 from vla0_trl.data.episodes import SourceInfo
 from vla0_trl.hub import is_hub_id
-from vla0_trl.templating import CARD, one_line, render
+from vla0_trl.schema import one_line
+from vla0_trl.templating import CARD, render
 
 SAMPLE_NAME = "sample.png"
 _TAGS = ("vla0_trl", "VLA", "robotics", "imitation-learning", "trl")
@@ -56,7 +57,7 @@ def write_card(
         license=info.license,
         task_categories=["robotics"],
         tags=list(_TAGS),
-        pretty_name=one_line(f"{info.source} as chat"),
+        pretty_name=f"{one_line(info.source)} as chat",
         size_categories=[_size_category(frames)],
         source_datasets=[info.source] if is_hub_id(info.source) else ["original"],
     )

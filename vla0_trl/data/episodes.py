@@ -26,7 +26,7 @@ MAX_PIXELS = 1 << 24  # of a frame; 8K video has twice as many
 PIECE_FRAMES = 100  # of an episode in memory at once: 10 MB of two 256 px cameras as JPEG
 
 # What Pillow raises for damaged files.
-_DAMAGED = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error)
+DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error)
 
 ImageFormat = Literal["png", "jpeg"]
 
@@ -225,7 +225,7 @@ def _checked_bytes(data: bytes, where: str) -> tuple[bytes, tuple[int, int]]:
                 turned = np.asarray(ImageOps.exif_transpose(image))
     except EpisodeError:
         raise
-    except (*_DAMAGED, Image.DecompressionBombError) as error:
+    except (*DAMAGED_IMAGE, Image.DecompressionBombError) as error:
         raise EpisodeError(f"{where} does not decode as PNG or JPEG ({error}): the file is damaged") from error
     if image.mode != "RGB":
         raise EpisodeError(f"{where} is an image of mode {image.mode}, expected RGB")

@@ -1,17 +1,21 @@
-"""All rows of a chat dataset are looked at before training starts: column by column, without decoding an image."""
+"""All rows of a chat dataset are looked at before training starts: column by column, images by their headers alone."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Image
 
 from vla0_trl.config import VLAConfig
+from vla0_trl.data.episodes import DAMAGED_IMAGE, MAX_PIXELS
 from vla0_trl.processing.chat import task_mistake
 from vla0_trl.processing.collator import VLADataCollator
+from vla0_trl.schema import one_line
 
 _BATCH = 10_000  # rows
 _COLUMNS = ("images", "task", "state", "action", "raw_state", "raw_action", "episode_index", "frame_index")
@@ -95,6 +99,9 @@ def _mistakes(rows: pa.Table, config: VLAConfig, known: set[str]) -> Iterator[tu
     files = pc.struct_field(rows["images"].combine_chunks().flatten(), "bytes")
     outside = np.flatnonzero(pc.is_null(files).to_numpy(zero_copy_only=False))
     yield "images", outside // len(config.cameras), "holds a path in place of an image: embed it"
+    for place, file in enumerate(files):
+        if mistake := _image_mistake(file.as_buffer()):
+            yield "images", np.array([place // len(config.cameras)]), mistake
     for column in ("raw_state", "raw_action"):
         values = rows[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         bad = np.flatnonzero(~np.isfinite(values).reshape(len(rows), -1).all(1))
@@ -105,6 +112,20 @@ def _mistakes(rows: pa.Table, config: VLAConfig, known: set[str]) -> Iterator[tu
         known.add(task)
         if mistake := task_mistake(task):
             yield "task", _where(pc.equal(rows["task"], task)), mistake
+
+
+def _image_mistake(file: pa.Buffer) -> str | None:
+    """What keeps an image file from being read, as far as its header shows: that alone is read, not the pixels."""
+    try:
+        with warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning):
+            image = PIL.Image.open(pa.BufferReader(file))
+    except PIL.Image.DecompressionBombError:
+        return f"holds an image of more than {MAX_PIXELS} pixels"
+    except DAMAGED_IMAGE as error:
+        return f"holds no image that can be read ({one_line(error, 100)})"
+    if image.width * image.height > MAX_PIXELS:
+        return f"holds an image of {image.width}×{image.height} pixels, at most {MAX_PIXELS} are read"
+    return None
 
 
 def _bad_integers(rows: pa.Table, column: str, size: int, num_bins: int) -> Iterator[tuple[str, np.ndarray, str]]:

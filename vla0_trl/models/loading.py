@@ -21,7 +21,7 @@ from transformers import (
 
 from vla0_trl.config import NANO, VLAConfig
 from vla0_trl.models.fingerprint import ADAPTER_CONFIG, base_model_of, base_revision_of, check_base, is_adapter
-from vla0_trl.models.weights import check_finite, load_whole, sound
+from vla0_trl.models.weights import check_config, check_finite, load_whole, sound
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -59,20 +59,20 @@ def local_adapter(name_or_path: str, revision: str | None = None) -> str:
 
 def load_processor(name_or_path: str | Path, config: VLAConfig, revision: str | None = None) -> ProcessorMixin:
     """The processor of a backbone or checkpoint, set to `config.image_size` and to one view per image."""
+    if not is_adapter(name_or_path):
+        check_config(name_or_path, revision)
     with sound(name_or_path):
         processor = AutoProcessor.from_pretrained(name_or_path, revision=revision)
         # transformers prefers PIL's for SmolVLM where torchvision lacks Lanczos: that knows neither batches nor GPUs.
         image_processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision, backend="torchvision")
+        processor.tokenizer("0 1")
     processor.image_processor = image_processor
     if is_adapter(name_or_path):
         name_or_path, revision = base_model_of(name_or_path), base_revision_of(name_or_path)
     set_image_size(processor, AutoConfig.from_pretrained(name_or_path, revision=revision), config)
     with sound(name_or_path):  # numbers that can't be computed with show when they are used
         white = torch.full((3, config.image_size, config.image_size), 255, dtype=torch.uint8)
-        try:
-            pixels = image_processor(white, return_tensors="pt")["pixel_values"]
-        except RuntimeError as error:
-            raise ArithmeticError(f"its image processor fails: {error}") from error
+        pixels = image_processor(white, return_tensors="pt")["pixel_values"]
         if not pixels.isfinite().all():
             raise ArithmeticError("its image processor makes pixels that are not finite")
     return processor

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from vla0_trl.config import CONFIG_NAME
 from vla0_trl.models.fingerprint import weight_files
+from vla0_trl.schema import is_number, one_line
+
+_LAYERS, _MOST_LAYERS = {"num_hidden_layers", "depth"}, 1000  # a config of 100,000 takes minutes to read
+_NUMBERS_PER_BYTE = 8  # four times what 4-bit weights have
 
 
 def load_whole(name_or_path: str | Path, revision: str | None, **options: Any) -> PreTrainedModel:
@@ -21,6 +25,7 @@ def load_whole(name_or_path: str | Path, revision: str | None, **options: Any) -
     Raises:
         ValueError: weights are missing, of another shape or not finite; or, in a checkpoint of ours, unexpected.
     """
+    check_config(name_or_path, revision)
     with sound(name_or_path):
         model, info = AutoModelForImageTextToText.from_pretrained(
             name_or_path, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -38,14 +43,38 @@ def sound(name_or_path: str | Path) -> Iterator[None]:
     """What transformers raises while it reads a damaged model, as one `ValueError` that names it."""
     try:
         yield
-    except SafetensorError as error:
-        raise ValueError(f"{name_or_path}: a weight file is damaged or cut off: {error}") from error
-    except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    except (OSError, ImportError):  # these say which file or package is absent
+        raise
+    except Exception as error:  # tokenizers raises this class itself, and others whatever a wrong value leads to
+        said = f"{type(error).__name__}: {one_line(error, 200)}"
         raise ValueError(
-            f"{name_or_path}: one of its files is damaged, or of a model that transformers can't load ({said}): take "
-            "the model from where it was saved again"
+            f"{name_or_path}: transformers can't load it ({said}): if one of its files is damaged, take the model "
+            "from where it was saved again"
         ) from error
+
+
+def check_config(name_or_path: str | Path, revision: str | None = None) -> None:
+    """`ValueError` for a config.json that would take minutes or fill memory before transformers finds a mistake.
+
+    A folder's model may have at most `_NUMBERS_PER_BYTE` numbers for each byte of its weight files.
+    """
+    with sound(name_or_path):
+        found, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
+        parts = [found, *(value for value in found.values() if isinstance(value, dict))]
+    for part in parts:
+        for field in _LAYERS & part.keys():
+            if is_number(part[field]) and part[field] > _MOST_LAYERS:
+                raise ValueError(f"{name_or_path}: config.json: {field} is {part[field]}, wanted up to {_MOST_LAYERS}")
+    stored = sum(file.stat().st_size for file in weight_files(name_or_path)) if Path(name_or_path).is_dir() else 0
+    if not stored:
+        return
+    with sound(name_or_path), torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name_or_path))
+    if (numbers := model.num_parameters()) > _NUMBERS_PER_BYTE * stored:
+        raise ValueError(
+            f"{name_or_path}: config.json is of a model of {numbers} numbers, and its weight files have {stored} "
+            "bytes: take both from where they were saved again"
+        )
 
 
 def check_finite(name_or_path: str | Path, revision: str | None = None) -> None:

@@ -21,6 +21,9 @@ from vla0_trl.processing.template_check import within_limits
 
 IGNORED = -100  # torch's cross-entropy leaves such labels out
 MASK_CANDIDATES = ("?", "_", "*", "#")
+# Characters that no text uses: they show where a template writes task, state and answer.
+_TASK, _STATE, _ANSWER = "\ue000", "\ue001", "\ue002"
+_EXAMPLE = ("Push the T, please.", "12 400")
 _KEPT_PROMPTS = 4096  # tasks whose prompts are kept; a robot may be told any number of them
 
 
@@ -45,7 +48,7 @@ class ChatTokenizer:
         self.processor, self.config = processor, config
         self.tokenizer = processor.tokenizer
         self.num_images = 1 if config.tile_images else len(config.cameras)
-        self.prefix, self._suffix = self._answer_frame()
+        self._around_task, self.prefix, self._suffix = self._frame()
         suffix_ids = self._ids(self._suffix)
         self.end_of_turn_id = suffix_ids[0]
         self.image_token_id: int = processor.image_token_id
@@ -71,12 +74,17 @@ class ChatTokenizer:
 
     def render(self, task: str, state: str = "", action: str | None = None) -> str:
         """The chat as the model's template writes it, images as placeholders; without `action`, up to the answer."""
-        messages = prompt_messages(self.config, task, state)
-        if action is not None:
-            messages += completion_messages(action)
-        return self.processor.apply_chat_template(
-            with_images(messages, self.num_images), add_generation_prompt=action is None
-        )
+        before, after = self._around_state(task)
+        prompt = f"{before} {state}{after}" if self.config.use_state else before
+        return prompt if action is None else f"{prompt}{self.prefix}{action}{self._suffix}"
+
+    def _around_state(self, task: str) -> tuple[str, str]:
+        """A prompt's text before and after the state and the space before it, which belongs to the first number.
+
+        Without a state, all is in the first.
+        """
+        before, between, after = self._around_task
+        return before + task + between, after
 
     def encode_prompt(self, task: str, state: Sequence[int] | np.ndarray = ()) -> list[int]:
         """Ids up to where the answer begins, image placeholders expanded; `state` (state_dim,) integers if used."""
@@ -98,11 +106,8 @@ class ChatTokenizer:
     def _render_ids(self, task: str) -> tuple[list[int], list[int]]:
         if mistake := task_mistake(task, self.special_tokens):
             raise ValueError(f"the task {mistake}")
-        text, tail = self.render(task, state="\0"), ""
-        if self.config.use_state:
-            # The space before the state belongs to its first number, as in an answer.
-            text, tail = text.rsplit(" \0", 1)
-        return self._expand(text), self._expand(tail)
+        before, after = self._around_state(task)
+        return self._expand(before), self._expand(after)
 
     def _expand(self, text: str) -> list[int]:
         """Ids of a part of a prompt; if the images are in it, with as many placeholders as they take."""
@@ -185,24 +190,42 @@ class ChatTokenizer:
 
     # -- construction
 
-    def _answer_frame(self) -> tuple[str, str]:
-        """What the template writes before and after an answer."""
-        answer = "\0"
-        prompt, full = within_limits(
-            lambda: [self.render("task"), self.render("task", action=answer)], self.tokenizer.name_or_path or "nano"
+    def _frame(self) -> tuple[tuple[str, str, str], str, str]:
+        """What the template writes around task and state, before an answer, and after it.
+
+        The template runs here, in a process with limits, and never again: what it writes is cut where task, state and
+        answer are, and the parts are put together for every other task.
+        """
+        prompt, full, example = within_limits(
+            lambda: [self._written(_TASK, _STATE), self._written(_TASK, _STATE, _ANSWER), self._written(*_EXAMPLE)],
+            self.tokenizer.name_or_path or "nano",
         )
         if not full.startswith(prompt):
             raise ValueError(
                 "the chat template writes a different prompt once the answer is there, so completion-only training "
                 f"has no well-defined completion: {prompt!r} is not the beginning of {full!r}"
             )
-        prefix, written, suffix = full[len(prompt) :].partition(answer)
-        if not written or prefix not in ("", " ") or not suffix or answer in suffix:
+        prefix, written, suffix = full[len(prompt) :].partition(_ANSWER)
+        if not written or prefix not in ("", " ") or not suffix or _ANSWER in suffix:
             raise ValueError(
                 f"the chat template puts {prefix!r} before and {suffix!r} after an answer; supported are nothing or a "
                 "space before it, and an end of turn after it"
             )
-        return prefix, suffix
+        task, state = _EXAMPLE
+        if prompt.replace(_TASK, task).replace(_STATE, state) != example or prompt.count(_TASK) != 1:
+            raise ValueError(f"the chat template must write the task once, as it is: of {task!r} it makes {example!r}")
+        before, rest = prompt.split(_TASK)
+        between, _, after = rest.partition(f" {_STATE}")
+        return (before, between, after), prefix, suffix
+
+    def _written(self, task: str, state: str, action: str | None = None) -> str:
+        """What the template itself writes."""
+        messages = prompt_messages(self.config, task, state)
+        if action is not None:
+            messages += completion_messages(action)
+        return self.processor.apply_chat_template(
+            with_images(messages, self.num_images), add_generation_prompt=action is None
+        )
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Chat templates are programs that come with a checkpoint: a new one is tried in a process with limits first."""
+"""Chat templates are programs that come with a checkpoint: they run in a process with limits, once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from vla0_trl.schema import one_line
 
 SECONDS, BYTES, CHARACTERS = 2, 1 << 30, 100_000  # a real one takes a millisecond and writes a few hundred characters
 
@@ -59,7 +61,7 @@ def _answer(render: Callable[[], list[str]], pipe: int) -> None:
             if any(len(text) > CHARACTERS for text in found):
                 found = f"it writes more than {CHARACTERS} characters for one row"
         except Exception as error:  # whatever a stranger's program raises
-            found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            found = f"{type(error).__name__}: {one_line(error)}"
         with suppress(OSError), open(pipe, "wb") as file:
             file.write(json.dumps(found).encode())
             status = 0

@@ -15,6 +15,8 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from vla0_trl.schema import one_line
+
 MAX_DIMENSIONS = 8
 MAX_ENTRIES = 65_536  # of all lists and maps of a message; arrays count as one map of four
 MAX_LIST, MAX_MAP = 4096, 256
@@ -73,12 +75,6 @@ def unpack_array(value: Any) -> Any:
     if isinstance(value, dict) and "__ndarray__" in value:
         return _array(value.get("data"), _dtype(value.get("dtype")), value.get("shape"))
     return value
-
-
-def one_line(text: str, longest: int = 500) -> str:
-    """Text for a line of an error: no line breaks or control characters, not longer than this."""
-    plain = "".join(character if character.isprintable() else " " for character in str(text)[: longest + 1])
-    return plain if len(plain) <= longest else plain[: longest - 1] + "…"
 
 
 def _pack_numpy(value: Any) -> dict[bytes, Any]:

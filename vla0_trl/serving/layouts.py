@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from vla0_trl.schema import Kind, between, boolean, items, mapping, mistakes, one_line, optional, parse_yaml
+from vla0_trl.schema import Kind, between, boolean, items, line_of_text, mapping, mistakes, optional, parse_yaml
 
 MAX_LAYOUT_BYTES = 1 << 20
 CAMERA = "{camera}"
@@ -109,15 +109,15 @@ def _images(value: Any) -> dict[str, list[str]] | str:
         if value.count(CAMERA) != 1 or not value.isprintable():
             raise ValueError(f"one key with {CAMERA} in it, or a map of key to camera names")
         return value
-    names = {one_line(key): [name] if isinstance(name, str) else name for key, name in mapping(value).items()}
-    return {key: items(one_line, 1, 16)(cameras) for key, cameras in names.items()}
+    names = {line_of_text(key): [name] if isinstance(name, str) else name for key, name in mapping(value).items()}
+    return {key: items(line_of_text, 1, 16)(cameras) for key, cameras in names.items()}
 
 
 _KINDS: dict[str, Kind] = {
-    "state": items(one_line, 0, 256),
-    "task": one_line,
-    "default_task": optional(one_line),
+    "state": items(line_of_text, 0, 256),
+    "task": line_of_text,
+    "default_task": optional(line_of_text),
     "chunk_size": optional(between(1, 1000)),
     "needs_units": boolean,
-    **dict.fromkeys(("state_names", "action_names"), optional(items(one_line, 1, 4096))),
+    **dict.fromkeys(("state_names", "action_names"), optional(items(line_of_text, 1, 4096))),
 }

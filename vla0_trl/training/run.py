@@ -35,6 +35,7 @@ from vla0_trl.models.loading import (
 from vla0_trl.models.nano import build_nano, nano_from_dict
 from vla0_trl.processing.chat import prompt_messages
 from vla0_trl.run_folder import FolderError, RunFolder
+from vla0_trl.schema import one_line
 from vla0_trl.stopping import Stopped
 from vla0_trl.training.arguments import DataArguments, VLASFTConfig, parse_recipe
 from vla0_trl.training.checkpoints import finish_from_checkpoint, is_finished, resume_point
@@ -145,7 +146,7 @@ def _train(run: Run, in_simulator: SimulatorCallbacks | None) -> None:
     try:
         trainer = build_trainer(run, in_simulator)
     except (ValueError, OSError, ImportError) as error:  # of settings, files and packages that are not there
-        raise SetupError(" ".join(str(error).split())) from error
+        raise SetupError(one_line(error, 2000)) from error
     say = trainer.accelerator.print
     say(describe_run(trainer, trainer.eval_collator))
     run.begin()

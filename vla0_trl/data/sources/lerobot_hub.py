@@ -22,6 +22,7 @@ from vla0_trl.data.convert import Selection
 from vla0_trl.data.sources.lerobot import LeRobotSource
 from vla0_trl.data.sources.lerobot_meta import LeRobotMeta, read_meta
 from vla0_trl.data.staging import ConversionError
+from vla0_trl.schema import one_line
 
 
 def open_dataset(name: str, revision: str | None = None) -> LeRobotMeta:
@@ -106,5 +107,5 @@ def _readable(hub_id: str, revision: str | None) -> Iterator[None]:
         at = f" at revision {revision}" if revision else ""
         raise ConversionError(
             f"no folder {hub_id!r} here, and the Hub's dataset of that name{at} can't be read "
-            f"({type(error).__name__}: {' '.join(str(error).split())})"
+            f"({type(error).__name__}: {one_line(error)})"
         ) from error

@@ -31,7 +31,7 @@ from vla0_trl.data.sources.lerobot_schema import (
     filled,
 )
 from vla0_trl.data.staging import ConversionError
-from vla0_trl.schema import Kinds, items, one_line, parse_yaml, short
+from vla0_trl.schema import Kinds, items, line_of_text, parse_yaml, short
 
 VERSIONS = ("v2.1", "v3.0")
 IMAGE_TYPES = ("image", "video")
@@ -165,7 +165,7 @@ def _license(card: Path) -> str:
     try:
         found = parse_yaml(str(card), header.group(1)) if header else None
         found = found.get("license") if isinstance(found, dict) else None
-        licenses = items(one_line, 1, 10)(found if isinstance(found, list) else [found])
+        licenses = items(line_of_text, 1, 10)(found if isinstance(found, list) else [found])
         return licenses[0] if len(licenses) == 1 else "other"  # the Hub's word for it
     except ValueError:
         return "unknown"

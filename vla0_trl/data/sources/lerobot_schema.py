@@ -10,7 +10,7 @@ from typing import Any
 
 from vla0_trl import schema
 from vla0_trl.data.staging import ConversionError
-from vla0_trl.schema import Kinds, mapping, number, one_line, optional, positive, short, text, whole
+from vla0_trl.schema import Kinds, line_of_text, mapping, number, optional, positive, short, text, whole
 
 _FIX = "correct it, or fetch the file again"
 _MAX_WIDTH = 20  # of a number in a path's template
@@ -41,8 +41,8 @@ INFO = {
     "codebase_version": text,
     "fps": positive,
     "features": features,
-    "data_path": one_line,
-    "video_path": optional(one_line),
+    "data_path": line_of_text,
+    "video_path": optional(line_of_text),
     "chunks_size": optional(whole, 1000),
     "robot_type": optional(lambda value: str(value)[:200], "unknown"),
     "total_episodes": optional(whole),

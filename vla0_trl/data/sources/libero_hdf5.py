@@ -25,6 +25,7 @@ from vla0_trl.data.sources.gripper import as_sign
 from vla0_trl.data.staging import ConversionError
 from vla0_trl.envs.libero.protocol import UNITS
 from vla0_trl.envs.libero.setup import instruction
+from vla0_trl.schema import one_line
 
 if TYPE_CHECKING:
     import h5py
@@ -174,7 +175,7 @@ def _opened(path: Path, name: str) -> Iterator[h5py.File]:
         raise
     except (OSError, RuntimeError, KeyError, ValueError) as error:  # h5py raises all of these for damaged files
         raise EpisodeError(
-            f"{name}: can't be read, it is absent, cut off or no HDF5: fetch it again ({' '.join(str(error).split())})"
+            f"{name}: can't be read, it is absent, cut off or no HDF5: fetch it again ({one_line(error)})"
         ) from error
 
 
