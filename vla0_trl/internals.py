@@ -17,11 +17,13 @@ training (`models/attention.py`, `training/trainer.py`), compared with the stock
   `sdpa_mask` and the mask functions that it is called with; `config._attn_implementation`;
 - SmolVLM's parts, for the hook that places image features: `vision_model(pixels, patch_attention_mask)`, `connector`,
   `inputs_embeds` in place of `input_ids` and `pixel_values`;
-- TRL's fused LM head: `model(…, fused_lm_head=True)` gives `log_probs`; `compute_loss` and `log` count metrics by
+- TRL's fused LM head: `model(…, fused_lm_head=True)` gives `log_probs` and `label_mask`, and is the last call that
+  `compute_loss` makes of the model; `compute_loss` and `log` count metrics by
   `model.training`.
 
 not compared: a change stops the program, or a test
-- `Trainer._prepare_inputs` and `_save_checkpoint` are overridden (`training/trainer.py`, `training/checkpoints.py`);
+- `Trainer._prepare_inputs`, `_get_train_sampler` and `_save_checkpoint` are overridden (`training/trainer.py`,
+  `training/checkpoints.py`); `_train_batch_size`, `_metrics`;
   `rotate_checkpoints`, `trainer_state.json`, `unset_hf_deepspeed_config`, `get_model_param_count`;
 - benchmarks: `trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE` (`benchmarks/memory.py`) and TRL's own collator.
 

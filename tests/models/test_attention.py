@@ -14,15 +14,21 @@ from vla0_trl.models import attention as forward
 from vla0_trl.models.nano import NanoConfig, build_nano
 
 
-def test_the_forward_pass_is_one_graph_without_syncs_and_equals_transformers():
-    """On a batch with padding, of two images per row; compiled, ours and transformers' give the same gradients."""
+@pytest.mark.parametrize("images", [(2, 2, 2), (2, 0, 1)])
+def test_the_forward_pass_is_one_graph_without_syncs_and_equals_transformers(images):
+    """On a batch with padding, of two images per row, or of different numbers; compiled, ours and transformers' give
+    the same gradients."""
     theirs, _ = build_nano(NanoConfig(**TINY))
     ours = copy.deepcopy(theirs)
     forward.TrainingForward(ours)
     ids = torch.randint(5, 200, (3, 40), generator=torch.manual_seed(0))
-    ids[:, 3:7] = ids[:, 9:13] = ours.config.image_token_id
+    for row, count in zip(ids, images, strict=True):
+        for place in (3, 9)[:count]:
+            row[place : place + 4] = ours.config.image_token_id
     kept = (torch.arange(40) < torch.tensor([[40], [33], [28]])).long()
-    inputs = {"input_ids": ids, "attention_mask": kept, "pixel_values": torch.randn(3, 2, 3, 48, 48)}
+    inputs = {"input_ids": ids, "attention_mask": kept, "pixel_values": torch.randn(1, sum(images), 3, 48, 48)}
+    if len(set(images)) == 1:
+        inputs["pixel_values"] = inputs["pixel_values"].view(3, 2, 3, 48, 48)
     compiled = torch.compile(ours.model, backend="aot_eager", fullgraph=True)
     features, gradients, syncs = [], [], []
     for call, model in ((theirs.model, theirs), (ours.model, ours), (compiled, ours)):

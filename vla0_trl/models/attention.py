@@ -189,7 +189,7 @@ AttentionMaskInterface.register(_ATTENTION, _without_mask)
 
 
 def _embed_images(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """`input_ids` (B, L) and `pixel_values` (B, C, 3, H, W) -> `inputs_embeds`; each row has all its C images."""
+    """`input_ids` (B, L) and `pixel_values` (B, C, 3, H, W) or (1, N, 3, H, W), all real images -> `inputs_embeds`."""
     if kwargs.get("pixel_values") is None:
         return args, kwargs
     ids, pixels = kwargs.pop("input_ids"), kwargs.pop("pixel_values").flatten(0, 1)
@@ -198,8 +198,8 @@ def _embed_images(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -
     whole = torch.ones(len(pixels), *grid, dtype=torch.bool, device=pixels.device)
     seen = model.vision_model(pixels.to(model.dtype), patch_attention_mask=whole).last_hidden_state
     # Under autocast the connector gives bfloat16, and the embeddings are float32.
-    features = model.connector(seen).reshape(len(ids), -1, embeds.shape[-1]).to(embeds.dtype)
+    features = model.connector(seen).flatten(0, 1).to(embeds.dtype)
     places = ids == model.config.image_token_id
-    which = (places.cumsum(1) - 1).clamp(min=0)[..., None].expand_as(embeds)
-    kwargs["inputs_embeds"] = torch.where(places[..., None], features.gather(1, which), embeds)
+    which = (places.flatten().cumsum(0) - 1).clamp(min=0)[:, None].expand(-1, embeds.shape[-1])
+    kwargs["inputs_embeds"] = torch.where(places[..., None], features.gather(0, which).view_as(embeds), embeds)
     return args, kwargs

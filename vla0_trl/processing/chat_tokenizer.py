@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
@@ -116,7 +117,8 @@ class ChatTokenizer:
         side = self.config.image_size
         width = side * len(self.config.cameras) if self.config.tile_images else side
         blank = Image.new("RGB", (width, side))
-        encoded = self.processor(text=[text], images=[[blank] * self.num_images], add_special_tokens=False)
+        images = [[blank] * text.count(self.processor.image_token)]
+        encoded = self.processor(text=[text], images=images, add_special_tokens=False)
         self.extra_keys = {"mm_token_type_ids", "token_type_ids"} & encoded.keys()
         return list(encoded["input_ids"][0])
 
@@ -187,6 +189,43 @@ class ChatTokenizer:
             [self.mask_id if hidden else token for token, hidden in zip(ids, hide, strict=True)],
             [IGNORED if hidden else label for label, hidden in zip(labels, hide, strict=True)],
         )
+
+    # -- other conversations
+
+    def encode_chat(self, messages: Sequence[dict], targets_from: int = 0) -> tuple[list[int], list[int]]:
+        """Ids and labels of any conversation; what the template writes of an assistant's turn is its label.
+
+        Args:
+            messages: with content parts, as TRL's `prepare_multimodal_messages` gives them.
+            targets_from (`int`): turns before this one are no targets.
+
+        Raises:
+            ValueError: the template writes what came before an answer in another way once the answer is there.
+        """
+        ids: list[int] = []
+        labels: list[int] = []
+        done = ""
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant" or index < targets_from:
+                continue
+            before = self.processor.apply_chat_template(messages[:index], add_generation_prompt=True)
+            after = self.processor.apply_chat_template(messages[: index + 1])
+            if not before.startswith(done) or not after.startswith(before):
+                raise ValueError(f"the chat template changes what is before the answer of turn {index + 1}")
+            said, answer = (self._ids_with_images(text) for text in (before[len(done) :], after[len(before) :]))
+            ids += said + answer
+            labels += [IGNORED] * len(said) + answer
+            done = after
+        return ids, labels
+
+    def _ids_with_images(self, text: str) -> list[int]:
+        found = (self.image_ids if token == self.image_token_id else [token] for token in self._ids(text))
+        return list(chain.from_iterable(found))
+
+    @cached_property
+    def image_ids(self) -> list[int]:
+        """What stands for one image of the config's size."""
+        return self._expand(self.processor.image_token)
 
     # -- construction
 

@@ -13,7 +13,7 @@ from transformers import ProcessorMixin
 from vla0_trl.actions import parse_integers
 from vla0_trl.config import VLAConfig
 from vla0_trl.processing.chat_tokenizer import IGNORED, ChatTokenizer
-from vla0_trl.processing.images import crop, decoded_image, draw_jitter, model_inputs, stack_cameras
+from vla0_trl.processing.images import crop, decoded_image, draw_jitter, fit_images, model_inputs, stack_cameras
 
 Row = dict[str, Any]
 MASK_UNITS = ("value", "character")
@@ -109,9 +109,16 @@ class VLADataCollator:
         self._epoch.fill_(epoch)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """B rows -> `input_ids`, `attention_mask`, `labels` (B, L), padded on the right, and the images."""
-        encoded, images, jitter = [], [], []
+        """B rows -> `input_ids`, `attention_mask`, `labels` (B, L), padded on the right, and the images.
+
+        Rows of [`data.vision_chat.VisionChats`] may follow those of a chat dataset: they are not masked or cropped.
+        """
+        encoded, images, jitter, others = [], [], [], []
         for row in rows:
+            if "chat" in row:
+                encoded.append(self.chat_tokenizer.encode_chat(row["chat"], row["targets_from"]))
+                others += map(decoded_image, row["images"])
+                continue
             rng = self._rng(row) if self.train else None
             encoded.append(self._encode(row, rng))
             seen = row_images(row, self.stored_cameras, self.config.cameras)
@@ -122,6 +129,8 @@ class VLADataCollator:
         pixels = {"cameras": stack_cameras(images, self.config.cameras)}
         if jitter:
             pixels["jitter"] = torch.from_numpy(np.array(jitter))
+        if others:
+            pixels["others"] = fit_images(others, self.config)
         if self.defer_images:
             return batch | {"images": pixels}
         return batch | model_inputs(self.processor.image_processor, config=self.config, **pixels)

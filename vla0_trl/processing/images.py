@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -94,11 +95,21 @@ def jitter_colors(images: torch.Tensor, jitter: torch.Tensor) -> torch.Tensor:
     return colors.round().clamp(0, 255).to(torch.uint8)
 
 
+def fit_images(images: Sequence[np.ndarray], config: VLAConfig) -> torch.Tensor:
+    """N images of any size, uint8 (H, W, 3), as large as what the policy sees: uint8 (N, 3, H', W'), N > 0."""
+    side = config.image_size
+    size = [side, side * len(config.cameras) if config.tile_images else side]
+    tensors = (torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images)
+    interpolation = tvF.InterpolationMode.BICUBIC
+    return torch.stack([tvF.resize(tensor, size, interpolation=interpolation, antialias=True) for tensor in tensors])
+
+
 def model_inputs(
     image_processor: BaseImageProcessor,
     cameras: Sequence[torch.Tensor],
     config: VLAConfig,
     jitter: torch.Tensor | None = None,
+    others: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Resize, tile, rescale, normalise and pack, batched, on the device where the images are.
 
@@ -106,6 +117,8 @@ def model_inputs(
         image_processor: the model's own, set up by [`models.loading.load_processor`]; it normalises and packs.
         cameras: C tensors uint8 (B, 3, H, W), already cropped.
         jitter (`torch.Tensor`, *optional*): float32 (B, C, 4), see [`jitter_colors`]; in training only.
+        others (`torch.Tensor`, *optional*): uint8 (N, 3, H, W) from [`fit_images`], of the rows behind those B. All
+            images are then in one list, because these rows may have any number of them.
 
     Returns:
         `pixel_values` and what goes with them, as the model's own processor makes them of the same images.
@@ -117,6 +130,8 @@ def model_inputs(
     if config.tile_images:
         resized = [torch.cat(resized, dim=-1)]
     nested = [list(images) for images in zip(*resized, strict=True)]
+    if others is not None:
+        nested = [[*chain.from_iterable(nested), *others]]
     # All images have one size now: nothing to pad, and no per-image masks to build.
-    inputs = image_processor(nested, do_pad=False, return_tensors="pt", device=resized[0].device)
+    inputs = image_processor(nested, do_pad=False, return_tensors="pt", device=nested[0][0].device)
     return {key: value for key, value in inputs.items() if key in image_processor.model_input_names}

@@ -18,7 +18,7 @@ from vla0_trl.config import VLAConfig
 from vla0_trl.execution_arguments import ExecutionArguments
 from vla0_trl.training.muon import MUON
 from vla0_trl.training.precision import PRECISION_ADVICE, without_bfloat16
-from vla0_trl.training.settings import NEEDS, check_settings
+from vla0_trl.training.settings import NEEDS, check_cotraining, check_settings
 
 
 @dataclass
@@ -116,6 +116,12 @@ class VLASFTConfig(SFTConfig):
     dagger_episodes: int = option(40, "Episodes per DAgger round.")
     dagger_fraction: float = option(0.4, "Share of the rows drawn from what DAgger added, once there is any.")
     dagger_teacher: str | None = option(None, "The teacher that labels: a file made by data_prep/teach_pusht.py.")
+    cotrain_dataset_name: str | None = option(
+        None,
+        "A vision chat dataset in TRL's format (questions about images, pointing), a folder or a Hub id: its rows "
+        "join every step, so that the model does not forget what it was trained for.",
+    )
+    cotrain_fraction: float = option(0.2, "Their share of every step's rows, rounded; at most a half.")
     probe_steps: int = option(
         0,
         "Every this many steps, log the loss on the first action, by how much the loss rises when images "
@@ -149,6 +155,8 @@ class VLASFTConfig(SFTConfig):
         super().__post_init__()
         if muon:
             self.optim = MUON
+        if self.cotrain_dataset_name:
+            check_cotraining(self)
         if self.dagger_steps and not self.dagger_teacher:
             raise ValueError("dagger_steps is set, but no dagger_teacher labels what the policy sees: name its file")
         if self.dagger_steps and self.dataloader_num_workers:

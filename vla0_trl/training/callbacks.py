@@ -1,4 +1,4 @@
-"""What a policy's training does between its steps: the collator's epoch, and stopping."""
+"""What a policy's training does between its steps: the epoch, and stopping."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def finish_on_signal(trainer: SFTTrainer) -> Iterator[None]:
 
 
 class PolicyCallback(TrainerCallback):
-    """Turns the collator's epoch, saves the untrained policy, and stops at the wanted accuracy or at a signal."""
+    """Sets the epoch, saves the untrained policy, and stops at the wanted accuracy or at a signal."""
 
     def __init__(self, trainer: SFTTrainer):
         self.trainer = trainer
@@ -54,7 +54,10 @@ class PolicyCallback(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Before the first step of a run `epoch` is None or 0; after a resume it is a fraction. Rounded: n/n is not 1.
-        self.trainer.data_collator.set_epoch(math.floor(round(state.epoch or 0, 6)))
+        epoch = math.floor(round(state.epoch or 0, 6))
+        self.trainer.data_collator.set_epoch(epoch)
+        if self.trainer.mixed_order is not None:
+            self.trainer.mixed_order.epoch = epoch
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         threshold = args.stop_at_token_accuracy

@@ -12,6 +12,7 @@ from trl import ModelConfig
 
 from vla0_trl.config import CONFIG_NAME, VLAConfig
 from vla0_trl.data.chat_dataset import conversion_record
+from vla0_trl.data.vision_chat import VisionChats
 from vla0_trl.files import delete_leftovers, write_whole
 from vla0_trl.manifest import delete_claimed, read_json, restore_replaced
 from vla0_trl.run_folder import (
@@ -27,7 +28,7 @@ from vla0_trl.run_folder import (
 )
 from vla0_trl.training.arguments import DataArguments, VLASFTConfig
 from vla0_trl.training.callbacks import INITIAL
-from vla0_trl.training.progress import global_batch_size
+from vla0_trl.training.settings import global_batch_size
 
 BASE_MODEL = "base_model"
 # What may change within a run: how long it goes on, what is logged, evaluated and saved, and which devices compute it.
@@ -58,6 +59,8 @@ def run_identity(
         if name in _COUNTS or (name not in _MAY_CHANGE and not name.startswith(_FAMILIES))
     }
     settings |= {"global_batch": global_batch_size(training), "vla_config": config.to_dict()}
+    if training.cotrain_dataset_name:
+        settings["cotrain_rows"] = len(VisionChats(training.cotrain_dataset_name))
     conversion = conversion_record(data.dataset_name, data.dataset_revision)
     if conversion is not None:  # a folder may hold another dataset than yesterday
         content = json.dumps(conversion | {"files": None}, sort_keys=True)

@@ -18,16 +18,12 @@ from vla0_trl.files import write_whole
 from vla0_trl.processing.collator import VLADataCollator
 from vla0_trl.run_files import read_energy
 from vla0_trl.run_folder import ENERGY_FILE
+from vla0_trl.training.settings import global_batch_size
 
 # The first steps warm up caches, allocator and workers: they are not timed.
 _TIMED_FROM, _TIMED_TO = 5, 20
 _GIB = 2**30
 _JOULES_PER_KWH = 3.6e6
-
-
-def global_batch_size(args) -> int:
-    """Samples that one optimizer step learns from."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def describe_run(trainer: SFTTrainer, collator: VLADataCollator) -> str:
@@ -37,6 +33,7 @@ def describe_run(trainer: SFTTrainer, collator: VLADataCollator) -> str:
         collator ([`VLADataCollator`]): without masking, so that all tokens of an answer count.
     """
     args, model, rows = trainer.args, trainer.model, len(trainer.train_dataset)
+    chats = round(args.cotrain_fraction * global_batch_size(args)) if args.cotrain_dataset_name else 0
     if isinstance(model, PeftModel):
         trainable, total = model.get_nb_trainable_parameters()
     else:
@@ -46,14 +43,17 @@ def describe_run(trainer: SFTTrainer, collator: VLADataCollator) -> str:
     of_images = int((sample["input_ids"] == collator.chat_tokenizer.image_token_id).sum())
     of_answer = int((sample["labels"] >= 0).sum())
     batch = global_batch_size(args)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(rows / batch))
+    steps = (
+        args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(rows / (batch - chats)))
+    )
     lines = {
         "model": f"{model.name_or_path or type(model).__name__}, {total / 1e6:.1f} M parameters, "
         f"{trainable / 1e6:.1f} M of them trained ({trainable / total:.1%})",
         "sample": f"{tokens} tokens: {of_images} of images, {of_answer} of the answer",
         "batch": f"{batch} samples = {args.per_device_train_batch_size} at once × {args.gradient_accumulation_steps} "
-        f"accumulated × {args.world_size} process{'es' if args.world_size > 1 else ''}",
-        "duration": f"{steps} steps = {steps * batch / rows:.2f} epochs over {rows} samples",
+        f"accumulated × {args.world_size} process{'es' if args.world_size > 1 else ''}"
+        + (f", {chats} of them from {args.cotrain_dataset_name}" if chats else ""),
+        "duration": f"{steps} steps = {steps * (batch - chats) / rows:.2f} epochs over {rows} samples",
     }
     return "\n".join(f"{name + ':':10}{text}" for name, text in lines.items())
 

@@ -35,11 +35,11 @@ class RowTrace:
     """The rows that this process saw last: the batch itself may be at fault, or the update by the one before."""
 
     def __init__(self):
-        self._rows = self._before = None
+        self.rows = self._before = None  # (B, 2) each
 
     def take(self, inputs: dict[str, Any]) -> None:
         """Remove from a batch what [`TracedCollator`] put there."""
-        self._before, self._rows = self._rows, inputs.pop(_ROWS, None)
+        self._before, self.rows = self.rows, inputs.pop(_ROWS, None)
 
     def check(self, loss: torch.Tensor, state: TrainerState, args: TrainingArguments) -> None:
         """Raise `NotFiniteError`, with the rows in a file of `output_dir`, unless the loss is finite."""
@@ -47,7 +47,7 @@ class RowTrace:
             return
         step = state.global_step + 1
         rows = {"step": step, "epoch": state.epoch, "columns": ["episode_index", "frame_index"]}
-        rows |= {k: v if v is None else v.tolist() for k, v in (("rows", self._rows), ("before", self._before))}
+        rows |= {k: v if v is None else v.tolist() for k, v in (("rows", self.rows), ("before", self._before))}
         file = Path(args.output_dir, f"not_finite_step{step}_process{args.process_index}.json")
         file.write_text(json.dumps(rows, indent=2) + "\n")
         raise NotFiniteError(

@@ -43,6 +43,7 @@ HONOURED = """
 
     muon_adamw_learning_rate mask_max mask_skip mask_full mask_labels mask_unit label_smoothing_bins rows_in_memory
     freeze_vision nano save_initial stop_at_token_accuracy rollout_steps dagger_steps probe_steps log_energy overwrite
+    cotrain_dataset_name
 """
 
 # By the switch without which they do nothing.
@@ -54,6 +55,7 @@ NEEDS = {
     "use_liger_kernel": "liger_kernel_config",
     "push_to_hub": "hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
     "dagger_steps": "dagger_episodes dagger_fraction dagger_teacher",
+    "cotrain_dataset_name": "cotrain_fraction",
 }
 
 # By what to do instead.
@@ -158,6 +160,32 @@ def _silenced(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if values["mask_skip"] == 1 or values["mask_max"] == values["mask_full"] == 0:
         names = "mask_max mask_full mask_labels mask_unit" if values["mask_skip"] == 1 else "mask_labels mask_unit"
         yield names, "no value is ever hidden (mask_skip=1, or mask_max=0 and mask_full=0); leave it out"
+
+
+def check_cotraining(training: Any) -> None:
+    """`ValueError` where a vision chat dataset can't be mixed in as asked."""
+    fraction, batch, size = (
+        training.cotrain_fraction,
+        training.per_device_train_batch_size,
+        global_batch_size(training),
+    )
+    if not 0 < fraction <= 0.5 or not round(fraction * size):
+        raise ValueError(
+            f"cotrain_fraction={fraction} must be in (0, 0.5], and at least one of the {size} rows of a step: raise "
+            "it, or leave cotrain_dataset_name out"
+        )
+    if batch < 2:
+        raise ValueError(
+            f"per_device_train_batch_size={batch} with cotrain_dataset_name: every batch needs one of the policy's "
+            "rows, too: use 2 or more"
+        )
+    if training.torch_compile:
+        raise ValueError("torch_compile wants batches of one length, which chats don't have: leave one out")
+
+
+def global_batch_size(training: Any) -> int:
+    """Samples that one optimizer step learns from."""
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
 
 
 def check_together(data: Any, training: Any, model_args: Any) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, TrainerControl
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import tasks_of
 from vla0_trl.data.rows_in_memory import RowsInMemory
+from vla0_trl.data.vision_chat import VisionChats
 from vla0_trl.internals import disagreement, warn_fallback
 from vla0_trl.models.attention import TrainingForward
 from vla0_trl.processing.collator import VLADataCollator
@@ -21,19 +22,25 @@ from vla0_trl.processing.images import model_inputs
 from vla0_trl.training.arguments import VLASFTConfig
 from vla0_trl.training.callbacks import PolicyCallback, finish_on_signal
 from vla0_trl.training.checkpoints import CheckpointingTrainer
+from vla0_trl.training.cotrain import MixedOrder, MixedRows, losses_apart
 from vla0_trl.training.growing_rows import GrowingRows
 from vla0_trl.training.muon import MUON, build_muon
 from vla0_trl.training.observation_gap import ProbeCallback
 from vla0_trl.training.progress import EnergyCallback, SpeedCallback
 from vla0_trl.training.pushing import Uploads
 from vla0_trl.training.row_trace import RowTrace, TracedCollator
+from vla0_trl.training.settings import global_batch_size
 
 MASKING = ("mask_max", "mask_skip", "mask_full", "mask_labels", "label_smoothing_bins", "mask_unit")
+LOSSES = ("action_loss", "cotrain_loss")
 DAGGER = "dagger"  # in the run's folder: what the policy visited while it learnt
 
 
 class VLATrainer(CheckpointingTrainer):
     """`SFTTrainer` on chat datasets.
+
+    With `cotrain_dataset_name`, the losses of both kinds of rows are logged, too, as `action_loss` and `cotrain_loss`:
+    each the mean over its tokens, as `loss`, which is minimized, is over all of them.
 
     Args:
         vla_config ([`VLAConfig`]): how rows become text and images; saved with every checkpoint.
@@ -51,6 +58,8 @@ class VLATrainer(CheckpointingTrainer):
         eval_dataset: Dataset | None = None,
         peft_config: PeftConfig | None = None,
     ):
+        self.chats = VisionChats(args.cotrain_dataset_name) if args.cotrain_dataset_name else None
+        self.mixed_order: MixedOrder | None = None
         self.trained_on: dict[str, Any] = {}
         self.uploads = Uploads(args)
         self.vla_config, self.stop_signal, self._trace = vla_config, 0, RowTrace()  # the signal's number
@@ -71,6 +80,9 @@ class VLATrainer(CheckpointingTrainer):
             processing_class=processing_class,
             peft_config=peft_config,
         )
+        if self.chats is not None:
+            max_tokens = self.model.config.get_text_config().max_position_embeddings
+            self.chats.check(self.eval_collator.chat_tokenizer, max_tokens)
         optional = [(EnergyCallback, args.log_energy), (ProbeCallback, args.probe_steps)]
         for callback, wanted in [(PolicyCallback, True), (SpeedCallback, True), *optional]:
             if wanted:
@@ -120,10 +132,21 @@ class VLATrainer(CheckpointingTrainer):
         if self.args.dagger_steps:
             self.growing_rows.dataset = self.train_dataset
             self.train_dataset = self.growing_rows
+        if self.chats is not None:
+            self.train_dataset = MixedRows(self.train_dataset, self.chats)
         try:
             return super().get_train_dataloader()
         finally:
             self.train_dataset = dataset
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        if self.chats is None:
+            return super()._get_train_sampler(train_dataset)
+        args, size = self.args, global_batch_size(self.args)
+        counts = (len(train_dataset) - len(self.chats), len(self.chats), size, round(args.cotrain_fraction * size))
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.mixed_order = MixedOrder(*counts, seed, shuffle=args.train_sampling_strategy == "random")
+        return self.mixed_order
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         train_collator, self.data_collator = self.data_collator, self.eval_collator
@@ -162,10 +185,23 @@ class VLATrainer(CheckpointingTrainer):
                 warn_fallback(message, "transformers' forward pass")
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args, **kwargs):
-        if self.model.training and not self.forward.checked:
+        if not self.model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        if not self.forward.checked:
             self.check_forward(model, inputs)
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.model.training:
-            # Here, where TRL's metrics have just waited for the device: behind the backward pass it would wait again.
-            self._trace.check(loss, self.state, self.args)
+        outputs = None
+
+        def forward(**arguments):
+            nonlocal outputs
+            outputs = model(**arguments)
+            return outputs
+
+        loss = super().compute_loss(forward, inputs, *args, **kwargs)
+        # Here, where TRL's metrics have just waited for the device: behind the backward pass it would wait again.
+        self._trace.check(loss, self.state, self.args)
+        if self.chats is not None:
+            sums = losses_apart(outputs.log_probs, outputs.label_mask, self._trace.rows[:, 0])
+            for name, (total, count) in zip(LOSSES, self.accelerator.reduce(sums, "sum").tolist(), strict=True):
+                if count:
+                    self._metrics["train"][name].append(total / count)
         return loss
