@@ -140,6 +140,39 @@ def test_a_reply_that_is_too_late_is_never_executed(policy, monkeypatch):
     assert all(action is None or (action >= 0).all() for action in [*held, *after])
 
 
+def test_a_robot_that_lost_its_server_holds_at_once_and_goes_on_with_the_same_policy_only(policy, monkeypatch):
+    monkeypatch.setattr(clients, "RETRY_S", 0.1)
+    policy.config = policy.config.replace(n_action_steps=4)
+    (observation,) = observations(1)
+    message = plain_message(observation)
+    with served(policy, warm=True) as server:
+        client = RobotClient(f"ws://127.0.0.1:{server.port}")
+        client.latencies_s.extend([1 / client.metadata["fps"]] * 40)  # it asks with two of four actions left
+        until_it_acts(client, message)
+    with client:
+        while not client.losses:
+            assert client.step(message) is not None
+            time.sleep(0.5)
+        assert client.step(message) is None and client.stream.executed == 3
+        policy.config = policy.config.replace(n_action_steps=3)
+        with served(policy, port=server.port, warm=True):
+            assert steps(client, message, 60) == [None] * 60
+            assert client.last_error == "another policy is served now (n_action_steps): start the robot anew"
+        policy.config = policy.config.replace(n_action_steps=4)
+        with served(policy, port=server.port, warm=True):
+            until_it_acts(client, message)
+            assert client.last_error is None and client.losses == 1
+
+
+def test_a_reply_that_is_no_chunk_is_an_error_and_the_robot_holds(policy, monkeypatch):
+    monkeypatch.setattr(clients, "RETRY_S", 0.1)
+    (observation,) = observations(1)
+    with served(policy, warm=True) as server, RobotClient(f"ws://127.0.0.1:{server.port}") as client:
+        client.metadata["action_dim"] = 3
+        assert steps(client, plain_message(observation), 30) == [None] * 30
+        assert client.last_error == "the server answered no chunk of (n, 3) finite actions"
+
+
 def test_a_line_of_error_is_kept_and_the_robot_holds(policy, monkeypatch):
     monkeypatch.setattr(clients, "RETRY_S", 0.1)
     (observation,) = observations(1)

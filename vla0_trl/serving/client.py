@@ -1,5 +1,7 @@
 """The robot's side: it acts while the server thinks. Needs websockets, msgpack and NumPy, and `codec.py` beside it.
 
+The LeRobot plugin (eval/lerobot_plugin) takes these two files and `safety.py` with it: hence the relative import.
+
 [`ChunkStream`] decides, without clock or network: when to ask, what the robot is committed to while it waits, and what
 of a reply is still to be executed. [`RobotClient`] gives it both, for a loop that runs at the robot's rate:
 
@@ -15,6 +17,7 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,11 +25,15 @@ import numpy as np
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
-from vla0_trl.serving.codec import CodecError, pack, unpack
+from .codec import CodecError, pack, unpack
 
 KEPT_LATENCIES = 50
 MARGIN = 1  # steps: a request is sent that much earlier than the latency asks for
 RETRY_S = 1.0  # between attempts to connect again
+_SAME = ("revision", "units", "fps", "n_action_steps")  # of the metadata, when it has connected again
+
+
+Message = dict[str, Any] | Callable[[], dict[str, Any]]
 
 
 class ServerError(RuntimeError):
@@ -102,12 +109,13 @@ class ChunkStream:
 
     Attributes:
         executed (`int`): actions given by `next_action` so far.
+        left_out (`int`): actions of replies that came too late for them: the robot had executed others meanwhile.
         waiting (`bool`): a request is on its way.
     """
 
     def __init__(self, chunk_size: int, n_action_steps: int, prefetch: bool = True, use_prefix: bool = False):
         self.chunk_size, self.n_action_steps = chunk_size, n_action_steps
-        self.prefetch, self.use_prefix = prefetch, use_prefix
+        self.prefetch, self.use_prefix, self.left_out = prefetch, use_prefix, 0
         self.reset()
 
     def reset(self) -> None:
@@ -139,11 +147,16 @@ class ChunkStream:
         """
         self.waiting = False
         begin = self.executed - self._asked_at
+        self.left_out += begin
         self._actions = deque(chunk[begin : begin + self.n_action_steps])
 
     def give_up(self) -> None:
         """The request failed: its reply, if it ever comes, is not for us. What is planned is still executed."""
         self.waiting = False
+
+    def hold(self) -> None:
+        """The server is lost: nobody would correct what is planned, so it is not executed."""
+        self._actions.clear()
 
     def next_action(self) -> np.ndarray | None:
         """What to execute in this step, (action_dim,); None: hold the position."""
@@ -157,8 +170,9 @@ class RobotClient:
     """A robot that acts while its server thinks; `step` never waits for the network.
 
     Requests are sent by a thread, as soon as the actions left are no more than the 95th percentile of the latencies
-    takes, and one. After a timeout it connects again, and the robot holds its position until a reply to a newer
-    observation comes.
+    takes, and one. When the server is lost, or does not answer in time, nothing that was planned is executed any more:
+    the robot holds its position until it has connected again, to the same policy, and a reply to a newer observation
+    comes.
 
     Args:
         url, api_key, timeout_s: see [`PolicyConnection`].
@@ -167,6 +181,8 @@ class RobotClient:
     Attributes:
         metadata (`dict`): the server's.
         last_error (`str` or `None`): why the newest request failed; None after one that did not.
+        latencies_s (`deque[float]`): of the newest replies; the first is what the server said of itself.
+        losses (`int`): how often the server was lost.
     """
 
     def __init__(
@@ -182,9 +198,11 @@ class RobotClient:
         self.metadata = self._connection.metadata
         self.stream = ChunkStream(self.metadata["chunk_size"], self.metadata["n_action_steps"], prefetch, use_prefix)
         self.last_error: str | None = None
+        self.losses = 0
         first = self.metadata["latency_ms"].get("p95", 0.0) / 1000
-        self._latencies: deque[float] = deque([first], maxlen=KEPT_LATENCIES)
-        self._request: dict[str, Any] | None = None
+        self.latencies_s: deque[float] = deque([first], maxlen=KEPT_LATENCIES)
+        self._request: Message | None = None
+        self._prefix: np.ndarray | None = None
         self._generation = 0  # of the episode: a reply to an earlier one is dropped
         self._changed, self._closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._ask_on, name="policy client", daemon=True)
@@ -202,7 +220,7 @@ class RobotClient:
     @property
     def delay_steps(self) -> int:
         """Steps that a reply takes, with 95 % certainty, and the margin."""
-        return math.ceil(float(np.percentile(self._latencies, 95)) * self.metadata["fps"]) + MARGIN
+        return math.ceil(float(np.percentile(self.latencies_s, 95)) * self.metadata["fps"]) + MARGIN
 
     def reset(self) -> None:
         """A new episode begins."""
@@ -211,12 +229,15 @@ class RobotClient:
             self._request = None
             self.stream.reset()
 
-    def step(self, message: dict[str, Any]) -> np.ndarray | None:
-        """The current observation -> the action of this step, float32 (action_dim,); None: hold the position."""
+    def step(self, message: Message) -> np.ndarray | None:
+        """The current observation -> the action of this step, float32 (action_dim,); None: hold the position.
+
+        Args:
+            message: or what makes it, which the thread calls if it is sent: compressing pictures takes time.
+        """
         with self._changed:
             if self.stream.is_due(self.delay_steps):
-                prefix = self.stream.ask(self.delay_steps)
-                self._request = message if prefix is None else message | {"prefix": prefix}
+                self._prefix, self._request = self.stream.ask(self.delay_steps), message
                 self._changed.notify()
             return self.stream.next_action()
 
@@ -227,24 +248,42 @@ class RobotClient:
                 if self._closed:
                     break
                 message, generation, self._request = self._request, self._generation, None
+                options = {"episode": generation} | ({} if self._prefix is None else {"prefix": self._prefix})
             began = time.perf_counter()
             try:
-                self._connection = self._connection or self._connect()
-                chunk, error = self._connection.ask({"episode": generation, **message})["actions"], None
+                self._connection = self._connection or self._connect_again()
+                reply = self._connection.ask(options | (message() if callable(message) else message))
+                chunk, error = self._chunk(reply), None
             except ServerError as failure:
                 chunk, error = None, str(failure)
             with self._changed:
                 self.last_error = error
                 if error is None:
-                    self._latencies.append(time.perf_counter() - began)
+                    self.latencies_s.append(time.perf_counter() - began)
                     if generation == self._generation:
                         self.stream.accept(chunk)
                     continue
                 if self._connection is not None and self._connection.closed:
                     self._connection = None
+                    self.losses += 1
+                    self.stream.hold()
                 # A server that is starting again is not asked at once; and then about what is seen then.
                 self._changed.wait_for(lambda: self._closed, timeout=RETRY_S)
                 self._request = None
                 self.stream.give_up()
         if self._connection is not None:
             self._connection.close()
+
+    def _connect_again(self) -> PolicyConnection:
+        connection = self._connect()
+        changed = [name for name in _SAME if connection.metadata.get(name) != self.metadata.get(name)]
+        if changed:
+            connection.close()
+            raise ServerError(f"another policy is served now ({', '.join(changed)}): start the robot anew")
+        return connection
+
+    def _chunk(self, reply: dict[str, Any]) -> np.ndarray:
+        chunk, columns = reply.get("actions"), self.metadata["action_dim"]
+        if not isinstance(chunk, np.ndarray) or chunk.shape[1:] != (columns,) or not np.isfinite(chunk).all():
+            raise ServerError(f"the server answered no chunk of (n, {columns}) finite actions")
+        return chunk

@@ -122,9 +122,16 @@ class PolicyServer:
             "revision": self.revision,
             **{name: getattr(config, name) for name in names},
             **self.reader.describe(),
+            "action_range": self._action_range(),
             "latency_ms": self.engine.percentiles(),
             "max_batch": self.engine.max_batch,
         }
+
+    def _action_range(self) -> list[list[float]]:
+        """Lowest and highest action of the demonstrations; of relative actions, the state's, which they move."""
+        config = self.engine.policy.config
+        stats = config.state_stats if config.relative_actions else config.action_stats
+        return [stats.min, stats.max]
 
     def _admit(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
         """None opens the connection."""
