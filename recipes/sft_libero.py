@@ -11,17 +11,40 @@ Another recipe, and any field of it on the command line:
     accelerate launch recipes/sft_libero.py --config recipes/libero/debug.yaml --max_steps 30
 
 The same command again continues where it was stopped. Fields: TRL's SFTConfig and ModelConfig, and those of
-`vla0_trl/training/arguments.py`; `--help` lists them all. The simulator is not needed: eval/eval_libero.py has it.
+`vla0_trl/training/arguments.py`; `--help` lists them all. Only dagger_steps needs the simulator.
 """
 
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vla0_trl.training.fields import check_recipe_words
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from vla0_trl.training.trainer import VLATrainer
+
 CONFIG = Path(__file__).parent / "libero" / "full.yaml"
+
+
+def in_simulator(trainer: "VLATrainer") -> "list[TrainerCallback]":
+    """Callbacks that run episodes; the simulator is only imported by a run that needs it."""
+    args, config = trainer.args, trainer.vla_config
+    if args.rollout_steps:
+        raise ValueError("rollout_steps is for PushT: evaluate checkpoints with eval/eval_libero.py, set it to 0")
+    if not args.dagger_steps:
+        return []
+    from vla0_trl.data.libero_rows import rows_from_states
+    from vla0_trl.envs.libero.teacher import TeachingEnv, task_id_of
+    from vla0_trl.evaluation.dagger_callback import DaggerCallback
+
+    make_env = partial(TeachingEnv, task_id_of(args.dagger_teacher), cameras=config.cameras, render_size=128)
+    return [DaggerCallback(trainer, make_env, partial(rows_from_states, make_env=make_env), num_envs=1)]
+
 
 if __name__ == "__main__":
     check_recipe_words(CONFIG, __doc__)
     from vla0_trl.training.run import main  # after a look at the flags: torch and TRL take seconds
 
-    main(CONFIG, __doc__)
+    main(CONFIG, __doc__, in_simulator)

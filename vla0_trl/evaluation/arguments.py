@@ -89,4 +89,7 @@ class LiberoArguments(EvaluationArguments):
     num_episodes_per_task: int = option(protocol.NUM_INIT_STATES, "(default: %(default)s)")
     assets_dir: str | None = option(None, "LIBERO's assets (default: $LIBERO_ASSETS, else the Hub's)")
     perturb: list[str] = option([], f"may be repeated; {NAMES}", metavar="NAME[:SEVERITY]", action="extend")
+    render_size: int = option(
+        protocol.IMAGE_SIZE, "px; what a policy was trained on (default: %(default)s)", choices=protocol.RENDER_SIZES
+    )
     benchmark_envs: bool = option(False, "only print the speed of --num_envs against one in sequence")

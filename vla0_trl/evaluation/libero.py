@@ -45,11 +45,16 @@ def prepare(config: VLAConfig, args: LiberoArguments) -> Simulation:
         "assets": assets_fingerprint(assets),
         "max_steps": args.max_steps or protocol.MAX_STEPS,
         "settling_steps": protocol.SETTLING_STEPS,
-        "image_size": protocol.IMAGE_SIZE,
+        "image_size": args.render_size,
         "seed": protocol.SEED,
     }
     # only the cameras that the policy looks through are drawn
-    env = {"cameras": tuple(config.cameras), "max_steps": args.max_steps, "assets_dir": str(assets)}
+    env = {
+        "cameras": tuple(config.cameras),
+        "max_steps": args.max_steps,
+        "assets_dir": str(assets),
+        "render_size": args.render_size,
+    }
     runs = [
         Run(
             folder=args.output_dir / ("" if name is None else f"perturbed/{name.replace(':', '_')}"),

@@ -25,7 +25,7 @@ def drive(
     """Let the model in training act, once per seed, in `num_envs` environments side by side.
 
     Returns:
-        `tuple[float, float]`: success rate and mean of the largest coverage.
+        `tuple[float, float]`: success rate and mean of the largest coverage, which is success where there is none.
     """
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     policy = VLAPolicy(model, trainer.processing_class, trainer.vla_config)
@@ -34,7 +34,9 @@ def drive(
             results = [episode.result for episode in rollout(policy, envs, seeds, progress=False)]
     finally:
         model.train()
-    return tuple(sum(float(r[key]) for r in results) / len(results) for key in ("success", "max_coverage"))
+    return tuple(
+        sum(float(r.get(key, r["success"])) for r in results) / len(results) for key in ("success", "max_coverage")
+    )
 
 
 class RolloutCallback(TrainerCallback):

@@ -66,6 +66,9 @@ class LiberoEnv:
         max_steps (`int`, *optional*): limit of an episode, without the settling; by default the suite's.
         assets_dir (`str`, *optional*): see [`libero_setup.find_assets`].
         perturbation ([`Perturbation`], *optional*): what to change.
+        render_size (`int`, *optional*, defaults to `IMAGE_SIZE`): px; at 128, LIBERO's own, drawing takes a third.
+        sampled (`bool`, *optional*): begin where the task's own sampler places objects, drawn with the episode's
+            seed, instead of at one of the 50 initial states: for training on other placements than evaluation's.
 
     Raises:
         ValueError: no such suite, task or camera.
@@ -80,6 +83,8 @@ class LiberoEnv:
         max_steps: int | None = None,
         assets_dir: str | Path | None = None,
         perturbation: Perturbation | None = None,
+        render_size: int = IMAGE_SIZE,
+        sampled: bool = False,
     ):
         names = task_names(suite)
         if not 0 <= task_id < len(names):
@@ -92,6 +97,7 @@ class LiberoEnv:
 
         self.suite, self.task_id, self.cameras = suite, task_id, tuple(cameras)
         self.max_steps = max_steps or MAX_STEPS[suite]
+        self.render_size, self.sampled = render_size, sampled
         self.perturbation = perturbation or Perturbation()
         self.task = self.perturbation.task(suite, task_id, instruction(names[task_id]))
         self._states = initial_states(suite, names[task_id])
@@ -113,6 +119,7 @@ class LiberoEnv:
             ) from error
         self.perturbation.change_model(self.simulator.sim.model)
         self._take_snapshots()
+        self.seed = self.steps = 0
         self._done = True
 
     def _take_snapshots(self) -> None:
@@ -124,7 +131,7 @@ class LiberoEnv:
         from robosuite.utils.observables import Observable, sensor
 
         sim = self.simulator.sim
-        drawn_from = SimpleNamespace()
+        drawn_from = self._drawn_from = SimpleNamespace()
         sim._render_context_offscreen.data = drawn_from
 
         @sensor(modality="snapshot")
@@ -139,7 +146,7 @@ class LiberoEnv:
         """Begin at the task's initial state of this index, after the objects have settled."""
         from robosuite.utils.errors import RandomizationError
 
-        if not 0 <= seed < len(self._states):
+        if not self.sampled and not 0 <= seed < len(self._states):
             raise ValueError(f"{self.suite} task {self.task_id} has initial states 0 to {len(self._states) - 1}")
         self.seed = seed
         np.random.seed(SEED + seed)  # where fixtures stand; robosuite draws from the global generator
@@ -151,7 +158,7 @@ class LiberoEnv:
                 continue
         for robot in self.simulator.robots:
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
-        self._set_state(self._states[seed])
+        self._set_state(self.simulator.sim.get_state().flatten() if self.sampled else self._states[seed])
         for _ in range(SETTLING_STEPS):
             self._observed, *_ = self.simulator.step(SETTLING_ACTION)
         self.steps = 0
@@ -167,21 +174,39 @@ class LiberoEnv:
         self.simulator._update_observables(force=True)
 
     def observe(self) -> dict[str, Any]:
-        """What the policy sees: `{"images": {camera: uint8[256, 256, 3]}, "state": float32[8], "task": str}`.
+        """What the policy sees: `{"images": {camera: uint8[256, 256, 3]}, "state": float32[8], "task": str}`."""
+        return {"images": self.pictures(), "state": self.robot_state(), "task": self.task}
 
-        The state is the end effector's position, its rotation as axis-angle, and the fingers' positions, as in
-        openvla-oft's and LeRobot's datasets.
+    def robot_state(self) -> np.ndarray:
+        """float32[8]: the end effector's position, its rotation as axis-angle, and the fingers' positions.
+
+        As in openvla-oft's and LeRobot's datasets.
         """
         from robosuite.utils.transform_utils import quat2axisangle
 
         seen = self._observed
         rotation = quat2axisangle(seen["robot0_eef_quat"].copy())  # clips in place
-        state = np.concatenate([seen["robot0_eef_pos"], rotation, seen["robot0_gripper_qpos"]]).astype(np.float32)
-        return {
-            "images": {name: self._draw(CAMERAS[name]) for name in self.cameras},
-            "state": state,
-            "task": self.task,
-        }
+        return np.concatenate([seen["robot0_eef_pos"], rotation, seen["robot0_gripper_qpos"]]).astype(np.float32)
+
+    @property
+    def simulator_state(self) -> np.ndarray:
+        """float64[n], time, positions and velocities at the moment that `observe` draws; see `place`."""
+        data = self._drawn_from._data
+        return np.concatenate([[data.time], data.qpos, data.qvel])
+
+    def place(self, simulator_state: np.ndarray) -> None:
+        """Bring everything where it was, to draw it; the next episode begins with `reset`.
+
+        `observe` draws where bodies were when the simulator's last substep began: 2 ms, at most 1 mm, apart.
+        """
+        sim = self.simulator.sim
+        sim.set_state_from_flattened(simulator_state)
+        sim.forward()
+        self._drawn_from._data, self._drawn, self._done = copy.copy(sim.data._data), {}, True
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """uint8[render_size, render_size, 3] of each camera, as `observe` gives them."""
+        return {name: self._draw(CAMERAS[name]) for name in self.cameras}
 
     def step(self, action: np.ndarray) -> bool:
         """Execute float[7]; True when the episode is over, by success or by the limit.
@@ -205,12 +230,16 @@ class LiberoEnv:
         """uint8[size, size, 3] for a video: the camera that looks at the scene, as the policy would see it."""
         if size != IMAGE_SIZE:
             raise ValueError(f"LIBERO draws {IMAGE_SIZE} px, not {size}")
-        return self._draw(CAMERAS["image"])
+        return (
+            self._draw(CAMERAS["image"])
+            .repeat(IMAGE_SIZE // self.render_size, 0)
+            .repeat(IMAGE_SIZE // self.render_size, 1)
+        )
 
     def _draw(self, camera: str) -> np.ndarray:
         if camera not in self._drawn:
             sim = self.simulator.sim
-            picture = sim.render(camera_name=camera, width=IMAGE_SIZE, height=IMAGE_SIZE)
+            picture = sim.render(camera_name=camera, width=self.render_size, height=self.render_size)
             # of this picture alone: noise must not depend on how many others were drawn, for a video perhaps
             rng = np.random.default_rng([SEED, self.seed, self.steps, list(CAMERAS.values()).index(camera)])
             self._drawn[camera] = self.perturbation.image(np.ascontiguousarray(picture[ROTATION]), rng)

@@ -77,7 +77,7 @@ def record_episode(env: LiberoEnv, seed: int) -> Recording | None:
 def find_actions(env: LiberoEnv, seed: int) -> list[np.ndarray] | None:
     """float32[7] each, the last of which makes the task succeed; None if no way to take hold of the thing does."""
     env.reset(seed)
-    for grip in _grip_points(_box(env, env.simulator.obj_of_interest[0]), _Hand(env).position):
+    for grip in grip_points(surrounding_box(env, env.simulator.obj_of_interest[0]), Hand(env).position):
         env.reset(seed)
         actions = []
         for action in pick_and_place(env, grip):
@@ -96,12 +96,12 @@ def pick_and_place(env: LiberoEnv, grip: np.ndarray) -> Iterator[np.ndarray]:
         grip (`np.ndarray`): (3,), where to take hold.
     """
     thing, target = env.simulator.obj_of_interest
-    hand = _Hand(env)
+    hand = Hand(env)
     yield from hand.move(np.append(grip[:2], grip[2] + _ABOVE), GRIPPER_OPEN)
     yield from hand.move(grip, GRIPPER_OPEN, tolerance=0.006)
     yield from hand.stay(_CLOSING_STEPS, GRIPPER_CLOSED)
 
-    held, goal = _box(env, thing), _box(env, target)
+    held, goal = surrounding_box(env, thing), surrounding_box(env, target)
     below = hand.position[2] - held.low[2]  # how far the thing hangs below the hand
     offset = hand.position[:2] - held.center[:2]
     place = goal.center[:2] + offset
@@ -115,7 +115,7 @@ def pick_and_place(env: LiberoEnv, grip: np.ndarray) -> Iterator[np.ndarray]:
     yield from hand.move(np.append(place, travel), GRIPPER_OPEN)
 
 
-class _Hand:
+class Hand:
     """The end effector, and actions that bring it somewhere."""
 
     def __init__(self, env: LiberoEnv):
@@ -139,15 +139,15 @@ class _Hand:
             error = target - self.position
             if np.linalg.norm(error) < tolerance:
                 return
-            yield self._action(error, gripper)
+            yield self.action(error, gripper)
 
     def stay(self, steps: int, gripper: float) -> Iterator[np.ndarray]:
         """Keep the place while the fingers move."""
         place = self.position
         for _ in range(steps):
-            yield self._action(place - self.position, gripper)
+            yield self.action(place - self.position, gripper)
 
-    def _action(self, error: np.ndarray, gripper: float) -> np.ndarray:
+    def action(self, error: np.ndarray, gripper: float) -> np.ndarray:
         # for small angles, half of the differences across the diagonal is the rotation vector
         turn = self._upright @ self._rotation.T
         angles = np.array([turn[2, 1] - turn[1, 2], turn[0, 2] - turn[2, 0], turn[1, 0] - turn[0, 1]]) / 2
@@ -155,7 +155,7 @@ class _Hand:
         return np.append(motion, gripper).astype(np.float32)
 
 
-def _grip_points(box: Box, hand: np.ndarray) -> list[np.ndarray]:
+def grip_points(box: Box, hand: np.ndarray) -> list[np.ndarray]:
     """Where the hand, whose fingers close along y, may take hold of what is in the box, the best first."""
     lowest = box.low[2] + _FINGER
     if box.size[1] <= _MAX_WIDTH:  # not deeper than the fingers are long, or the palm pushes
@@ -168,7 +168,7 @@ def _grip_points(box: Box, hand: np.ndarray) -> list[np.ndarray]:
     return points
 
 
-def _box(env: LiberoEnv, name: str) -> Box:
+def surrounding_box(env: LiberoEnv, name: str) -> Box:
     """Around all collision geoms of an object."""
     model, data = env.simulator.sim.model, env.simulator.sim.data
     root = env.simulator.obj_body_id[name]

@@ -29,6 +29,7 @@ NUM_TASKS = {suite: 90 if suite == "libero_90" else 10 for suite in MAX_STEPS}  
 NUM_INIT_STATES = 50  # hf-libero: init_files/*/*.pruned_init, each float64[50, n]; the papers run all of them
 
 IMAGE_SIZE = 256  # px; what the demonstrations were rendered again at for training; LIBERO's own are 128
+RENDER_SIZES = (128, 256)
 # Both cameras turned by 180° before anything else, as in the datasets: robosuite's frames begin with the lowest line
 # (that is one flip), and OpenVLA's conversion mirrored them as well.
 ROTATION = (slice(None, None, -1), slice(None, None, -1))
