@@ -1,5 +1,6 @@
 # make demo                       a policy that pushes, then one from nothing in minutes; open runs/demo/report.html
 # make policy                     the shipped policy anew, from an empty folder, in about an hour; stops and goes on
+# make libero                     one LIBERO task from nothing, in about an hour; $LIBERO_ASSETS, or the Hub, has its meshes
 # make test                       all tests but the slow ones, in minutes
 # make test-all                   every test: what starts or kills several processes, or simulates for long, too
 # make test-newest, test-oldest   what depends on libraries, with their newest versions and with setup.cfg's oldest
@@ -10,12 +11,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 POLICY := runs/policy
+LIBERO := runs/libero
 UV := $(shell command -v uv)
 # As many as a small model can use; accelerate would take all cores, and say so.
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo policy test test-all test-newest test-oldest lock lint
+.PHONY: demo policy libero test test-all test-newest test-oldest lock lint
 .DELETE_ON_ERROR:
 
 # $(call install,ENVIRONMENT): pip's quiet install into a virtual environment; uv's, which is faster, where it is there.
@@ -52,7 +54,15 @@ accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft_pusht.py
 python eval/eval_pusht.py --model_name_or_path $(POLICY)/train --num_episodes 500 --seed 3000000 --num_videos 4 --output_dir $(POLICY)/eval
 python eval/summarize.py $(POLICY)/eval --title "PushT, from random weights" --commands $(POLICY)/commands.txt --output $(POLICY)
 endef
-export DEMO_COMMANDS POLICY_COMMANDS
+
+# What `make libero` runs: a policy for one task of libero_object, from an empty folder.
+define LIBERO_COMMANDS
+python data_prep/rows_libero.py --num_bins 255 --num_proc 2 --output_dir $(LIBERO)/rows
+accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft_libero.py --config recipes/libero/nano.yaml --dataset_name $(LIBERO)/rows --output_dir $(LIBERO)/train
+python eval/eval_libero.py --model_name_or_path $(LIBERO)/train --suites libero_object --task_ids 0 --render_size 128 --num_envs 2 --num_videos 4 --output_dir $(LIBERO)/eval
+python eval/summarize.py $(LIBERO)/eval --title "LIBERO, from random weights" --commands $(LIBERO)/commands.txt --output $(LIBERO)
+endef
+export DEMO_COMMANDS POLICY_COMMANDS LIBERO_COMMANDS
 
 # $(call run_all,FOLDER,VARIABLE): one command after another; each goes on where it was stopped.
 define run_all
@@ -70,6 +80,9 @@ demo: .venv/base
 
 policy: .venv/base
 	$(call run_all,$(POLICY),POLICY_COMMANDS)
+
+libero: .venv/dev
+	$(call run_all,$(LIBERO),LIBERO_COMMANDS)
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadscope
 

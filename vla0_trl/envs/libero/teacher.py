@@ -21,6 +21,7 @@ SUITE = "libero_object"
 _ABOVE = 0.12  # m over the thing, or over the target's rim, at which the hand travels
 _FUNNEL = 5.0  # m of height per m that the hand is off to the side: it comes down as it gets there
 _AT, _STILL_AT = 0.008, 0.02  # m to the grip at which fingers begin to close, and up to which they go on
+_PALM = 0.03  # m from the hand up to its palm, which rests on tall things
 _OPENED = 0.072  # m between open fingers, or more
 _OVER = 0.025  # m to the side of the place at which the thing may be let go
 _CLEAR = 0.03  # m below the travelling height at which the hand may go to the side
@@ -71,7 +72,8 @@ class LiberoTeacher:
         grip = grip_points(thing, hand)[0]
         aside = np.linalg.norm(grip[:2] - hand[:2])
         away = np.linalg.norm(grip - hand)
-        if away < (_AT if opening > _OPENED else _STILL_AT):
+        reached = away < _AT or (aside < _AT and thing.high[2] - hand[2] > _PALM)
+        if reached or (opening < _OPENED and away < _STILL_AT):
             return self._go(grip, GRIPPER_CLOSED)
         height = np.clip(_FUNNEL * (aside - _AT), 0, _ABOVE)
         if opening < _OPENED and away < 0.06:  # half closed beside it: open first
