@@ -55,7 +55,8 @@ def test_a_row_shows_what_was_seen_and_holds_what_the_teacher_would_have_done_ne
     for row, observation in zip(rows, seen, strict=True):
         for image, camera in zip(row["images"], ("image", "image2"), strict=True):
             picture = np.asarray(Image.open(io.BytesIO(image["bytes"])))
-            assert np.abs(picture - observation["images"][camera].astype(float)).mean() < 1  # 2 ms apart; a step: 1.4 and 9.8
+            difference = np.abs(picture - observation["images"][camera].astype(float)).mean()
+            assert difference < 1  # of 2 ms; that of a step is 1.4 and 9.8
         np.testing.assert_array_equal(np.float32(row["raw_state"]), observation["state"])
     first, second = (actions.astype(np.float32) for actions, *_ in split_states(states))
     np.testing.assert_array_equal(np.float32(rows[1]["raw_action"]), first[[2, 3, 3]].ravel())
