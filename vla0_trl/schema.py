@@ -16,8 +16,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-import yaml
-
 Kind = Callable[[Any], Any]
 Kinds = dict[str, Kind]
 
@@ -195,6 +193,8 @@ def parse_json(where: str, data: str | bytes) -> Any:
 
 def parse_yaml(where: str, data: str | bytes) -> Any:
     """What YAML says: `ValueError` in one line for what is none."""
+    import yaml  # here, because a robot's client imports this file, and needs no PyYAML
+
     try:
         return yaml.safe_load(data)
     except RecursionError as error:
