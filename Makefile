@@ -1,6 +1,6 @@
 # make demo                       a policy that pushes, then one from nothing in minutes; open runs/demo/report.html
 # make policy                     the shipped policy anew, from an empty folder, in about an hour; stops and goes on
-# make libero                     one LIBERO task from nothing, in about an hour; $LIBERO_ASSETS, or the Hub, has its meshes
+# make libero                     one LIBERO task from nothing, in 40 minutes; $LIBERO_ASSETS, or the Hub, has its meshes
 # make test                       all tests but the slow ones, in minutes
 # make test-all                   every test: what starts or kills several processes, or simulates for long, too
 # make test-newest, test-oldest   what depends on libraries, with their newest versions and with setup.cfg's oldest

@@ -1,6 +1,6 @@
 """Rows that a teacher labelled in the LIBERO simulator -> chat dataset. No download, no display.
 
-    python data_prep/rows_libero.py --task_id 0 --assets_dir PATH/assets --output_dir data/libero_rows --num_proc 2
+    python data_prep/rows_libero.py --task_ids 0 --assets_dir PATH/assets --output_dir data/libero_rows --num_proc 2
 
 A teacher picks and places while noise pushes the hand about; every second frame becomes a row, with the actions that
 bring the hand back. Objects stand where the task's own sampler puts them: evaluation's 50 initial states are not used.
@@ -16,16 +16,20 @@ from vla0_trl.command_line import option, parse
 from vla0_trl.data.arguments import ConversionArguments, command_line_errors
 from vla0_trl.data.episodes import SourceInfo
 from vla0_trl.data.libero_rows import EVERY, TeacherEpisodes
+from vla0_trl.data.staging import ConversionError
 from vla0_trl.envs.libero import protocol
-from vla0_trl.envs.libero.setup import find_assets, instruction, task_names
+from vla0_trl.envs.libero.setup import find_assets
 from vla0_trl.envs.libero.teacher import MOST_SHIFTED, SUITE, TeachingEnv
+
+SEED_STRIDE = 100_000  # of --seed: no episode is in two datasets
 
 
 @dataclass(kw_only=True)
 class Arguments(ConversionArguments):
     cameras: str = option(",".join(protocol.DEFAULT_CAMERAS), "which, in this order (default: all)", metavar="A,B")
-    task_id: int = option(0, f"of {SUITE} (default: %(default)s)", choices=range(protocol.NUM_TASKS[SUITE]))
-    num_episodes: int = option(200, "(default: %(default)s)")
+    task_ids: str | None = option("0", f"of {SUITE}, separated by commas (default: %(default)s)")
+    episodes_per_task: int = option(200, "(default: %(default)s)")
+    every: int = option(EVERY, "steps between frames that become rows (default: %(default)s)")
     render_size: int = option(
         128, "of the frames; as evaluation's (default: %(default)s)", choices=protocol.RENDER_SIZES
     )
@@ -35,30 +39,37 @@ class Arguments(ConversionArguments):
 def main() -> None:
     args = parse(Arguments, __doc__)
     with command_line_errors(args):
+        try:
+            tasks = [episode.task_id for episode in protocol.select_episodes(SUITE, args.task_ids, 1)]
+        except ValueError as error:
+            raise ConversionError(str(error)) from error
         assets = find_assets(args.assets_dir)
-        settings = {"cameras": tuple(args.cameras.split(",")), "render_size": args.render_size}
+        settings = {"cameras": args.cameras.split(","), "render_size": args.render_size}
+        options = {
+            "task_ids": tasks,
+            "episodes_per_task": args.episodes_per_task,
+            "seed": args.seed,
+            "every": args.every,
+        }
         info = SourceInfo(
-            source=f"{SUITE} task {args.task_id}, states labelled by a teacher",
+            source=f"{SUITE}, states labelled by a teacher",
             revision=f"vla0_trl {__version__}, hf-libero {version('hf-libero')}, mujoco {version('mujoco')}",
             license="apache-2.0",
             robot="Franka Panda in LIBERO (robosuite, OSC_POSE)",
             fps=protocol.CONTROL_FREQUENCY,
             how=(
-                f"{args.num_episodes} episodes in the LIBERO simulator, of vla0_trl's teacher, disturbed by noise; "
-                f"one frame in {EVERY} is kept, each with the teacher's own next actions. Objects are placed by the "
-                f"task's sampler, in half of the episodes all moved by up to {100 * MOST_SHIFTED:.0f} cm. Both "
-                f"cameras are rotated by 180°, as in evaluation. Assets: {assets.name}."
+                f"{args.episodes_per_task} episodes of each task in the LIBERO simulator, of vla0_trl's teacher, "
+                f"disturbed by noise; one frame in {args.every} is kept, each with the teacher's own next actions. "
+                f"Objects are placed by the task's sampler, in half of the episodes all moved by up to "
+                f"{100 * MOST_SHIFTED:.0f} cm. Both cameras are rotated by 180°, as in evaluation. "
+                f"Assets: {assets.name}."
             ),
-            options={"task_id": args.task_id, "num_episodes": args.num_episodes, "seed": args.seed, **settings},
+            options=options | settings,
             units=protocol.UNITS,
         )
+        make_env = partial(TeachingEnv, tasks, assets_dir=assets, **settings)
         source = TeacherEpisodes(
-            partial(TeachingEnv, args.task_id, assets_dir=assets, **settings),
-            instruction(task_names(SUITE)[args.task_id]),
-            args.seed * 10_000_000,
-            args.num_episodes,
-            args.chunk_size,
-            info,
+            make_env, args.episodes_per_task, args.seed * SEED_STRIDE, args.chunk_size, args.every, info
         )
         config = args.config(action_dim=protocol.ACTION_DIM, state_dim=protocol.STATE_DIM, gripper="sign")
         args.convert(source, config)

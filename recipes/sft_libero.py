@@ -36,10 +36,10 @@ def in_simulator(trainer: "VLATrainer") -> "list[TrainerCallback]":
     if not args.dagger_steps:
         return []
     from vla0_trl.data.libero_rows import rows_from_states
-    from vla0_trl.envs.libero.teacher import TeachingEnv, task_id_of
+    from vla0_trl.envs.libero.teacher import TeachingEnv, tasks_of_teacher
     from vla0_trl.evaluation.dagger_callback import DaggerCallback
 
-    make_env = partial(TeachingEnv, task_id_of(args.dagger_teacher), cameras=config.cameras, render_size=128)
+    make_env = partial(TeachingEnv, tasks_of_teacher(args.dagger_teacher), cameras=config.cameras, render_size=128)
     return [DaggerCallback(trainer, make_env, partial(rows_from_states, make_env=make_env), num_envs=1)]
 
 

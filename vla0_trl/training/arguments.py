@@ -116,7 +116,7 @@ class VLASFTConfig(SFTConfig):
     dagger_episodes: int = option(40, "Episodes per DAgger round.")
     dagger_fraction: float = option(0.4, "Share of the rows drawn from what DAgger added, once there is any.")
     dagger_teacher: str | None = option(
-        None, "The teacher that labels: a file made by data_prep/teach_pusht.py, or a LIBERO task: libero_object/0."
+        None, "The teacher that labels: a file made by data_prep/teach_pusht.py, or LIBERO's tasks: libero_object/0,3."
     )
     cotrain_dataset_name: str | None = option(
         None,

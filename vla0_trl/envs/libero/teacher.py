@@ -7,15 +7,22 @@ any state can be labelled, those of noisy episodes and those that a policy came 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from vla0_trl.envs.libero.env import LiberoEnv
+from vla0_trl.envs.libero.env import LiberoEnv, LiberoTasks
 from vla0_trl.envs.libero.expert import Hand, grip_points, surrounding_box
 from vla0_trl.envs.libero.perturb import OBJECT_SHIFT, ShiftObjects
-from vla0_trl.envs.libero.protocol import ACTION_DIM, GRIPPER_CLOSED, GRIPPER_OPEN, NUM_TASKS, STATE_DIM
+from vla0_trl.envs.libero.protocol import (
+    ACTION_DIM,
+    DEFAULT_CAMERAS,
+    GRIPPER_CLOSED,
+    GRIPPER_OPEN,
+    STATE_DIM,
+    select_episodes,
+)
 
 SUITE = "libero_object"
 _ABOVE = 0.12  # m over the thing, or over the target's rim, at which the hand travels
@@ -85,23 +92,32 @@ class LiberoTeacher:
 
 
 class TeachingEnv:
-    """A task whose objects stand where its own sampler puts them, in half of the episodes all moved a little, with the
-    teacher looking on: every state that is driven through can become a row.
+    """Tasks whose objects stand where their own sampler puts them, in half of the episodes all moved a little.
+
+    The teacher looks on, so that every state that is driven through can become a row.
 
     Args:
-        settings: of its [`LiberoEnv`].
+        task_ids (`Sequence[int]`): of `SUITE`; an episode's seed says which.
+        cameras (`Sequence[str]`, *optional*): which to give.
+        settings: of every [`LiberoEnv`].
     """
 
-    def __init__(self, task_id: int, **settings: Any):
-        self.env = LiberoEnv(SUITE, task_id, sampled=True, **settings)
-        self.observe, self.frame, self.result, self.close = (
-            self.env.observe,
-            self.env.frame,
-            self.env.result,
-            self.env.close,
-        )
+    def __init__(self, task_ids: Sequence[int], cameras: Sequence[str] = DEFAULT_CAMERAS, **settings: Any):
+        self.task_ids, self.cameras = list(task_ids), list(cameras)
+        self._tasks = LiberoTasks(sampled=True, cameras=self.cameras, **settings)
+        self.observe, self.frame, self.result = self._tasks.observe, self._tasks.frame, self._tasks.result
+        self.close = self._tasks.close
+
+    def task_id(self, seed: int) -> int:
+        """Which task an episode is of."""
+        return self.task_ids[seed % len(self.task_ids)]
+
+    def open(self, seed: int) -> LiberoEnv:
+        """The environment of an episode's task, in which no episode is begun."""
+        return self._tasks.open(SUITE, self.task_id(seed))
 
     def reset(self, seed: int) -> None:
+        self.env = self.open(seed)
         self.env.perturbation = ShiftObjects(MOST_SHIFTED / OBJECT_SHIFT * max(0.0, drawn(seed).uniform(-1, 1)))
         self.env.reset(seed)
         self.teacher = LiberoTeacher(self.env)
@@ -119,22 +135,23 @@ class TeachingEnv:
         return np.concatenate([[env.seed], self.action, env.robot_state(), env.simulator_state])
 
 
-def task_id_of(teacher: str) -> int:
-    """`"libero_object/3"` -> 3.
+def tasks_of_teacher(name: str) -> list[int]:
+    """`"libero_object/3"` -> [3]; `"libero_object"` -> all of its tasks.
 
     Raises:
         ValueError: it names no task that the teacher can do.
     """
-    suite, _, task_id = teacher.partition("/")
-    if suite != SUITE or not task_id.isdecimal() or int(task_id) >= NUM_TASKS[SUITE]:
-        raise ValueError(f"dagger_teacher={teacher} must be {SUITE}/ and a task's number, such as {SUITE}/0")
-    return int(task_id)
+    suite, slash, task_ids = name.partition("/")
+    if suite != SUITE:
+        raise ValueError(f"dagger_teacher={name} must be {SUITE}, or {SUITE}/0,3 for some of its tasks")
+    return [episode.task_id for episode in select_episodes(suite, task_ids if slash else None, 1)]
 
 
-def split_states(states: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """`full_state`s [N, S] of episodes in a row -> of each, teacher's actions, robot's and simulator's states."""
+def split_states(states: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """`full_state`s [N, S] of some episodes -> of each, seed, teacher's actions, robot's and simulator's states."""
     starts = np.flatnonzero(np.diff(states[:, 0])) + 1
-    return [tuple(np.split(episode[:, 1:], _PARTS, axis=1)) for episode in np.split(states, starts)]
+    for episode in np.split(states, starts):
+        yield int(episode[0, 0]), *np.split(episode[:, 1:], _PARTS, axis=1)
 
 
 def drive_with_noise(env: TeachingEnv, seed: int) -> np.ndarray:
