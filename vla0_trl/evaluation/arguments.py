@@ -48,7 +48,9 @@ class EvaluationArguments(ExecutionArguments, ModelArguments):
         choices=MODES,
     )
     refine: int = option(
-        0, "with --decoding parallel: rounds that ask again, seeing the last round's numbers (default: %(default)s)"
+        0,
+        "with --decoding parallel: rounds that ask again what the model is least sure of, seeing the rest (default: "
+        "%(default)s)",
     )
     max_steps: int | None = option(None, "time limit of an episode (default: the protocol's)")
     num_videos: int = option(

@@ -22,8 +22,8 @@ class DecodingOptions:
     Args:
         mode (`str`): `"exact"` writes the tokens of greedy decoding. `"parallel"` takes the answers of
             [`ParallelReader`] as they are, in which no number has seen another one. `"stock"` is `generate()`.
-        refine (`int`): with `"parallel"`: rounds in which all numbers are asked once more, each with the last round's
-            numbers before it to be seen. As many as there are other numbers always give the exact answer.
+        refine (`int`): with `"parallel"`: rounds in which the numbers that the model is least sure of are asked again,
+            and see the others before them.
         check (`str`): a model's first chunk is compared with stock `generate()`, see [`self_check`]. If they differ,
             or if ours raises, then or later: `"fall_back"` warns and continues with stock, `"raise"` raises an error;
             `"skip"` compares nothing.
@@ -56,11 +56,10 @@ class DecodingOptions:
             )
 
     def check_rounds(self, num_values: int) -> None:
-        """`ValueError` if an answer of so many numbers has fewer to ask than there are rounds."""
+        """`ValueError` if rounds, each of which asks fewer numbers than the one before, are more than an answer has."""
         if self.refine >= num_values:
             raise ValueError(
-                f"refine={self.refine}: an answer of {num_values} numbers has at most {num_values - 1} rounds that "
-                "change any"
+                f"refine={self.refine}: an answer of {num_values} numbers has at most {num_values - 1} rounds"
             )
 
 

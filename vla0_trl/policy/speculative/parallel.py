@@ -16,9 +16,9 @@ has two digits at most. Say both numbers begin with "1". The second pass reads
 
 and chooses a second digit for each, or that the number ends there. After "12" nothing may follow: it is whole.
 
-In further rounds all numbers are asked again, and each sees the last round's numbers before it instead of placeholders
-(Jacobi iteration, Song et al. 2021). With each round at least one more number, from the first on, is that of greedy
-decoding, and mostly several are; where a round changes nothing, all are.
+In further rounds the numbers that the model is least sure of are hidden and asked again, and see the others before them
+(mask-predict, Ghazvininejad et al. 2019): with k rounds k of k + 1 parts of all numbers, then k − 1, at last one part.
+How sure it is: the probability of the number among those that the grammar allows.
 
 A branch only writes the spelling that training showed, and ends where the model prefers a token that begins the next
 number, or the end of the turn. So every answer is one that the grammar allows.
@@ -44,16 +44,23 @@ class Reading:
 
     Attributes:
         numbers (`np.ndarray`): int (B, N) in 0…num_bins.
+        log_probs (`np.ndarray`): float (B, N), of these numbers, when they were asked last; 0 where they are given.
         unrefined, asked, trunks, roots, logits: of the first round: its numbers; which were asked, bool (B, N); see
             [`ParallelReader.trunk`]; and float32 (B, longest trunk + 1, columns), last after the prompt.
     """
 
     numbers: np.ndarray
+    log_probs: np.ndarray
     unrefined: np.ndarray
     asked: np.ndarray
     trunks: list[list[int]]
     roots: np.ndarray
     logits: np.ndarray
+
+    def least_sure(self, share: float) -> np.ndarray:
+        """Which numbers, bool (B, N), a share of those that were asked, the model is least sure of."""
+        rank = np.where(self.asked, self.log_probs, np.inf).argsort(1, kind="stable").argsort(1)
+        return rank < np.ceil(self.asked.sum(1, keepdims=True) * share - 1e-9)
 
 
 class ParallelReader:
@@ -145,7 +152,7 @@ class ParallelReader:
             read_prompt: reads the prompts and these ids behind them: float32 (B, longest + 1, columns), the logits
                 after each id and, last, after the prompt.
             given: B times the numbers that the answer begins with, which are not asked.
-            refine: further rounds, at most; see the module.
+            refine: further rounds; see the module.
         """
         shape = (forward.rows, self.num_values)
         numbers, asked = np.zeros(shape, np.int64), np.ones(shape, bool)
@@ -153,18 +160,16 @@ class ParallelReader:
             numbers[row, : len(known)], asked[row, : len(known)] = known, False
         trunks, roots = self._trunks(numbers, asked)
         logits = read_prompt(trunks)
-        reading = Reading(numbers, numbers, asked, trunks, roots, logits)
+        reading = Reading(numbers, np.zeros(shape), numbers, asked, trunks, roots, logits)
         self._ask(forward, first_slot, reading, logits, roots, asked)
         reading.unrefined = numbers.copy()
-        for _ in range(refine):
-            before = numbers.copy()
-            trunks, roots = self._trunks(numbers, np.zeros_like(asked))
+        for round_ in range(refine):
+            again = reading.least_sure((refine - round_) / (refine + 1))
+            trunks, roots = self._trunks(numbers, again)
             read = [forward.step(_row_tokens(forward, first_slot, trunks))] if any(trunks) else []
             # What follows the prompt directly sees no number, so its logits stay.
             logits = np.concatenate([*read, reading.logits[:, -1:]], 1)
-            self._ask(forward, first_slot, reading, logits, roots, asked)
-            if (numbers == before).all():
-                break
+            self._ask(forward, first_slot, reading, logits, roots, again)
         return reading
 
     def _trunks(self, numbers: np.ndarray, hidden: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
@@ -176,9 +181,11 @@ class ParallelReader:
         logits = np.take_along_axis(logits, roots[..., None], 1)
         node, open_ = np.broadcast_to(self.begin, asked.shape), asked.copy()
         branches = first_slot + roots.max() + 1  # the slots behind all trunks
+        reading.log_probs[asked] = 0
         depth = 0
         while True:
-            node, whole = self.step(node, logits)
+            node, whole, log_probs = self.step(node, logits)
+            reading.log_probs[open_] += log_probs[open_]
             reading.numbers[open_ & whole] = self.tree.number[node[open_ & whole]]
             open_ &= ~whole
             if not open_.any():
@@ -203,7 +210,7 @@ class ParallelReader:
         """bool (…, columns): what may follow these nodes (…), and `ends` (…, columns) where they are whole."""
         return (self.tree.child[node] >= 0) | ((self.tree.number[node] >= 0)[..., None] & ends)
 
-    def step(self, node: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def step(self, node: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Choose what follows in each branch.
 
         Args:
@@ -211,15 +218,17 @@ class ParallelReader:
             logits: float32 (B, N, columns) after that.
 
         Returns:
-            the next node, or the same where the number ends; and bool, whether the number is whole.
+            the next node, or the same where the number ends; bool, whether the number is whole; and the log-probability
+            of the choice among those that are allowed.
         """
         tree, allowed = self.tree, self.allowed(node, self.ends)
         # Clamped: a forbidden token must lose against an allowed one of score −inf, too.
-        scores = np.maximum(logits[..., tree.order], np.finfo(np.float32).min)
-        column = np.where(allowed, scores, -np.inf).argmax(-1)
+        scores = np.where(allowed, np.maximum(logits[..., tree.order], np.finfo(np.float32).min), -np.inf)
+        column, best = scores.argmax(-1), scores.max(-1, keepdims=True)
+        log_probs = -np.log(np.exp(scores - best).sum(-1))
         child = tree.child[node, column]
         after = np.where(child < 0, node, child)
-        return after, (child < 0) | tree.leaf[after]
+        return after, (child < 0) | tree.leaf[after], log_probs
 
 
 def _shared(placeholder: list[int], spelled: list[list[int]]) -> int:
