@@ -21,7 +21,7 @@ _NAMES = {
         num_workers window_ms delays_ms
     """,
     _SHARE: """
-        mask_max mask_skip mask_full label_smoothing_factor adam_beta1 adam_beta2 lora_dropout crop_ratio
+        mask_max mask_skip mask_full mask_branches label_smoothing_factor adam_beta1 adam_beta2 lora_dropout crop_ratio
         stop_at_token_accuracy dagger_fraction noise_fraction expert_mix
     """,
     _SIZE: """

@@ -15,7 +15,8 @@ from vla0_trl.policy.grammar import ActionGrammar, ActionGrammarLogitsProcessor
 from vla0_trl.policy.speculative import decoder as decoding
 from vla0_trl.policy.speculative.decoder import ChunkDecoder
 from vla0_trl.policy.speculative.options import DecodingOptions
-from vla0_trl.policy.speculative.tree_forward import PassToken, TreeForward
+from vla0_trl.policy.speculative.tree_forward import TreeForward
+from vla0_trl.processing.branches import PassToken
 
 OPTIONS = {
     "all": {},

@@ -4,11 +4,10 @@ import pytest
 import torch
 from support.backbones import DIGITS, Chat, multi_digit_tokenizer
 from support.random_policies import BACKBONES, build_policy
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from vla0_trl.policy.grammar import ActionGrammar
 from vla0_trl.policy.speculative.draft_state import DraftState, Speller
-from vla0_trl.policy.speculative.tree_forward import PassToken, TreeForward
+from vla0_trl.processing.branches import PassToken, visible
 
 
 @pytest.fixture(scope="module", params=BACKBONES)
@@ -114,12 +113,9 @@ def test_the_modules_example_of_a_pass():
         PassToken(space, 3, 9, 5, 8),
     ]
 
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(chat.tokenizer)))
-    forward = TreeForward(model, torch.as_tensor(grammar.token_ids), rows=1, capacity=16)
-    token = PassToken(*torch.tensor([tree.tokens]).unbind(-1))
-    visible = forward.visible(token.cache_slot, token.visible_until, token.visible_from, used=10)[0]
-    assert ["".join(".x"[slot] for slot in slots) for slots in visible.int().tolist()] == [
+    fields = torch.tensor([tree.tokens]).unbind(-1)[2:]
+    seen = visible(torch.arange(10), *fields, not_padding=torch.ones(1, 10, dtype=torch.bool))[0]
+    assert ["".join(".x"[slot] for slot in slots) for slots in seen.int().tolist()] == [
         "xxxxx.....",
         "xxxxxx....",
         "xxxxxxx...",

@@ -4,13 +4,21 @@ import numpy as np
 import pytest
 import torch
 from support.backbones import TINY, observations
-from support.random_policies import BACKBONES, build_policy, generate, sharpened
+from support.random_policies import (
+    BACKBONES,
+    assert_equal_logits,
+    build_policy,
+    decoder_of,
+    generate,
+    row_logits,
+    sharpened,
+    watched_reading,
+)  # fmt: skip
 
 from vla0_trl import VLADataCollator, VLAPolicy
 from vla0_trl.models.nano import NanoConfig, build_nano
 from vla0_trl.policy.speculative import decoder as decoding
-from vla0_trl.policy.speculative.decoder import ChunkDecoder
-from vla0_trl.policy.speculative.options import DecodingOptions, DraftChoice, PromptError
+from vla0_trl.policy.speculative.options import DraftChoice, PromptError
 from vla0_trl.policy.speculative.parallel import ParallelReader
 
 NUMBER_TOKENS = "nano, one token per number"
@@ -27,44 +35,6 @@ def policy(request):
     return VLAPolicy(sharpened(model), processor, config)
 
 
-def decoder_of(policy, **options) -> ChunkDecoder:
-    return ChunkDecoder(policy.grammar, DecodingOptions(**options), policy.decoder.prefix, 2, policy.decoder.reader)
-
-
-class Watched(ParallelReader):
-    """A reader that keeps the logits from which it chooses."""
-
-    def step(self, node, logits):
-        self.seen.append(logits)
-        return super().step(node, logits)
-
-
-def watched_reading(policy, batch, **options):
-    """A parallel reading and the logits of each of its steps, float32 (B, N, columns) by token id."""
-    reader = Watched(policy.chat_tokenizer, policy.grammar)
-    reader.seen = []
-    decoder = ChunkDecoder(
-        policy.grammar, DecodingOptions(mode="parallel", **options), policy.decoder.prefix, 2, reader
-    )
-    generate(policy, batch, custom_generate=decoder)
-    return reader, decoder, [logits[..., reader.tree.order] for logits in reader.seen]
-
-
-def row_logits(policy, observation, numbers, hidden, token_ids) -> tuple[int, np.ndarray]:
-    """A plain forward pass over a training row: where its answer begins, and logits (L, columns)."""
-    inputs = policy._inputs([observation])
-    answer, _ = policy.chat_tokenizer.encode_answer(numbers, hidden)
-    begin = inputs["input_ids"].shape[1]
-    ids = torch.cat([inputs["input_ids"], torch.tensor([answer])], 1)
-    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | policy.chat_tokenizer.token_types(ids)
-    with torch.no_grad():
-        return begin, policy.model(**inputs).logits[0][:, token_ids].numpy()
-
-
-def assert_equal_logits(ours, theirs) -> None:
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
-
-
 def test_every_step_of_every_branch_has_the_logits_of_a_training_row(policy):
     batch = observations(3, seed=3)  # their prompts differ in length
     reader, decoder, seen = watched_reading(policy, batch)
@@ -75,8 +45,8 @@ def test_every_step_of_every_branch_has_the_logits_of_a_training_row(policy):
         for position in range(8):
             hidden = np.arange(8) < position
             begin, logits = row_logits(policy, observation, numbers[row], hidden, reader.tree.token_ids)
-            own = reader.spelled[min(position, 1)][numbers[row, position]][reader.shared[min(position, 1)] :]
-            _, roots = reader.trunk(numbers[row], np.ones(8, bool))
+            own = reader.branched.branch(position, numbers[row, position])
+            _, roots = reader.branched.trunk(numbers[row], np.ones(8, bool))
             # Behind its last token a number is chosen to end there, if it could go on.
             for step in range(len(own) + (len(own) < reader.tree.depth)):
                 if step < len(own) or seen[step][row, position].any():
@@ -105,7 +75,8 @@ def test_the_first_pass_reads_the_row_that_the_collator_makes(policy):
         logits = policy.model(**inputs).logits[..., reader.tree.token_ids].numpy()
     masked = inputs["input_ids"] == policy.chat_tokenizer.mask_id
     for row in range(2):
-        answer = np.flatnonzero(labels[row] != -100)[0] if reader.hidden[0][:-1] else np.flatnonzero(masked[row])[-8]
+        spaced = reader.branched.hidden[0][:-1]
+        answer = np.flatnonzero(labels[row] != -100)[0] if spaced else np.flatnonzero(masked[row])[-8]
         places = np.flatnonzero(masked[row])
         places = places[places >= answer]
         assert (
@@ -153,7 +124,7 @@ def test_rounds_ask_again_what_the_model_is_least_sure_of(policy, rounds):
         log_probs[asked] = 0
         for step, logits in enumerate(steps):
             for row, (begin, plain) in enumerate(begins if step == 0 else []):
-                roots = reader.trunk(numbers[row], asked[row])[1]
+                roots = reader.branched.trunk(numbers[row], asked[row])[1]
                 assert_equal_logits(logits[row][asked[row]], plain[begin + roots][asked[row]])
             scores = np.where(reader.allowed(node, reader.ends), logits, -np.inf)
             chosen = scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True)
@@ -184,8 +155,8 @@ def test_numbers_that_are_given_are_seen_and_kept(policy):
         ours = reading.logits[row][reading.roots[row][hidden]][:, reader.tree.order]
         assert_equal_logits(ours, logits[begin + reading.roots[row][hidden]]) if hidden.any() else None
     with pytest.raises(ValueError, match="can't be part of a number"):
-        reader.parse(reader.hidden[0])
-    if space := reader.hidden[1][:-1]:
+        reader.parse(reader.branched.hidden[0])
+    if space := reader.branched.hidden[1][:-1]:
         with pytest.raises(ValueError, match="these are not whole numbers"):
             reader.parse(beginnings[0] + space)
 

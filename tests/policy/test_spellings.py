@@ -7,7 +7,7 @@ from support.backbones import DIGITS, multi_digit_tokenizer
 from vla0_trl.config import VLAConfig
 from vla0_trl.policy.grammar import ActionGrammar
 from vla0_trl.policy.speculative.parallel import ParallelReader
-from vla0_trl.policy.speculative.tree_forward import PassToken
+from vla0_trl.processing.branches import PassToken
 
 
 class Numbers:

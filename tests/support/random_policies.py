@@ -1,5 +1,6 @@
 """Policies of random weights whose greedy answers are clear: no two best logits are equal but for rounding."""
 
+import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, LogitsProcessorList
 
@@ -11,6 +12,9 @@ from vla0_trl.config import VLAConfig
 from vla0_trl.models.loading import load_processor
 from vla0_trl.models.nano import NanoConfig, build_nano
 from vla0_trl.policy.grammar import ActionGrammarLogitsProcessor
+from vla0_trl.policy.speculative.decoder import ChunkDecoder
+from vla0_trl.policy.speculative.options import DecodingOptions
+from vla0_trl.policy.speculative.parallel import ParallelReader
 
 BACKBONES = ["nano", SMOLVLM, QWEN]
 
@@ -47,3 +51,41 @@ def generate(policy, batch, **options) -> torch.Tensor:
         options = {"logits_processor": LogitsProcessorList([processor])}
     output = policy.model.generate(**inputs, generation_config=policy.generation_config, **options)
     return output[:, inputs["input_ids"].shape[1] :]
+
+
+def decoder_of(policy, **options) -> ChunkDecoder:
+    return ChunkDecoder(policy.grammar, DecodingOptions(**options), policy.decoder.prefix, 2, policy.decoder.reader)
+
+
+class Watched(ParallelReader):
+    """A reader that keeps the logits from which it chooses."""
+
+    def step(self, node, logits):
+        self.seen.append(logits)
+        return super().step(node, logits)
+
+
+def watched_reading(policy, batch, **options):
+    """A parallel reading and the logits of each of its steps, float32 (B, N, columns) by token id."""
+    reader = Watched(policy.chat_tokenizer, policy.grammar)
+    reader.seen = []
+    decoder = ChunkDecoder(
+        policy.grammar, DecodingOptions(mode="parallel", **options), policy.decoder.prefix, 2, reader
+    )
+    generate(policy, batch, custom_generate=decoder)
+    return reader, decoder, [logits[..., reader.tree.order] for logits in reader.seen]
+
+
+def row_logits(policy, observation, numbers, hidden, token_ids) -> tuple[int, np.ndarray]:
+    """A plain forward pass over a training row: where its answer begins, and logits (L, columns)."""
+    inputs = policy._inputs([observation])
+    answer, _ = policy.chat_tokenizer.encode_answer(numbers, hidden)
+    begin = inputs["input_ids"].shape[1]
+    ids = torch.cat([inputs["input_ids"], torch.tensor([answer])], 1)
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | policy.chat_tokenizer.token_types(ids)
+    with torch.no_grad():
+        return begin, policy.model(**inputs).logits[0][:, token_ids].numpy()
+
+
+def assert_equal_logits(ours, theirs) -> None:
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())

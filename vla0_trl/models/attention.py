@@ -39,6 +39,7 @@ class TrainingForward:
 
     Attributes:
         way (`str`): `"fast"`, or `"stock"`.
+        sdpa (`bool`): attention is transformers' `sdpa`, or ours in its place.
         checked (`bool`): there is nothing to compare, or it has been compared.
     """
 
@@ -46,17 +47,17 @@ class TrainingForward:
         if not isinstance(model, PreTrainedModel):  # an adapter that is trained further
             model = model.get_base_model()
         self.model = model
-        self._attention = model.config._attn_implementation == "sdpa"
+        self.sdpa = model.config._attn_implementation == "sdpa"
         self._images = model.config.model_type in SMOLVLM
         self._hook: RemovableHandle | None = None
-        self.way, self.checked = STOCK, not (self._attention or self._images)
+        self.way, self.checked = STOCK, not (self.sdpa or self._images)
         if not self.checked:
             self.use_fast()
 
     def use_fast(self) -> None:
         """Compute it our way."""
         self.way = FAST
-        if self._attention:
+        if self.sdpa:
             self.model.set_attn_implementation(_ATTENTION)
         if self._images:
             self._hook = self.model.model.register_forward_pre_hook(_embed_images, with_kwargs=True)
@@ -64,7 +65,7 @@ class TrainingForward:
     def use_stock(self) -> None:
         """Compute it as transformers does."""
         self.way = STOCK
-        if self._attention:
+        if self.sdpa:
             self.model.set_attn_implementation("sdpa")
         if self._hook is not None:
             self._hook.remove()

@@ -12,6 +12,7 @@ from transformers import ProcessorMixin
 
 from vla0_trl.actions import parse_integers
 from vla0_trl.config import VLAConfig
+from vla0_trl.processing.branches import BranchedAnswer, PassToken
 from vla0_trl.processing.chat_tokenizer import IGNORED, ChatTokenizer
 from vla0_trl.processing.images import crop, decoded_image, draw_jitter, fit_images, model_inputs, stack_cameras
 
@@ -39,6 +40,9 @@ class VLADataCollator:
         mask_max (`float`, *optional*, defaults to `0.4`): upper end of the fraction of hidden values.
         mask_skip (`float`, *optional*, defaults to `0.1`): share of samples without masking.
         mask_full (`float`, *optional*, defaults to `0.0`): share of the other samples of which all values are hidden.
+        mask_branches (`float`, *optional*, defaults to `0.0`): share of all samples that train parallel decoding: all
+            values are hidden, and each one's digits are a branch behind the answer, see [`branches`]. The batch then
+            has `position_ids` and `branches`, from which training makes the mask.
         mask_labels (`str`, *optional*, defaults to `"ignore"`): `"keep"` makes hidden values targets all the same;
             needs a tokenizer that writes every number as one token.
         label_smoothing_bins (`float`, *optional*, defaults to `0.0`): targets are drawn from a normal distribution of
@@ -63,6 +67,7 @@ class VLADataCollator:
         mask_max: float = 0.4,
         mask_skip: float = 0.1,
         mask_full: float = 0.0,
+        mask_branches: float = 0.0,
         mask_labels: str = "ignore",
         label_smoothing_bins: float = 0.0,
         train: bool = True,
@@ -73,7 +78,8 @@ class VLADataCollator:
         pad_to_multiple_of: int | None = None,
         static_tasks: Sequence[str] = (),
     ):
-        for name, value in (("mask_max", mask_max), ("mask_skip", mask_skip), ("mask_full", mask_full)):
+        shares = {"mask_max": mask_max, "mask_skip": mask_skip, "mask_full": mask_full, "mask_branches": mask_branches}
+        for name, value in shares.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}={value} must be in [0, 1]")
         if mask_unit not in MASK_UNITS:
@@ -85,6 +91,7 @@ class VLADataCollator:
         self.keep_labels, self.label_smoothing_bins = mask_labels == "keep", label_smoothing_bins
         if label_smoothing_bins < 0:
             raise ValueError(f"label_smoothing_bins={label_smoothing_bins} must not be negative")
+        self.mask_branches = mask_branches if train else 0.0
         self.train, self.seed, self.defer_images = train, seed, defer_images
         self.stored_cameras = list(stored_cameras or config.cameras)
         self.chat_tokenizer = ChatTokenizer(processor, config)
@@ -97,10 +104,24 @@ class VLADataCollator:
             raise ValueError(
                 "label_smoothing_bins needs numbers of one token each, whose neighbours fit in their place: use 0"
             )
+        if mask_branches and self.chat_tokenizer.can_keep_labels:
+            raise ValueError(
+                f"mask_branches={mask_branches}: with one token per number a branch has no tokens of its own: use "
+                "mask_full and mask_labels='keep'"
+            )
+        if mask_branches and self.chat_tokenizer.extra_keys:
+            raise ValueError(
+                f"mask_branches={mask_branches}: this model takes positions or attention from "
+                f"{', '.join(sorted(self.chat_tokenizer.extra_keys))}, which branches don't have: use 0, or SmolVLM"
+            )
+        self.branched = BranchedAnswer(self.chat_tokenizer)
         self.action_tokenizer = config.action_tokenizer()
         self.state_quantizer = config.state_quantizer()
         self._multiple = pad_to_multiple_of or 1
         self._min_length = max(map(self.longest_text, static_tasks), default=0)
+        if static_tasks and self.mask_branches:
+            longest = max(len(self.branched.branch(1, number)) for number in range(config.num_bins + 1))
+            self._min_length += config.num_values * longest + 1
         # Shared memory: the trainer turns the epoch while worker processes live on.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -116,7 +137,7 @@ class VLADataCollator:
         encoded, images, jitter, others = [], [], [], []
         for row in rows:
             if "chat" in row:
-                encoded.append(self.chat_tokenizer.encode_chat(row["chat"], row["targets_from"]))
+                encoded.append((*self.chat_tokenizer.encode_chat(row["chat"], row["targets_from"]), None))
                 others += map(decoded_image, row["images"])
                 continue
             rng = self._rng(row) if self.train else None
@@ -153,9 +174,13 @@ class VLADataCollator:
         key = (self.seed, self._epoch.item(), row.get("episode_index", 0), row.get("frame_index", 0))
         return np.random.default_rng(key)
 
-    def _encode(self, row: Row, rng: np.random.Generator | None) -> tuple[list[int], list[int]]:
-        """Ids and labels of one row, not yet padded."""
+    def _encode(self, row: Row, rng: np.random.Generator | None) -> tuple[list[int], list[int], PassToken | None]:
+        """Ids and labels of one row, not yet padded, and its answer's tokens if it has branches."""
         state, action = self.integers(row)
+        prompt = self.chat_tokenizer.encode_prompt(row["task"], state)
+        if self.mask_branches and rng.random() < self.mask_branches:
+            answer, labels = self.branched.row(action, len(prompt))
+            return prompt + answer.token_id.tolist(), [IGNORED] * len(prompt) + labels, answer
         fraction = 0.0
         if rng is not None and rng.random() >= self.mask_skip:
             full = self.mask_full > 0 and rng.random() < self.mask_full
@@ -164,7 +189,6 @@ class VLADataCollator:
         if fraction and self.mask_unit == "value":
             hidden = np.zeros(len(action), bool)
             hidden[rng.permutation(len(action))[: round(fraction * len(action))]] = True
-        prompt = self.chat_tokenizer.encode_prompt(row["task"], state)
         targets = action
         if rng is not None and self.label_smoothing_bins:
             noise = np.rint(rng.normal(0, self.label_smoothing_bins, len(action))).astype(np.int64)
@@ -172,7 +196,7 @@ class VLADataCollator:
         answer, labels = self.chat_tokenizer.encode_answer(action, hidden, self.keep_labels, targets)
         if fraction and self.mask_unit == "character":
             answer, labels = self.chat_tokenizer.hide_characters(answer, labels, fraction, rng)
-        return prompt + answer, [IGNORED] * len(prompt) + labels
+        return prompt + answer, [IGNORED] * len(prompt) + labels, None
 
     def longest_text(self, task: str) -> int:
         """Tokens of a row with this task, if all of its numbers are as long as they can be."""
@@ -182,18 +206,26 @@ class VLADataCollator:
         state, action = ([widest] * count for count in (self.config.state_dim, self.config.num_values))
         return len(self.chat_tokenizer.encode_prompt(task, state)) + len(self.chat_tokenizer.encode_answer(action)[0])
 
-    def _pad(self, encoded: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-        length = max(self._min_length, *(len(ids) for ids, _ in encoded))
+    def _pad(self, encoded: list[tuple[list[int], list[int], PassToken | None]]) -> dict[str, torch.Tensor]:
+        length = max(self._min_length, *(len(ids) for ids, *_ in encoded))
         length = math.ceil(length / self._multiple) * self._multiple
         shape = (len(encoded), length)
         input_ids = np.full(shape, self.chat_tokenizer.pad_id)
         labels = np.full(shape, IGNORED)
         attention_mask = np.zeros(shape, np.int64)
-        for row, (ids, label) in enumerate(encoded):
+        position_ids = np.tile(np.arange(length), (len(encoded), 1))
+        branches = np.stack([position_ids, position_ids], -1)
+        for row, (ids, label, answer) in enumerate(encoded):
             input_ids[row, : len(ids)] = ids
             labels[row, : len(ids)] = label
             attention_mask[row, : len(ids)] = 1
+            if answer is not None:
+                begin = len(ids) - len(answer.token_id)
+                position_ids[row, begin : len(ids)] = begin + answer.position
+                branches[row, begin : len(ids)] = np.stack([answer.visible_until, answer.visible_from], -1)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if self.mask_branches:
+            batch |= {"position_ids": position_ids, "branches": branches}
         tensors = {key: torch.from_numpy(value) for key, value in batch.items()}
         return tensors | self.chat_tokenizer.token_types(tensors["input_ids"])
 

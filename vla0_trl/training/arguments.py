@@ -90,6 +90,11 @@ class VLASFTConfig(SFTConfig):
     mask_max: float = option(0.4, "Hide up to this fraction of a sample's action values in the input.")
     mask_skip: float = option(0.1, "Share of samples of which nothing is hidden.")
     mask_full: float = option(0.0, "Share of those that are not skipped of which all values are hidden.")
+    mask_branches: float = option(
+        0.0,
+        "Share of samples that train parallel decoding: all values hidden, and each one's digits a branch of its own; "
+        "needs digits, SmolVLM's classes and sdpa.",
+    )
     mask_labels: str = option(
         "ignore",
         "Hidden values are no targets (VLA-0), or stay targets: needs one token per number.",

@@ -41,9 +41,9 @@ HONOURED = """
 
     model_name_or_path model_revision dtype attn_implementation use_peft load_in_8bit load_in_4bit
 
-    muon_adamw_learning_rate mask_max mask_skip mask_full mask_labels mask_unit label_smoothing_bins rows_in_memory
-    freeze_vision nano save_initial stop_at_token_accuracy rollout_steps dagger_steps probe_steps log_energy overwrite
-    cotrain_dataset_name
+    muon_adamw_learning_rate mask_max mask_skip mask_full mask_branches mask_labels mask_unit label_smoothing_bins
+    rows_in_memory freeze_vision nano save_initial stop_at_token_accuracy rollout_steps dagger_steps probe_steps
+    log_energy overwrite cotrain_dataset_name
 """
 
 # By the switch without which they do nothing.
@@ -157,6 +157,8 @@ def _silenced(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield "train_sampling_strategy", "rows are about equally long, and store no length; use random"
         if values["dagger_steps"]:
             yield "train_sampling_strategy", "dagger_steps draws rows at random; leave one out"
+    if values["mask_branches"] == 1:
+        yield "mask_max mask_skip mask_full mask_labels mask_unit", "mask_branches=1 hides all values; leave it out"
     if values["mask_skip"] == 1 or values["mask_max"] == values["mask_full"] == 0:
         names = "mask_max mask_full mask_labels mask_unit" if values["mask_skip"] == 1 else "mask_labels mask_unit"
         yield names, "no value is ever hidden (mask_skip=1, or mask_max=0 and mask_full=0); leave it out"

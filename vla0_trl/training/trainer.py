@@ -17,6 +17,7 @@ from vla0_trl.data.rows_in_memory import RowsInMemory
 from vla0_trl.data.vision_chat import VisionChats
 from vla0_trl.internals import disagreement, warn_fallback
 from vla0_trl.models.attention import TrainingForward
+from vla0_trl.processing.branches import visible
 from vla0_trl.processing.collator import VLADataCollator
 from vla0_trl.processing.images import model_inputs
 from vla0_trl.training.arguments import VLASFTConfig
@@ -31,7 +32,7 @@ from vla0_trl.training.pushing import Uploads
 from vla0_trl.training.row_trace import RowTrace, TracedCollator
 from vla0_trl.training.settings import global_batch_size
 
-MASKING = ("mask_max", "mask_skip", "mask_full", "mask_labels", "label_smoothing_bins", "mask_unit")
+MASKING = ("mask_max", "mask_skip", "mask_full", "mask_branches", "mask_labels", "label_smoothing_bins", "mask_unit")
 LOSSES = ("action_loss", "cotrain_loss")
 DAGGER = "dagger"  # in the run's folder: what the policy visited while it learnt
 
@@ -64,6 +65,8 @@ class VLATrainer(CheckpointingTrainer):
         self.uploads = Uploads(args)
         self.vla_config, self.stop_signal, self._trace = vla_config, 0, RowTrace()  # the signal's number
         self.forward = TrainingForward(model)
+        if args.mask_branches:
+            attend_to_branches(self.forward)
         # Compiled steps want batches of one length, and tensor cores a multiple of 8.
         tasks = tasks_of(train_dataset, eval_dataset) if args.torch_compile else ()
         multiple = args.pad_to_multiple_of or (8 if args.torch_compile else None)
@@ -205,3 +208,24 @@ class VLATrainer(CheckpointingTrainer):
                 if count:
                     self._metrics["train"][name].append(total / count)
         return loss
+
+
+def attend_to_branches(forward: TrainingForward) -> None:
+    """Give batches with branches, see [`VLADataCollator`], their attention mask when they reach the model.
+
+    Raises:
+        ValueError: its attention takes no such mask.
+    """
+    if not forward.sdpa:
+        raise ValueError("mask_branches needs attention that takes any mask: set attn_implementation=sdpa")
+    forward.model.base_model.register_forward_pre_hook(_mask_branches, with_kwargs=True)
+
+
+def _mask_branches(backbone: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """`branches` (B, L, 2) and `attention_mask` (B, L) -> `attention_mask` (B, 1, L, L), bool."""
+    branches = kwargs.pop("branches", None)
+    if branches is not None:
+        places = torch.arange(branches.shape[1], device=branches.device)
+        seen = visible(places, places[None], *branches.unbind(-1), kwargs["attention_mask"].bool())
+        kwargs["attention_mask"] = seen[:, None]
+    return args, kwargs

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vla0_trl.policy.grammar import ActionGrammar
-from vla0_trl.policy.speculative.tree_forward import PassToken
+from vla0_trl.processing.branches import PassToken
 
 # Tokens guessed in one pass: from a draft, and from the answer's own last step, which is right less often.
 LARGEST_WINDOW, FIRST_WINDOW = 64, 8

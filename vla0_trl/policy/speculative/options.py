@@ -56,7 +56,7 @@ class DecodingOptions:
             )
 
     def check_rounds(self, num_values: int) -> None:
-        """`ValueError` if rounds, each of which asks fewer numbers than the one before, are more than an answer has."""
+        """`ValueError` if an answer of so many numbers has fewer rounds: each asks fewer numbers than the last."""
         if self.refine >= num_values:
             raise ValueError(
                 f"refine={self.refine}: an answer of {num_values} numbers has at most {num_values - 1} rounds"

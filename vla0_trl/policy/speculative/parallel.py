@@ -16,9 +16,9 @@ has two digits at most. Say both numbers begin with "1". The second pass reads
 
 and chooses a second digit for each, or that the number ends there. After "12" nothing may follow: it is whole.
 
-In further rounds the numbers that the model is least sure of are hidden and asked again, and see the others before them
-(mask-predict, Ghazvininejad et al. 2019): with k rounds k of k + 1 parts of all numbers, then k − 1, at last one part.
-How sure it is: the probability of the number among those that the grammar allows.
+In further rounds the numbers that the model is least sure of are hidden and asked again, and see the others before
+them (mask-predict, Ghazvininejad et al. 2019): with k rounds k of k + 1 parts of all numbers, then k − 1, at last one.
+How sure it is: the probability of the number among all that the grammar allows.
 
 A branch only writes the spelling that training showed, and ends where the model prefers a token that begins the next
 number, or the end of the turn. So every answer is one that the grammar allows.
@@ -28,13 +28,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import takewhile
 
 import numpy as np
 
 from vla0_trl.policy.grammar import ActionGrammar
 from vla0_trl.policy.speculative.spellings import Spellings
-from vla0_trl.policy.speculative.tree_forward import PassToken, TreeForward
+from vla0_trl.policy.speculative.tree_forward import TreeForward
+from vla0_trl.processing.branches import BranchedAnswer, branch_tokens, text_tokens
 from vla0_trl.processing.chat_tokenizer import ChatTokenizer
 
 
@@ -46,7 +46,7 @@ class Reading:
         numbers (`np.ndarray`): int (B, N) in 0…num_bins.
         log_probs (`np.ndarray`): float (B, N), of these numbers, when they were asked last; 0 where they are given.
         unrefined, asked, trunks, roots, logits: of the first round: its numbers; which were asked, bool (B, N); see
-            [`ParallelReader.trunk`]; and float32 (B, longest trunk + 1, columns), last after the prompt.
+            [`BranchedAnswer.trunk`]; and float32 (B, longest trunk + 1, columns), last after the prompt.
     """
 
     numbers: np.ndarray
@@ -84,22 +84,21 @@ class ParallelReader:
                 f"the grammar is of {ours[0]} integers up to {ours[1]}, the config of {theirs[0]} up to {theirs[1]}"
             )
         self.chat_tokenizer, self.num_values, self.end_of_turn_id = chat, grammar.num_values, grammar.end_of_turn_id
-        self.spelled, self.hidden = zip(*((chat.spellings(k), chat.placeholder(k)) for k in (0, 1)), strict=True)
-        self.shared = [_shared(*pair) for pair in zip(self.hidden, self.spelled, strict=True)]
+        self.branched = BranchedAnswer(chat)
+        spelled, shared = self.branched.spelled, self.branched.shared
         self.tree = Spellings(grammar)
         first, other = (
-            self.tree.add(tokens[skip:] for tokens in spelled)
-            for spelled, skip in zip(self.spelled, self.shared, strict=True)
+            self.tree.add(tokens[skip:] for tokens in numbers) for numbers, skip in zip(spelled, shared, strict=True)
         )
         self.tree.freeze()
         self.begin = np.array([first] + [other] * (self.num_values - 1))
         self.ends = np.zeros((self.num_values, len(self.tree.token_ids)), bool)
-        self.ends[:-1, self.tree.columns({tokens[0] for tokens in self.spelled[1]})] = True
+        self.ends[:-1, self.tree.columns({tokens[0] for tokens in spelled[1]})] = True
         self.ends[-1, self.tree.columns([self.end_of_turn_id])] = True
         may_go_on = (self.tree.child[self.tree.number >= 0] >= 0).any(0)
         if (may_go_on & self.ends.any(0)).any():
             raise ValueError("this tokenizer has a token that may continue a number or begin the next one")
-        longest = max(len(self.hidden[1]), *(len(tokens) for tokens in (*self.spelled[0], *self.spelled[1])))
+        longest = max(len(self.branched.hidden[1]), *(len(tokens) for tokens in (*spelled[0], *spelled[1])))
         self.num_slots = self.num_values * (longest + self.tree.depth)
 
     def answer(self, numbers: np.ndarray) -> list[int]:
@@ -111,7 +110,7 @@ class ParallelReader:
         numbers: list[int] = []
         while len(spelled := self.chat_tokenizer.encode_beginning(numbers)) < len(tokens):
             node = self.begin[len(numbers)]
-            for column in self.tree.columns(tokens[len(spelled) + self.shared[min(len(numbers), 1)] :]):
+            for column in self.tree.columns(tokens[len(spelled) + self.branched.shared[min(len(numbers), 1)] :]):
                 if self.tree.child[node, column] < 0:
                     break
                 node = self.tree.child[node, column]
@@ -121,20 +120,6 @@ class ParallelReader:
         if numbers[-1:] == [-1] or spelled != tokens:
             raise ValueError(f"an answer can't begin with the tokens {tokens}: these are not whole numbers")
         return numbers
-
-    def trunk(self, numbers: np.ndarray, hidden: np.ndarray) -> tuple[list[int], np.ndarray]:
-        """An answer (N,) in which some numbers, bool (N,), are hidden, as far as where the last number begins.
-
-        Returns:
-            its ids, and the index of the token behind which each number begins; −1 is the prompt's last.
-        """
-        ids: list[int] = []
-        roots = np.empty(self.num_values, np.int64)
-        for position, (number, hide) in enumerate(zip(numbers, hidden, strict=True)):
-            place = min(position, 1)
-            roots[position] = len(ids) + self.shared[place] - 1
-            ids += self.hidden[place] if hide else self.spelled[place][number]
-        return ids[: roots[-1] + 1], roots
 
     def read(
         self,
@@ -173,7 +158,7 @@ class ParallelReader:
         return reading
 
     def _trunks(self, numbers: np.ndarray, hidden: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
-        trunks, roots = zip(*map(self.trunk, numbers, hidden), strict=True)
+        trunks, roots = zip(*map(self.branched.trunk, numbers, hidden), strict=True)
         return list(trunks), np.array(roots)
 
     def _ask(self, forward: TreeForward, first_slot: int, reading: Reading, logits, roots, asked) -> None:
@@ -193,14 +178,9 @@ class ParallelReader:
             depth += 1
             rows, positions = np.nonzero(open_)
             places = (open_.cumsum(1) - 1)[rows, positions]
-            begins, at = branches + positions * self.tree.depth, roots[rows, positions]
-            token = PassToken(
-                token_id=self.tree.token_id[node[rows, positions]],
-                position=at + depth,
-                cache_slot=begins + depth - 1,
-                visible_until=first_slot + at,
-                visible_from=begins,
-            )
+            begins = branches + positions * self.tree.depth
+            ids = self.tree.token_id[node[rows, positions]]
+            token = branch_tokens(ids, roots[rows, positions], depth, begins, first_slot)
             tokens = forward.padding(places.max() + 1)
             tokens[rows, places] = np.stack(token, -1)
             logits = np.zeros((*asked.shape, len(self.tree.token_ids)), np.float32)
@@ -218,8 +198,8 @@ class ParallelReader:
             logits: float32 (B, N, columns) after that.
 
         Returns:
-            the next node, or the same where the number ends; bool, whether the number is whole; and the log-probability
-            of the choice among those that are allowed.
+            the next node, or the same where the number ends; bool, whether the number is whole; and the
+            log-probability of the choice among those that are allowed.
         """
         tree, allowed = self.tree, self.allowed(node, self.ends)
         # Clamped: a forbidden token must lose against an allowed one of score −inf, too.
@@ -231,17 +211,9 @@ class ParallelReader:
         return after, (child < 0) | tree.leaf[after], log_probs
 
 
-def _shared(placeholder: list[int], spelled: list[list[int]]) -> int:
-    """How many tokens a placeholder and all numbers begin with: the space, where that is a token of its own."""
-    columns = zip(placeholder, *spelled, strict=False)
-    return len(list(takewhile(lambda tokens: len(set(tokens)) == 1, columns)))
-
-
 def _row_tokens(forward: TreeForward, first_slot: int, rows: list[list[int]]) -> np.ndarray:
     """[`PassToken`]s of plain text behind the prompts, (B, longest, 5)."""
     tokens = forward.padding(max(map(len, rows)))
     for row, ids in enumerate(rows):
-        places = np.arange(len(ids))
-        slots = first_slot + places
-        tokens[row, : len(ids)] = np.stack([ids, places, slots, slots, slots], -1)
+        tokens[row, : len(ids)] = np.stack(text_tokens(ids, np.arange(len(ids)), first_slot), -1)
     return tokens

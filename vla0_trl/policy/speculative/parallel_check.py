@@ -29,9 +29,8 @@ def parallel_difference(
     Args:
         inputs: of `generate`: B prompts padded on the left, images.
     """
-    place = min(reader.num_values - 1, 1)
     texts = [
-        trunk + (reader.spelled[place][numbers[-1]][reader.shared[place] :] if asked[-1] else [])
+        trunk + (reader.branched.branch(reader.num_values - 1, numbers[-1]) if asked[-1] else [])
         for trunk, numbers, asked in zip(reading.trunks, reading.unrefined, reading.asked, strict=True)
     ]
     batch, lengths = _rows(inputs, texts)
@@ -57,8 +56,7 @@ def parallel_difference(
 def _choices(reader: ParallelReader, roots: np.ndarray, numbers: np.ndarray):
     """What (N,) numbers say was chosen: which number, the index of the token before, bool (columns), the column."""
     for position, number in enumerate(numbers):
-        place = min(position, 1)
-        columns = reader.tree.columns(reader.spelled[place][number][reader.shared[place] :])
+        columns = reader.tree.columns(reader.branched.branch(position, number))
         node, ends = reader.begin[position], reader.ends[position]
         yield position, roots[position], reader.allowed(node, ends), columns[0]
     for step, column in enumerate(columns, start=1):  # of the last number, which the rows show

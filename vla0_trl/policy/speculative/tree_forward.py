@@ -27,35 +27,18 @@ from __future__ import annotations
 import inspect
 import logging
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from vla0_trl.processing.branches import PassToken, visible
+
 logger = logging.getLogger(__name__)
 
 # Captured passes are as wide as the next of these: a graph has fixed shapes.
 GRAPH_WIDTHS = (2, 4, 8, 16, 32, 64, 128, 256)
-
-
-class PassToken(NamedTuple):
-    """One token of a pass; the module has an example.
-
-    Attributes:
-        token_id: in the vocabulary.
-        position: in the answer; 0 directly follows the prompt.
-        cache_slot: where its keys and values are written.
-        visible_until: it attends to all cache slots up to this one, padding of the prompt excepted,
-        visible_from: and to those from this one to its own.
-    """
-
-    token_id: int
-    position: int
-    cache_slot: int
-    visible_until: int
-    visible_from: int
 
 
 @cache
@@ -214,14 +197,6 @@ class TreeForward:
             self.cache.allocate(states)
         self.cache.store[..., : states.shape[-2], :] = states
 
-    def visible(
-        self, cache_slots: torch.Tensor, visible_until: torch.Tensor, visible_from: torch.Tensor, used: int
-    ) -> torch.Tensor:
-        """Which of the first `used` cache slots tokens attend to: three fields (B, Q) -> bool (B, Q, used)."""
-        slots, own = self._all_slots[:used], cache_slots[..., None]
-        before = (slots <= visible_until[..., None]) & self._not_padding[:, None, :used]
-        return before | (visible_from[..., None] <= slots) & (slots <= own)
-
     def _step(self, tokens: torch.Tensor, used: int) -> torch.Tensor:
         token = PassToken(*tokens.unbind(-1))
         positions, visible = self._base + token.position, (token.visible_until, token.visible_from)
@@ -231,13 +206,14 @@ class TreeForward:
         self, module, ids, positions, cache_slots, visible_until, visible_from, used: int, **images
     ) -> torch.Tensor:
         """(B, Q) ids and the other fields of [`PassToken`] -> hidden states (B, Q, hidden)."""
-        visible = self.visible(cache_slots, visible_until, visible_from, used)
+        slots, not_padding = self._all_slots[:used], self._not_padding[:, :used]
+        seen = visible(slots, cache_slots, visible_until, visible_from, not_padding)
         self.cache.cache_slots, self.cache.used = cache_slots, used
         return module(
             input_ids=ids,
             position_ids=positions,
             # Additive, which eager attention needs; and finite, so that a padding query has no NaN.
-            attention_mask=torch.where(visible, self._visible_value, self._hidden_value)[:, None],
+            attention_mask=torch.where(seen, self._visible_value, self._hidden_value)[:, None],
             use_cache=True,
             **{cache_parameter(type(module)): self.cache},
             **images,
