@@ -13,13 +13,14 @@ from pathlib import Path
 
 from vla0_trl.command_line import option, parse, user_errors
 from vla0_trl.config import VLAConfig
-from vla0_trl.evaluation.arguments import ModelArguments
+from vla0_trl.evaluation.arguments import DecodingArguments
+from vla0_trl.internals import PARALLEL
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 
 
 @dataclass(kw_only=True)
-class Arguments(ModelArguments):
+class Arguments(DecodingArguments):
     dataset_name: str = option(help="chat dataset: a folder or a Hub id")
     episodes: str = option(
         help="from:to, to exclusive, e.g. 36:40: episodes that were not trained on", metavar="FROM:TO"
@@ -68,11 +69,13 @@ def main() -> None:
         episodes = parse_episodes(args.episodes)
         checkpoint = checkpoint_folder(args.model_name_or_path)
         dataset, dataset_config = load_chat_dataset(args.dataset_name)
-        check_fits(VLAConfig.from_pretrained(checkpoint), dataset_config)
+        config = VLAConfig.from_pretrained(checkpoint)
+        check_fits(config, dataset_config)
+        options = args.decoding_options(config)
         rows = pick_frames(dataset, *episodes, args.num_frames)
         run = {"checkpoint": args.model_name_or_path, "checkpoint_hash": checkpoint_hash(checkpoint)}
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        policy = VLAPolicy.from_pretrained(checkpoint, args.device, args.dtype)
+        policy = VLAPolicy.from_pretrained(checkpoint, args.device, args.dtype, decoding=options)
 
     errors = action_errors(policy, rows, dataset_config.cameras, args.batch_size)
     known = trained_on(checkpoint)
@@ -83,7 +86,7 @@ def main() -> None:
     accuracy = token_accuracy(policy, rows, dataset_config.cameras, args.batch_size)
     data = {"dataset": args.dataset_name, "episodes": args.episodes, "num_frames": len(rows)}
     data |= {"num_trained_on": len(seen)} if seen else {}
-    data["decoding"] = policy.decoding
+    data |= {"decoding": policy.decoding} | ({"refine": options.refine} if policy.decoding == PARALLEL else {})
     about = provenance(str(policy.model.device), PACKAGES)
     write_json(args.output_dir / OFFLINE, run | data | {"token_accuracy": accuracy} | errors | about)
 

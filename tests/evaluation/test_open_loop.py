@@ -14,6 +14,7 @@ from vla0_trl.data.chat_dataset import load_chat_dataset
 from vla0_trl.evaluation.open_loop import action_errors, pick_frames, token_accuracy
 from vla0_trl.models.loading import load_model, load_processor
 from vla0_trl.policy.policy import VLAPolicy
+from vla0_trl.policy.speculative.options import DecodingOptions
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,20 @@ def test_the_script_writes_what_summarize_reads(monkeypatch, checkpoint, dot_dat
     assert f"{offline['rmse']:.2f} over the chunk" in capsys.readouterr().out
 
 
+def test_another_decoding_is_that_of_the_policy_and_is_written_down(
+    monkeypatch, checkpoint, dots, dot_dataset, tmp_path
+):
+    flags = ["--episodes", "4:6", "--num_frames", "6", "--decoding", "parallel", "--refine", "2"]
+    _run(monkeypatch, checkpoint, dot_dataset, tmp_path / "out", *flags)
+    offline = json.loads((tmp_path / "out" / "offline.json").read_text())
+    assert offline["decoding"] == "parallel" and offline["refine"] == 2
+    policy = VLAPolicy.from_pretrained(checkpoint, decoding=DecodingOptions(mode="parallel", refine=2))
+    errors = action_errors(policy, pick_frames(dots[0], 4, 6, 6), ["image"], batch_size=16)
+    assert offline["rmse"] == errors["rmse"]
+    exact = action_errors(VLAPolicy.from_pretrained(checkpoint), pick_frames(dots[0], 4, 6, 6), ["image"], 16)
+    assert errors["rmse"] != exact["rmse"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -138,6 +153,7 @@ def test_the_script_writes_what_summarize_reads(monkeypatch, checkpoint, dot_dat
         (["--episodes", "4"], "--episodes 4: expected from:to"),
         (["--episodes", "4:6", "--dataset_name", "/nowhere"], "no folder '/nowhere'"),
         (["--episodes", "4:6", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
+        (["--episodes", "4:6", "--refine", "1"], "refine=1 with exact decoding"),
     ],
 )
 def test_a_user_error_is_one_line(monkeypatch, checkpoint, dot_dataset, tmp_path, capsys, flags, message):

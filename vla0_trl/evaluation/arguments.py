@@ -26,7 +26,30 @@ class ModelArguments:
 
 
 @dataclass(kw_only=True)
-class EvaluationArguments(ExecutionArguments, ModelArguments):
+class DecodingArguments(ModelArguments):
+    """How a checkpoint answers."""
+
+    decoding: str = option(
+        EXACT,
+        "exact: greedy decoding; stock: the same, slowly; parallel: each number without seeing the others, in the "
+        "fewest passes (default: %(default)s)",
+        choices=MODES,
+    )
+    refine: int = option(
+        0,
+        "with --decoding parallel: rounds that ask again what the model is least sure of, seeing the rest (default: "
+        "%(default)s)",
+    )
+
+    def decoding_options(self, config: VLAConfig) -> DecodingOptions:
+        """`ValueError` where the flags disagree with each other or with the config."""
+        options = DecodingOptions(mode=self.decoding, refine=self.refine)
+        options.check_rounds(config.num_values)
+        return options
+
+
+@dataclass(kw_only=True)
+class EvaluationArguments(ExecutionArguments, DecodingArguments):
     """What every simulator's evaluation can be told; a script adds its own fields, and the defaults that suit it.
 
     `rank`, `num_processes`, `launch` and `store` are no flags: `driver.join_launch` sets them.
@@ -41,17 +64,6 @@ class EvaluationArguments(ExecutionArguments, ModelArguments):
         None, "gets episodes.jsonl, results.json and videos/; one folder per run (default: runs/eval/CHECKPOINT)"
     )
     num_envs: int = option(8, "episodes side by side: speed, not results (default: %(default)s)")
-    decoding: str = option(
-        EXACT,
-        "exact: greedy decoding; stock: the same, slowly; parallel: each number without seeing the others, in the "
-        "fewest passes (default: %(default)s)",
-        choices=MODES,
-    )
-    refine: int = option(
-        0,
-        "with --decoding parallel: rounds that ask again what the model is least sure of, seeing the rest (default: "
-        "%(default)s)",
-    )
     max_steps: int | None = option(None, "time limit of an episode (default: the protocol's)")
     num_videos: int = option(
         1, "film the first N episodes, in LIBERO of each task (default: %(default)s)", metavar="N"
@@ -72,12 +84,6 @@ class EvaluationArguments(ExecutionArguments, ModelArguments):
         if self.output_dir is None:
             name = self.model_name_or_path.strip("./").replace("/", "_") or "checkpoint"
             self.output_dir = Path("runs", "eval", name)
-
-    def decoding_options(self, config: VLAConfig) -> DecodingOptions:
-        """`ValueError` where the flags disagree with each other or with the config."""
-        options = DecodingOptions(mode=self.decoding, refine=self.refine)
-        options.check_rounds(config.num_values)
-        return options
 
 
 @dataclass(kw_only=True)

@@ -155,7 +155,6 @@ class ChunkDecoder:
             choice.record(own, passes + tokens / TOKENS_PER_PASS.get(forward.device.type, 1))
         self.stats.chunks += prompts
         self.stats.passes += passes
-        self.stats.tokens += sum(map(len, answers))
         longest = max(map(len, answers))
         padded = [answer + [pad] * (longest - len(answer)) for answer in answers]
         return torch.cat([input_ids, torch.tensor(padded, device=input_ids.device)], 1)

@@ -70,14 +70,12 @@ class DecodingStats:
     Attributes:
         chunks (`int`): answers.
         passes (`int`): forward passes of the model, the prompts' included; one pass serves a whole batch.
-        tokens (`int`): tokens of the answers.
         drafted, accepted (`int`): tokens of drafts that were read, and how many of them were right.
         own_drafts (`int`): answers whose draft was a parallel reading.
     """
 
     chunks: int = 0
     passes: int = 0
-    tokens: int = 0
     drafted: int = 0
     accepted: int = 0
     own_drafts: int = 0
