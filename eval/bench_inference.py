@@ -12,7 +12,8 @@ policy that is not sure of itself would. (c) depends on how much the numbers of 
 numbers in parallel: other answers, whose cost does not depend on the weights.
 
 The floor is the time to read the weights once for each token that the grammar leaves open, at the bandwidth measured
-here. Variants take turns, chunk by chunk. Every answer of (c) and (d) is compared with stock greedy decoding.
+here; of (p) that of all its matrix products, at the rate measured here, or of reading the weights once in each pass.
+Variants take turns, chunk by chunk. Every answer of (c) and (d) is compared with stock greedy decoding.
 """
 
 from dataclasses import dataclass
