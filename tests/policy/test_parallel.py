@@ -18,7 +18,7 @@ from support.random_policies import (
 from vla0_trl import VLADataCollator, VLAPolicy
 from vla0_trl.models.nano import NanoConfig, build_nano
 from vla0_trl.policy.speculative import decoder as decoding
-from vla0_trl.policy.speculative.options import DraftChoice, PromptError
+from vla0_trl.policy.speculative.options import DecodingOptions, DraftChoice, PromptError
 from vla0_trl.policy.speculative.parallel import ParallelReader
 
 NUMBER_TOKENS = "nano, one token per number"
@@ -219,9 +219,31 @@ def test_a_longer_prompt_gets_a_larger_cache_and_too_long_a_one_is_refused(polic
 
 
 def test_a_grammar_of_another_answer_is_refused(policy):
-    other = policy.config.replace(chunk_size=3)
-    chat = type(policy.chat_tokenizer)(policy.processor, other)
-    with pytest.raises(ValueError, match="the grammar is of 8 integers up to 511, the config of 6 up to 511"):
-        ParallelReader(chat, policy.grammar)
+    for changes, theirs in [
+        ({"chunk_size": 3}, "6 up to 511"),
+        ({"waypoints": [0, 3], "n_action_steps": 4}, "4 up to 511"),
+        ({"num_bins": 255}, "8 up to 255"),
+    ]:
+        chat = type(policy.chat_tokenizer)(policy.processor, policy.config.replace(**changes))
+        with pytest.raises(ValueError, match=f"the grammar is of 8 integers up to 511, the config of {theirs}"):
+            ParallelReader(chat, policy.grammar)
     with pytest.raises(ValueError, match="refine=8: an answer of 8 numbers has at most 7 rounds"):
         decoder_of(policy, mode="parallel", refine=8)
+
+
+def test_numbers_that_cannot_be_read_in_parallel_are_decoded_exactly_or_refused(policy, monkeypatch):
+    """Two numbers of one spelling, which no tokenizer here has."""
+    chat, batch, parts = (
+        policy.chat_tokenizer,
+        observations(2, seed=37),
+        (policy.model, policy.processor, policy.config),
+    )
+    expected = policy.predict_action_chunk(batch)
+    table = [[*chat.spellings(place)[:-1], chat.spellings(place)[0]] for place in (0, 1)]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(chat), "spellings", lambda self, position: table[min(position, 1)])
+        with pytest.raises(ValueError, match="spells 511 as it spells another number"):
+            VLAPolicy(*parts, DecodingOptions(mode="parallel"))
+        exact = VLAPolicy(*parts)
+    np.testing.assert_array_equal(exact.predict_action_chunk(batch), expected)
+    assert exact.decoder.stats.chunks == 2 and exact.decoder.stats.own_drafts == 0
