@@ -142,8 +142,6 @@ def test_another_decoding_is_that_of_the_policy_and_is_written_down(
     policy = VLAPolicy.from_pretrained(checkpoint, decoding=DecodingOptions(mode="parallel", refine=2))
     errors = action_errors(policy, pick_frames(dots[0], 4, 6, 6), ["image"], batch_size=16)
     assert offline["rmse"] == errors["rmse"]
-    exact = action_errors(VLAPolicy.from_pretrained(checkpoint), pick_frames(dots[0], 4, 6, 6), ["image"], 16)
-    assert errors["rmse"] != exact["rmse"]
 
 
 @pytest.mark.parametrize(
