@@ -39,12 +39,7 @@ class Arguments(Subset, PushTArguments):
 
 
 class PushTZarr:
-    """The episodes of one zarr: `data/{img, state, action}` one after another, `meta/episode_ends`.
-
-    Args:
-        path (`Path`): the zarr's folder.
-        state (`str`): "agent": the agent's x, y; "full": with the block's x, y and angle.
-    """
+    """The episodes of one zarr: `data/{img, state, action}` one after another, `meta/episode_ends`."""
 
     def __init__(self, path: Path, state: str):
         try:

@@ -37,12 +37,7 @@ class Arguments(ConversionArguments):
 
 
 class LiberoExpertEpisodes:
-    """The expert's attempts, task by task; None where it failed.
-
-    Args:
-        episodes (`list[LiberoEpisode]`): of one suite.
-        assets_dir (`Path`): see [`find_assets`].
-    """
+    """The expert's attempts at episodes of one suite, task by task; None where it failed."""
 
     def __init__(self, episodes: list[protocol.LiberoEpisode], assets_dir: Path):
         self.episodes, self.assets_dir = episodes, assets_dir

@@ -49,15 +49,7 @@ class Arguments(PushTArguments):
 
 
 class PushTExpertEpisodes:
-    """Episode i is recorded on seed `args.seed + i`; None if the expert drove and failed.
-
-    Args:
-        args (`Arguments`): the script's flags.
-
-    Raises:
-        ValueError: `args.policy` is not for PushT.
-        FileNotFoundError: there is no such checkpoint.
-    """
+    """Episode i is recorded on seed `args.seed + i`; None if the expert drove and failed."""
 
     def __init__(self, args: Arguments):
         self.args, self.learner = args, None

@@ -33,12 +33,7 @@ class Arguments:
 
 
 def read_run(folder: Path) -> list[dict[str, Any]]:
-    """Log entries and evaluations of a run, each with the `samples` that it had seen.
-
-    Raises:
-        FileNotFoundError: no recipe has run there, or it has no checkpoint yet.
-        ValueError: one of its files is damaged.
-    """
+    """Log entries and evaluations of a run, each with the `samples` that it had seen."""
     checkpoint = folder if (folder / STATE_FILE).is_file() else last_checkpoint(folder)
     if checkpoint is None or not (folder / RUN_FILE).is_file():
         raise FileNotFoundError(f"{folder}: no run of recipes/sft_*.py with a checkpoint")

@@ -90,7 +90,7 @@ class ActionTokenizer:
         self.num_values = len(self.written_steps) * self.action_dim
         self._between = None
         if len(self.written_steps) < chunk_size:
-            self._between = _interpolation(self.written_steps, chunk_size)
+            self._between = interpolation(self.written_steps, chunk_size)
         self._held = np.searchsorted(self.written_steps, np.arange(chunk_size), side="right") - 1
         self._holds_last_dimension = holds_last_dimension
 
@@ -140,7 +140,7 @@ class ActionTokenizer:
         return relative_reference(state, self.action_dim)
 
 
-def _interpolation(written_steps: list[int], chunk_size: int) -> np.ndarray:
+def interpolation(written_steps: Sequence[int], chunk_size: int) -> np.ndarray:
     """Float (chunk_size, written): each step's weights of the written steps before and after it."""
     return np.stack([np.interp(np.arange(chunk_size), written_steps, row) for row in np.eye(len(written_steps))], 1)
 

@@ -40,23 +40,14 @@ class ScriptParser(TrlParser):
     """TRL's parser for one dataclass; `add_argument` adds what is no field, such as file names.
 
     A boolean field can be set by `--name`, `--name true`, `--name false` and `--no-name`.
-
-    Args:
-        arguments (`type`): the dataclass; its fields are made by [`option`].
-        description (`str`): the script's docstring, shown by --help.
     """
 
     def __init__(self, arguments: type, description: str):
         super().__init__(arguments, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         for name, kind in get_type_hints(arguments).items():
             if bool in (kind, *get_args(kind)) and "_" in name:
-                self.add_argument(
-                    f"--no-{name}",
-                    dest=name,
-                    action="store_false",
-                    default=argparse.SUPPRESS,
-                    help=argparse.SUPPRESS,
-                )
+                hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+                self.add_argument(f"--no-{name}", dest=name, action="store_false", **hidden)
         self.add_argument("--config", metavar="YAML", help="a file with any of these settings; flags win")
 
     def parse(self, words: list[str] | None = None, unknown_allowed: bool = False):

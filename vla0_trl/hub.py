@@ -50,9 +50,6 @@ def upload(
 
     Args:
         files (`Mapping`): name in the repository -> file, or its content.
-
-    Raises:
-        HubError: see [`open_repository`]; or the connection broke.
     """
     api = HfApi(token=token)
     operations = [CommitOperationAdd(name, path) for name, path in files.items()]

@@ -44,12 +44,7 @@ class FallbackWarning(UserWarning):
 
 
 def disagreement(what: str, model: object, failure: str, packages: tuple[str, ...]) -> str:
-    """One line that names the model, the versions and the difference.
-
-    Args:
-        what: ours, such as "fast decoding".
-        failure: what it did, such as "raised TypeError: …".
-    """
+    """One line that names the model, the versions and the difference: "fast decoding of … raised TypeError: …"."""
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     return f"{what} of {type(model).__name__} does not work with {versions}: it {failure}"
 

@@ -17,10 +17,7 @@ class ProcessPool(ProcessPoolExecutor):
     """Runs functions in `num_proc` new interpreters. A context manager: an error in its block kills what is running.
 
     New interpreters ("spawn"), because forking copies the threads and locks that zarr, torch or a GL context hold at
-    that moment.
-
-    Args:
-        begin (`Callable`, *optional*), arguments: what each process calls once before its first function.
+    that moment. Each process calls `begin(*arguments)` once before its first function.
     """
 
     def __init__(self, num_proc: int, begin: Callable[..., None] | None = None, *arguments: Any):

@@ -46,7 +46,7 @@ def test_flops_on_paper_are_those_of_a_real_step(changes, tiny_nano, tmp_path):
 
 
 def test_hours_are_a_fifth_of_the_peak():
-    cost = Cost(tokens=1, image_tokens=0, answer_tokens=1, tflop=0.5, samples=3_600_000)
+    cost = Cost(tokens=1, answer_tokens=1, tflop=0.5, samples=3_600_000)
     assert SHARE == 0.2 and PEAKS["RTX 3060"] == 51.0
     assert cost.samples_per_second("RTX 3060") == pytest.approx(20.4)
     assert cost.hours("RTX 3060") == pytest.approx(1000 / 20.4)

@@ -13,7 +13,7 @@ from typing import Any
 from vla0_trl.evaluation.episode_log import RESULTS
 from vla0_trl.evaluation.metrics import wilson_interval
 from vla0_trl.evaluation.report.charts import beside_published
-from vla0_trl.evaluation.report.summary import Table, format_table, percent_interval, read_results
+from vla0_trl.evaluation.report.summary import Table, format_table, percent_interval, read_results, success_cells
 from vla0_trl.files import write_whole
 from vla0_trl.manifest import read_json
 from vla0_trl.schema import between, checked, each, is_number, line_of_text, mapping, optional, read_record
@@ -57,19 +57,12 @@ _FILE = {
 
 @dataclass
 class Arm:
-    """One variant.
-
-    Args:
-        name (`str`): what tables call it.
-        train (`dict`): fields of the recipe that it changes.
-        evaluate (`dict`): flags of the evaluation that it changes.
-        published (`float` or `str`, *optional*): others' success rate in percent, or what they say in words.
-    """
+    """One variant: fields of the recipe and flags of the evaluation that it changes."""
 
     name: str
     train: dict[str, Any] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
-    published: float | str | None = None
+    published: float | str | None = None  # others' success rate in percent, or what they say in words
 
     @property
     def slug(self) -> str:
@@ -79,16 +72,9 @@ class Arm:
 
 @dataclass
 class Ablation:
-    """An ablation file, read.
+    """An ablation file, read."""
 
-    Args:
-        config (`str`): the YAML that arms change.
-        recipe, evaluation (`str`): scripts that train and evaluate.
-        published_source (`str`), published_episodes (`int`): where `published` is from, and of how many episodes.
-        arms (`list[Arm]`): in the table's order.
-    """
-
-    config: str
+    config: str  # the YAML that arms change
     recipe: str
     evaluation: str
     published_source: str
@@ -115,7 +101,7 @@ class Ablation:
                 raise ValueError(f"{where} changes {field_name}, which all arms share: leave it out")
             arms.append(Arm(name, **arm))
         ablation = cls(**data | {"arms": arms})
-        slugs = [arm.slug for arm in ablation.arms]
+        slugs = [arm.slug for arm in arms]
         if len(set(slugs)) < len(slugs):
             raise ValueError(f"{path}: two arms have the same folder: {sorted(slugs)}")
         return ablation
@@ -173,9 +159,7 @@ def run_arm(
     """Train and evaluate one arm, or what is missing of it; None if it went well, else what went wrong.
 
     Args:
-        folder (`Path`): of the ablation; gets `train/`, `eval/` and `logs/`.
-        train, evaluate (`list[str]`): flags that all arms share; an arm's own come after them.
-        launch (`list[str]`): options of `accelerate launch`.
+        train, evaluate, launch (`list[str]`): flags of recipe, evaluation and `accelerate launch` that all arms share.
     """
     trained, evaluated = folder / "train" / ablation.trained_by(arm).slug, folder / "eval" / arm.slug
     commands = {
@@ -201,26 +185,18 @@ def run_arm(
 
 
 def write_report(ablation: Ablation, folder: Path, errors: dict[str, str]) -> Table:
-    """ablation.json, .md and .png, out of the arms that have results; returns the table.
-
-    Args:
-        errors (`dict[str, str]`): name of an arm -> what went wrong in it.
-    """
+    """ablation.json, .md and .png, out of the arms that have results; `errors` by the arms' names."""
     rows, ours, report = [], [], []
     for arm in ablation.arms:
         file = folder / "eval" / arm.slug / RESULTS
         done = read_results(file) if file.is_file() and arm.name not in errors else None
         cells = ["–", errors.get(arm.name, "not run yet"), "–", "–"]
         if done is not None:
-            interval, coverage = done["success_rate_interval"], done.get("mean_max_coverage")
-            cells = [f"{100 * done['success_rate']:.1f}", percent_interval(interval)]
-            cells += ["–" if coverage is None else f"{coverage:.3f}", str(done["num_episodes"])]
+            coverage = done.get("mean_max_coverage")
+            cells = [*success_cells(done), "–" if coverage is None else f"{coverage:.3f}", str(done["num_episodes"])]
         published = ablation.published(arm)
-        theirs = [
-            str(arm.published or "–"),
-            percent_interval(published["success_rate_interval"]) if published else "–",
-        ]
-        rows.append([arm.name, *cells, *theirs])
+        their_interval = percent_interval(published["success_rate_interval"]) if published else "–"
+        rows.append([arm.name, *cells, str(arm.published or "–"), their_interval])
         ours.append(done)
         numbers = ("success_rate", "success_rate_interval", "mean_max_coverage", "num_episodes", "successes")
         report.append(

@@ -33,19 +33,12 @@ Plan = tuple[DataArguments, VLASFTConfig, ModelConfig]
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one sample of a recipe, and of its run.
-
-    Attributes:
-        tokens, image_tokens, answer_tokens (`int`): of a sample; of the last ones the loss is taken.
-        tflop (`float`): to train on one sample.
-        samples (`int`): of the run.
-    """
+    """Of one sample of a recipe, and of its run."""
 
     tokens: int
-    image_tokens: int
     answer_tokens: int
-    tflop: float
-    samples: int
+    tflop: float  # to train on one sample
+    samples: int  # of the run
 
     def samples_per_second(self, card: str) -> float:
         """Estimated, for one of `PEAKS`."""
@@ -93,7 +86,7 @@ def recipe_cost(plan: Plan, kind: str, source: str | Path) -> Cost:
     flop += 3 * text.num_hidden_layers * 4 * tokens**2 * text.num_attention_heads * head_dim
     flop += passes * images * layers * 4 * per_image**2 * vision.hidden_size
     steps = training.max_steps * training.per_device_train_batch_size * training.gradient_accumulation_steps
-    return Cost(tokens, image_tokens, answer_tokens, flop / 1e12, steps)
+    return Cost(tokens, answer_tokens, flop / 1e12, steps)
 
 
 def _linear_flop(model: torch.nn.Module, positions: dict[str, int]) -> dict[str, float]:

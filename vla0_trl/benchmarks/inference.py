@@ -57,11 +57,7 @@ def random_policy(
     max_gb: float,
     load_in_4bit: bool = False,
 ) -> VLAPolicy:
-    """One of MODELS in its true architecture, with random weights; `MemoryError` if they take more than `max_gb`.
-
-    Args:
-        models_dir: folders with configs and processors, by the models' names; without it, they are from the Hub.
-    """
+    """One of MODELS in its true architecture, with random weights; `MemoryError` if they take more than `max_gb`."""
     _, side, steps, width = MODELS[name]
     low, high = [0.0] * width, [512.0] * width
     stats = NormStats(low, high, low, high, low, high, 1)

@@ -33,9 +33,7 @@ Plan = tuple[DataArguments, VLASFTConfig, ModelConfig]
 def random_checkpoint(source: str, folder: Path, dtype: torch.dtype, layers: tuple[int, int] | None = None) -> None:
     """Write a model of `source`'s architecture with random weights, and its processor, into `folder`.
 
-    Args:
-        source: a folder or Hub id, of which only config and processor are read.
-        layers: of language model and image encoder, if not all.
+    It has `layers` in language model and image encoder, or all.
     """
     backbone = AutoConfig.from_pretrained(source)
     if layers is not None:
@@ -73,9 +71,6 @@ def estimate(plan: Plan, kind: str, source: str, folder: Path) -> dict[str, floa
     What is kept from step to step, and for the backward pass, grows linearly with the depth of language model and
     image encoder, the latter with the batch, too; so a few shallow models, with two and three samples, tell the whole
     one's figures. Kernels differ between CPU and GPU, and so does what they keep: an estimate.
-
-    Args:
-        folder: for the shallow models.
     """
     backbone = AutoConfig.from_pretrained(source)
     text, vision = _depth_fields(backbone)

@@ -35,9 +35,7 @@ class Rehearsal:
 
     Args:
         plan (`Callable`): gives the recipe's arguments, with further settings by name.
-        kind (`str`): whose rows, `libero` or `pusht`.
-        source (`str`): folder or Hub id of the model, of which only config and processor are read.
-        folder (`Path`): for weights, rows, run and report.
+        kind, source (`str`): of rows and model, see [`recipe_cost`].
     """
 
     def __init__(self, plan: Callable[..., Plan], kind: str, source: str, folder: Path):

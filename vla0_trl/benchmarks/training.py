@@ -42,18 +42,7 @@ WARM_UP = 2  # steps that are not timed; with torch_compile, they compile
 
 @dataclass
 class Bench:
-    """What all contestants share.
-
-    Args:
-        model (`str`): nano, a folder or a Hub id.
-        config ([`VLAConfig`]): of the rows.
-        rows (`Dataset`): from [`synthetic.synthetic_dataset`].
-        random_weights (`bool`): build the model from its config, without weights.
-        steps (`int`): timed optimizer steps.
-        num_workers (`int`): processes that collate beside the training process.
-        float32 (`bool`): train without bfloat16, in which TRL and our recipes train by default.
-        forward_way (`dict`): filled by `train`: how ours computed in the end, `"fast"` or `"stock"`.
-    """
+    """What all contestants share; `forward_way` says how ours computed in the end, `"fast"` or `"stock"`."""
 
     model: str
     config: VLAConfig
@@ -165,11 +154,7 @@ class Bench:
         return {"tokens": ids.shape[1], "image_tokens": images // len(ids), "tflop": flop}
 
     def profile(self, trace: Path) -> str:
-        """What our steps spend their time on, and the share of it in which the device does nothing.
-
-        Args:
-            trace: a file to write, for chrome://tracing or Perfetto.
-        """
+        """Where our steps' time goes, and the share of it in which the device is idle; `trace` is for Perfetto."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
         profiler = profile(activities=activities)

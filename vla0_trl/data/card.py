@@ -43,9 +43,7 @@ def write_card(
     Args:
         sample (`list[list[bytes]]`): image files of all cameras, frame by frame.
         tasks (`dict[str, int]`): instruction -> episodes of it.
-        frames (`int`): in the dataset.
         clipped (`list[str]`): which values the text does not reach.
-        command (`str`): how the conversion was called.
 
     Raises:
         ValueError: huggingface_hub does not take the card's metadata.

@@ -182,8 +182,7 @@ def clipped_shares(config: VLAConfig, batches: Callable[[], Iterable[pa.Table]])
     """The share of the values that the text clips, per dimension (D,), of the action and of a state in the prompt.
 
     Args:
-        config (`VLAConfig`): with the statistics of these rows.
-        batches (`Callable`): see [`with_statistics`].
+        config (`VLAConfig`), batches (`Callable`): with the statistics of these rows; see [`with_statistics`].
     """
     if config.normalization == "min_max":
         return {}

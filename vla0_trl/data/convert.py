@@ -107,11 +107,10 @@ def convert(
         config (`VLAConfig`): without statistics; gives cameras, widths, chunks and text options.
         output_dir (`str` or `Path`): appears when it is complete; until then all is in `<output_dir>.partial`.
         num_proc (`int`): processes; the dataset's bytes don't depend on it.
-        image_format (`str`): "png" or "jpeg", for frames that the source does not give as files.
+        image_format (`str`): of frames that the source does not give as files.
         skip_bad_episodes (`bool`): leave bad episodes out and list them in the end, instead of stopping at the first.
         overwrite (`bool`): replace a finished dataset or the rest of another conversion.
-        command (`str`): how this was called, for the card.
-        recipe (`str`): what to train with, for the report.
+        command, recipe (`str`): how this was called, for the card; what to train with, for the report.
 
     Returns:
         The absolute `output_dir`.

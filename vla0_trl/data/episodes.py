@@ -63,9 +63,8 @@ class SourceInfo:
     """Where episodes are from, for the dataset card, and so that a conversion never continues another one's.
 
     Args:
-        source, revision (`str`): name, and version or content hash, of what is read.
+        revision (`str`): version or content hash of what is read.
         license (`str`): the Hub's identifier: "mit", "cc-by-4.0", "unknown".
-        robot (`str`), fps (`float`): what acted, and how often per second.
         how (`str`): a sentence or two: who demonstrated, with which tool.
         options (`dict`): the source's own settings that change its episodes; JSON values.
         units (`str`): what the numbers of action and state measure, in words.
@@ -102,10 +101,6 @@ def raw_rows(
     episode: Episode, config: VLAConfig, index: int, image_format: ImageFormat = "png"
 ) -> Iterator[dict[str, list]]:
     """An episode as columns of the chat dataset, one entry per frame, without the text, which depends on all episodes.
-
-    Args:
-        config (`VLAConfig`): gives `cameras`, `action_dim`, `state_dim` and `chunk_size`.
-        index (`int`): the episode's, in its source.
 
     Yields:
         `dict[str, list]`: at most `PIECE_FRAMES` entries of images, task, episode_index, frame_index, raw_state

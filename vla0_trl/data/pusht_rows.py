@@ -49,12 +49,7 @@ def scatter(pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarra
 
 
 def labelled_frames(states: np.ndarray, teacher: PushTTeacher, state: str = "agent", name: str = "states") -> Episode:
-    """States as frames with the teacher's chunks.
-
-    Args:
-        states (`np.ndarray`): float[N, 5], full states.
-        state (`str`, *optional*, defaults to `"agent"`): one of `STATE_MODES`, what the policy will be told.
-        name (`str`, *optional*): for messages.
+    """Full states float[N, 5] as frames with the teacher's chunks; `state`, of `STATE_MODES`, is told to the policy.
 
     Returns:
         [`Episode`]: with drawn images, and actions float32[N, chunk_size, 2]: absolute targets in px.
@@ -75,15 +70,9 @@ def labelled_frames(states: np.ndarray, teacher: PushTTeacher, state: str = "age
 def rows_from_states(
     states: np.ndarray, teacher: PushTTeacher, state: str = "agent", image_format: ImageFormat = "png"
 ) -> list[dict[str, Any]]:
-    """States that a policy came to, as rows with the raw columns of the chat dataset, drawn and labelled.
+    """Full states float[N, 5] that a policy came to, drawn and labelled: N rows with the chat dataset's raw columns.
 
-    Args:
-        states (`np.ndarray`): float[N, 5], full states.
-        state (`str`, *optional*, defaults to `"agent"`): one of `STATE_MODES`.
-        image_format (`str`, *optional*, defaults to `"png"`): of the images, which are `{"bytes": …, "path": None}`.
-
-    Returns:
-        `list[dict]`: N rows; `frame_index` counts them, `episode_index` is 0.
+    `frame_index` counts them, `episode_index` is 0; images are `{"bytes": …, "path": None}`.
     """
     config = VLAConfig(
         cameras=[CAMERA], state_dim=STATE_MODES[state], chunk_size=teacher.sizes["chunk_size"], use_state=True
@@ -99,11 +88,9 @@ class TeacherRows:
     """A source of rows: block i is drawn and labelled from states that depend on the pool, the seed and i alone.
 
     Args:
-        teacher ([`PushTTeacher`]): labels.
         pool (`np.ndarray`): float32[N, 5], full states of episodes, see [`scatter`].
         num_rows (`int`): of all blocks together; the last block may be shorter.
-        seed (`int`), state (`str`): see [`labelled_frames`].
-        info ([`SourceInfo`]): for the card.
+        state (`str`): see [`labelled_frames`].
     """
 
     teacher: PushTTeacher

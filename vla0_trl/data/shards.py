@@ -39,19 +39,12 @@ class Outcome(Enum):
 
 @dataclass
 class ClassifiedEpisodes:
-    """The outcome of each episode, by its index in the source.
+    """The outcome of each episode, by its index in the source."""
 
-    Attributes:
-        outcomes (`dict[int, Outcome]`): in the order of the dataset.
-        frames (`int`): of all included episodes.
-        skipped (`dict[int, str]`): why an episode is skipped.
-        clipped (`list[str]`): one line per dimension whose values are partly outside of the range of the bins.
-    """
-
-    outcomes: dict[int, Outcome] = field(default_factory=dict)
-    frames: int = 0
-    skipped: dict[int, str] = field(default_factory=dict)
-    clipped: list[str] = field(default_factory=list)
+    outcomes: dict[int, Outcome] = field(default_factory=dict)  # in the order of the dataset
+    frames: int = 0  # of all included episodes
+    skipped: dict[int, str] = field(default_factory=dict)  # why
+    clipped: list[str] = field(default_factory=list)  # a line per dimension that is partly outside of the bins' range
 
     @property
     def included(self) -> list[int]:
@@ -66,14 +59,8 @@ class ClassifiedEpisodes:
 
 
 def classify_episodes(staging: Staging, indices: list[int]) -> ClassifiedEpisodes:
-    """Decide which of the staged episodes are included in the dataset.
-
-    Raises:
-        EpisodeError: an episode's frames have another size than the first's, and bad ones are not skipped.
-        ConversionError: no episode is included.
-    """
-    result = ClassifiedEpisodes()
-    sizes = ""
+    """Decide which of the staged episodes are included in the dataset; all must have the first one's frame sizes."""
+    result, sizes = ClassifiedEpisodes(), ""
     for index in indices:
         info = staging.info(index)
         error = info.error

@@ -56,28 +56,16 @@ def parquet_writer(path: Path, schema: pa.Schema, **options: Any) -> Iterator[pq
 
 @dataclass
 class Staging:
-    """A source's episodes as raw rows, a file each; pickled once for every process.
-
-    Args:
-        config (`VLAConfig`): see [`raw_rows`].
-        folder (`Path`): of the files.
-        image_format (`str`): "png" or "jpeg", for frames that are not encoded yet.
-        skip_bad (`bool`): stage a bad episode as skipped, instead of stopping there.
-    """
+    """A source's episodes as raw rows, a file each; pickled once for every process."""
 
     source: Source
     config: VLAConfig
     folder: Path
-    image_format: ImageFormat
-    skip_bad: bool
+    image_format: ImageFormat  # of frames that are not encoded yet
+    skip_bad: bool  # stage a bad episode as skipped, instead of stopping there
 
     def stage_all(self, indices: list[int], num_proc: int) -> int:
-        """Stage the episodes that are not there yet; returns how many those were.
-
-        Raises:
-            EpisodeError: the first bad episode, unless bad ones are skipped; others stay.
-            ConversionError: a process died.
-        """
+        """Stage the episodes that are not there yet; returns how many those were."""
         self.folder.mkdir(exist_ok=True)
         missing = [index for index in indices if not self._is_staged(index)]
         done = len(indices) - len(missing)

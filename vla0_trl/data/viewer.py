@@ -28,12 +28,7 @@ _OVERSAMPLE = 3  # PIL draws without anti-aliasing: draw larger, then shrink
 
 
 def row_picture(row: Row, config: VLAConfig) -> Image.Image:
-    """The row's frames, enlarged, with what its action text says: drawn onto the frame (PushT) or plotted below.
-
-    Args:
-        row (`dict`): of a chat dataset, images decoded.
-        config (`VLAConfig`): the dataset's own.
-    """
+    """The row's frames, enlarged, with what its action text says: drawn onto the frame (PushT) or plotted below."""
     frames = row["images"]
     state = np.asarray(row["raw_state"], np.float32)
     chunk = config.action_tokenizer().decode(row["action"], state)
@@ -110,12 +105,7 @@ def _caption(row: Row, columns: int) -> list[str]:
 
 
 def html_page(rows: list[Row], config: VLAConfig, title: str, collator: VLADataCollator | None = None) -> str:
-    """A page that needs no other file.
-
-    Args:
-        config (`VLAConfig`): the dataset's own.
-        collator (`VLADataCollator`, *optional*): also show each row's prompt and tokens as it makes them.
-    """
+    """A page that needs no other file; with a collator, also each row's prompt and tokens as it makes them."""
     shown = [_shown(row, config, collator) for row in rows]
     return render("dataset.html", title=title, summary=_summary(config), legend=collator is not None, rows=shown)
 

@@ -19,12 +19,7 @@ DAGGER_SEED = 20_000_000
 
 
 class StateRecorder:
-    """An environment that remembers the simulator's state at the start of an episode and after every step.
-
-    Args:
-        env: the simulator; must have `full_state`, float[S].
-        states (`list`): what the states are appended to.
-    """
+    """An environment that appends its `full_state`, float[S], at the start of an episode and after every step."""
 
     def __init__(self, env: Environment, states: list[np.ndarray]):
         self.env, self.states = env, states

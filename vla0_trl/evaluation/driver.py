@@ -64,8 +64,7 @@ class Simulation:
 
     Attributes:
         config ([`VLAConfig`]): the policy's, as it acts here.
-        seeds (`Sequence[Seed]`): the episodes of each run.
-        filmed (`Collection[Seed]`): those that are filmed; fps (`float`): of the films.
+        seeds (`Sequence[Seed]`): the episodes of each run; filmed (`Collection[Seed]`): some of them, at `fps`.
         runs (`Sequence[Run]`): what is evaluated one after another, such as LIBERO clean and perturbed.
         packages (`tuple[str, ...]`): whose versions `results.json` names.
         environments (`Callable`): `make_env` and a number to a context manager of that many environments.
@@ -94,10 +93,8 @@ def evaluate(
     """Run the missing episodes of each run, and write its results.
 
     Args:
-        args: what to evaluate; the processes of a launch share the episodes.
         prepare (`Callable`): the simulation, for the policy's config with the flags' execution; raises `ValueError`
             or `OSError` where they do not go together.
-        policy_source (`Callable`, *optional*): gives the policy.
 
     Returns:
         `list[Path]`: the runs' folders, complete. A mistake, a signal or a missing episode ends the program with one

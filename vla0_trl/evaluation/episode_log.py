@@ -128,29 +128,19 @@ class EpisodeLog:
     """The episodes of one run in one output folder, open for appending. A context manager.
 
     Args:
-        folder (`Path`):
-            Made if it isn't there.
-        run (`dict`):
-            The run's identity: `checkpoint`, `checkpoint_hash`, `protocol`; becomes part of every line.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Delete the evaluation that is there.
-        launch (`str`, *optional*), rank (`int`, *optional*):
-            A word that several processes share, and which of them this is: each has a file of its own.
+        run (`dict`): its identity: `checkpoint`, `checkpoint_hash`, `protocol`; becomes part of every line.
+        overwrite (`bool`, *optional*): delete the evaluation that is there.
+        launch (`str`, *optional*), rank (`int`, *optional*): a word that several processes share, and which of them
+            this is: each has a file of its own.
 
     Raises:
         `FolderError`: the folder holds another run, or another command is writing to it.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        run: dict[str, Any],
-        overwrite: bool = False,
-        launch: str | None = None,
-        rank: int | None = None,
+        self, folder: Path, run: dict[str, Any], overwrite: bool = False, launch: str | None = None, rank: int = 0
     ):
-        self.folder = folder
-        self.run = run
+        self.folder, self.run = folder, run
         self.path = folder / (EPISODES if launch is None else _SHARDS.replace("*", f"{launch}-{rank}"))
         self._held = RunFolder(folder, launch)
         try:

@@ -37,9 +37,7 @@ def action_errors(policy: VLAPolicy, rows: Dataset, cameras: list[str], batch_si
     """Errors of generated chunks, against those of not looking.
 
     Args:
-        policy (`VLAPolicy`): answers as it does on a robot.
-        rows (`Dataset`): chat rows.
-        cameras (`list[str]`): the names of their images.
+        cameras (`list[str]`): the names of the rows' images, of which the policy takes its own, in its own order.
 
     Returns:
         `dict`: `rmse` over all steps and dimensions of the chunks and `first_rmse` of their first actions, root mean
@@ -62,11 +60,7 @@ def action_errors(policy: VLAPolicy, rows: Dataset, cameras: list[str], batch_si
 
 @torch.no_grad()
 def token_accuracy(policy: VLAPolicy, rows: Dataset, cameras: list[str], batch_size: int) -> float:
-    """Share of the answers' tokens, end of turn included, that the model finds given all tokens before them.
-
-    Args:
-        cameras (`list[str]`): the names of the rows' images, of which the policy takes its own, in its own order.
-    """
+    """Share of the answers' tokens, end of turn included, that the model finds given all tokens before them."""
     collator = VLADataCollator(policy.processor, policy.config, train=False, stored_cameras=cameras)
     device, dtype = policy.model.device, policy.model.dtype
     right = total = 0

@@ -36,10 +36,8 @@ class PolicySource:
     """A policy before it is loaded; it is loaded only if an episode is missing.
 
     Attributes:
-        checkpoint (`str`), checkpoint_hash (`str`): which one, for every line of `episodes.jsonl`.
         config ([`VLAConfig`]): what it observes and how its chunks are executed, unless flags say otherwise.
         protocol (`dict`): what of its running may change results, such as `dtype`.
-        device (`str`): where it runs, for `results.json`.
         trained_on (`set[Seed]`): the seeds that it has learnt from, as far as known.
         load (`Callable`): gives the policy, which executes as the config that it is called with.
     """

@@ -116,17 +116,11 @@ def rollout(
     products.) How chunks are executed (`n_action_steps`, `ensemble_size`, …) is read from `policy.config`.
 
     Args:
-        policy ([`Policy`]):
-            Called once per round with the observations of all unfinished episodes.
-        envs (`Sequence[Environment | EnvRunner]`):
-            As many as may run side by side. They stay open: closing them is up to the caller.
-        seeds (`Sequence[Seed]`):
-            The episodes, in the order of starting.
-        record (`Collection[Seed]`, *optional*, defaults to `()`):
-            Seeds whose frames are kept in memory (59 MB for 300 steps) and given with the result.
-        progress (`bool`, *optional*, defaults to `True`): show a progress bar with the success rate so far.
-        group (`Callable`, *optional*):
-            What a seed has in common with others that are cheap to run after it in the same environment: its task.
+        policy ([`Policy`]): called once per round with the observations of all unfinished episodes.
+        envs (`Sequence`): as many as may run side by side. They stay open: closing them is up to the caller.
+        record (`Collection[Seed]`, *optional*): whose frames are kept in memory (59 MB for 300 steps).
+        group (`Callable`, *optional*): what a seed has in common with others that are cheap to run after it in the
+            same environment: its task.
 
     Raises:
         `ValueError`: at once, if there is no environment.

@@ -26,9 +26,7 @@ class Worker(EnvRunner):
     One environment per process, because simulators that draw on the CPU (OSMesa) draw into each other's pictures. A
     new interpreter, because forking copies the threads and locks that torch or a GL context hold at that moment; not
     one of `multiprocessing`, which would import the main script and with it torch: half a gigabyte and seconds each.
-
-    Args:
-        make_env (`Callable`): builds the environment there; must pickle, as a class or a `functools.partial` does.
+    `make_env`, which builds the environment there, must pickle.
     """
 
     concurrent = True

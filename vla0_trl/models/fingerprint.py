@@ -27,9 +27,6 @@ def base_model_of(adapter: str | Path) -> str:
 
     A relative path counts from a folder that the adapter is in, whatever the current directory is. If a run has moved,
     the base model that moved with it is taken: the folder of that name beside the adapter.
-
-    Raises:
-        FileNotFoundError: the folder is gone.
     """
     named = _adapter_config(adapter)["base_model_name_or_path"]
     around = [Path(adapter).resolve(), *Path(adapter).resolve().parents]
@@ -78,11 +75,7 @@ def checkpoint_hash(folder: Path) -> str:
 
 
 def fingerprint(name_or_path: str | Path, revision: str | None = None) -> str:
-    """Tells one model's weights from another's: a hash of names, shapes and a few thousand values, in milliseconds.
-
-    Args:
-        name_or_path, revision: a folder, or a Hub id that has been downloaded.
-    """
+    """Tells one model's weights from another's: a hash of names, shapes and a few thousand values, in milliseconds."""
     digest = hashlib.sha256()
     for file in weight_files(name_or_path, revision):
         with file.open("rb") as data:

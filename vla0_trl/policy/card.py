@@ -30,15 +30,11 @@ def write_model_card(
     """Write the README.md of a checkpoint.
 
     Args:
-        folder (`Path`): of the checkpoint, whose config and weights are there.
         name (`str`): "USER/NAME" on the Hub, or a folder's name.
         run (`dict`): the settings of its training, as `run.json` has them; may be empty.
         trained_on (`dict`): see [`manifest.trained_on`].
         results (`list[EvalResult]`, *optional*): what it scored; `metric_args` and `dataset_args` as
             [`evaluation.model_index`] fills them.
-
-    Raises:
-        ValueError: huggingface_hub does not take the card's metadata.
     """
     config, adapter, results = VLAConfig.from_pretrained(folder), is_adapter(folder), results or []
     dataset = trained_on.get("dataset") or run.get("dataset_name") or "not recorded"
@@ -105,15 +101,8 @@ def _training(run: dict[str, Any], step: int | None) -> list[tuple[str, Any]]:
 def _result_row(result: EvalResult) -> list[str]:
     low, high = result.metric_args["interval_95"]
     seeds, execution = result.dataset_args["seeds"], result.dataset_args["execution"]
-    interval = f"{low:.1f} to {high:.1f} %"
-    return [
-        result.dataset_name,
-        f"{result.metric_value:.1f} %",
-        interval,
-        str(result.metric_args["n"]),
-        seeds,
-        execution,
-    ]
+    interval, n = f"{low:.1f} to {high:.1f} %", str(result.metric_args["n"])
+    return [result.dataset_name, f"{result.metric_value:.1f} %", interval, n, seeds, execution]
 
 
 def _evaluation(config: VLAConfig, name: str, dataset: str) -> str:

@@ -15,16 +15,7 @@ from vla0_trl.policy.policy import VLAPolicy
 
 
 class Learner:
-    """A checkpoint that drives; loaded on the first step, in every process that it was pickled to.
-
-    Args:
-        checkpoint (`str`): a folder or a Hub id.
-        num_proc (`int`, *optional*, defaults to `1`): processes that share the CPU.
-
-    Attributes:
-        config ([`VLAConfig`]): the checkpoint's.
-        hash (`str`): of its weights and configs.
-    """
+    """A checkpoint that drives; loaded on the first step, in every one of `num_proc` processes."""
 
     def __init__(self, checkpoint: str, num_proc: int = 1):
         self.checkpoint, self.num_proc = checkpoint, num_proc

@@ -34,11 +34,8 @@ class ChunkExecutor:
     def actions(self, chunk: np.ndarray) -> np.ndarray:
         """The chunk predicted from the current observation -> what to execute before the policy is asked again.
 
-        Args:
-            chunk (`np.ndarray`): float32 (chunk_size, action_dim); its first row is for the current step.
-
-        Returns:
-            `np.ndarray`: float32 (n_action_steps, action_dim), or (1, action_dim) of an ensemble.
+        float32 (chunk_size, action_dim), whose first row is for the current step, -> float32 (n_action_steps,
+        action_dim), or (1, action_dim) of an ensemble.
         """
         if self.config.ensemble_size > 1:
             chosen = self._ensembler.update(chunk)[None]
@@ -56,17 +53,13 @@ class TemporalEnsembler:
     most.
 
     Args:
-        chunk_size (`int`):
-            Steps in a chunk.
-        ensemble_size (`int`):
-            Predictions to average, at most; 1 executes the newest alone.
-        decay (`float`, *optional*):
-            m in ACT's weights exp(−m·i), where i = 0 is the *oldest* prediction: a positive m trusts old predictions
-            more. Without it, all count the same. `decay=log(w)` is `"vla0_v2"` with another base: w^age, where
-            age = 0 is the newest.
-        weights (`str`, *optional*):
-            Named weights instead of a decay: `"uniform"`; `"vla0_v1"`: 1 for the newest, 0.5 for each older one;
-            `"vla0_v2"`: 0.5^age.
+        chunk_size (`int`): steps in a chunk.
+        ensemble_size (`int`): predictions to average, at most; 1 executes the newest alone.
+        decay (`float`, *optional*): m in ACT's weights exp(−m·i), where i = 0 is the *oldest* prediction: a positive m
+            trusts old predictions more. Without it, all count the same. `decay=log(w)` is `"vla0_v2"` with another
+            base: w^age, where age = 0 is the newest.
+        weights (`str`, *optional*): named weights instead of a decay: `"uniform"`; `"vla0_v1"`: 1 for the newest, 0.5
+            for each older one; `"vla0_v2"`: 0.5^age.
 
     Raises:
         `ValueError`: for an impossible `ensemble_size`, and for a weighting that would do nothing.
@@ -82,14 +75,7 @@ class TemporalEnsembler:
         self._chunks.clear()
 
     def update(self, chunk: np.ndarray) -> np.ndarray:
-        """Take the chunk predicted from the current observation, give the action to execute now.
-
-        Args:
-            chunk (`np.ndarray`): float[chunk_size, D]; its first row is for the current step.
-
-        Returns:
-            `np.ndarray`: float32[D].
-        """
+        """The chunk predicted from the current observation, float[chunk_size, D], -> what to do now, float32[D]."""
         if chunk.ndim != 2 or len(chunk) != self.chunk_size:
             raise ValueError(f"expected a chunk of shape ({self.chunk_size}, D), got {chunk.shape}")
         self._chunks.append(chunk)

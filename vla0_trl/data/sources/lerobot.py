@@ -30,16 +30,11 @@ class LeRobotSource:
 
     Args:
         meta (`LeRobotMeta`): as read.
-        image_keys (`list[str]`, *optional*): features that are cameras; frames of others are not read. Depth maps are
-            none unless they are named here.
-        state_key, action_key (`str`, *optional*): features. There may be no state.
+        image_keys, state_key, action_key (*optional*): features. Depth maps are no cameras unless they are named.
         check_stats (`bool`): compare what is read with the dataset's own statistics.
         trust_timestamps (`bool`): accept timestamps that contradict fps.
         gripper (`str`, *optional*): the last action dimension is one, by one of [`gripper.CONVENTIONS`].
         units (`str`, *optional*): what joints are measured in, one of [`joint_units.JOINT_UNITS`].
-
-    Raises:
-        ConversionError: a feature does not exist, or there is no camera or no action.
     """
 
     def __init__(

@@ -28,25 +28,15 @@ _REPAIR = "repair the recording, or leave the episode out with --skip_bad_episod
 
 
 class EpisodeRows(NamedTuple):
-    """An episode's frames, first to last.
+    """An episode's frames, first to last."""
 
-    Args:
-        rows (`np.ndarray`): int64 (T,), their numbers in the data file.
-        times (`np.ndarray`): float64 (T,), their timestamps in seconds.
-        task (`str`): the instruction.
-    """
-
-    rows: np.ndarray
-    times: np.ndarray
+    rows: np.ndarray  # int64 (T,), their numbers in the data file
+    times: np.ndarray  # float64 (T,), their timestamps in seconds
     task: str
 
 
 class Frames:
-    """[`EpisodeRows`] of a dataset's episodes; the index columns of one file are in memory.
-
-    Args:
-        trust_timestamps (`bool`): accept timestamps that contradict fps.
-    """
+    """[`EpisodeRows`] of a dataset's episodes; the index columns of one file are in memory."""
 
     def __init__(self, meta: LeRobotMeta, trust_timestamps: bool):
         self.meta, self.trust_timestamps = meta, trust_timestamps
@@ -57,12 +47,7 @@ class Frames:
         return self.__dict__ | {"_path": None, "_columns": {}}
 
     def of(self, episode: EpisodeMeta, name: str) -> EpisodeRows:
-        """The rows of one episode, which `name` names.
-
-        Raises:
-            EpisodeError: its file or a column is absent or damaged; frames are missing, there twice or out of order;
-                its timestamps contradict fps; it has no task, or several.
-        """
+        """The rows of one episode, which `name` names; `EpisodeError` where there is not one meaning."""
         path = self.meta.path(episode.data)
         columns = self._read(path, name)
         own = np.flatnonzero(columns["episode_index"] == episode.index)
@@ -125,11 +110,7 @@ class Frames:
 
 
 def read_columns(path: Path, columns: list[str], name: str) -> pa.Table:
-    """Columns of a data file.
-
-    Raises:
-        EpisodeError: the file is absent or damaged, or has not all of them.
-    """
+    """Columns of a data file; `EpisodeError` if it is absent or damaged, or has not all of them."""
     with readable(path, name):
         missing = [column for column in columns if column not in pq.read_schema(path).names]
         if missing:
@@ -138,11 +119,7 @@ def read_columns(path: Path, columns: list[str], name: str) -> pa.Table:
 
 
 def vectors(column: pa.ChunkedArray, dim: int, where: str) -> np.ndarray:
-    """float32 (rows, dim) of any of Arrow's kinds of lists, of tensors, and of scalars where `dim` is 1.
-
-    Raises:
-        EpisodeError: a row holds another number of values, null or something else; begins with `where`.
-    """
+    """float32 (rows, dim) of any of Arrow's kinds of lists, of tensors, and of scalars where `dim` is 1."""
     array, rows, widths = column.combine_chunks(), len(column), [1]
     empty = array.null_count
     while (is_list := _is_list(array)) or isinstance(array, pa.ExtensionArray):

@@ -26,11 +26,7 @@ from vla0_trl.schema import one_line
 
 
 def open_dataset(name: str, revision: str | None = None) -> LeRobotMeta:
-    """What `meta/` tells of a folder or of "USER/NAME" on the Hub, at a branch, tag or commit.
-
-    Raises:
-        ConversionError: neither folder nor dataset, or its `meta/` is none that can be read.
-    """
+    """What `meta/` tells of a folder or of "USER/NAME" on the Hub, at a branch, tag or commit."""
     if Path(name).is_dir():
         if revision is not None:
             raise ConversionError(f"--revision {revision}: {name} is a folder, revisions are the Hub's")

@@ -40,68 +40,41 @@ _MAX_HEADER = 100_000  # bytes of a dataset card that are looked at
 
 @dataclass
 class VideoSpan:
-    """Where a camera's frames of one episode are.
-
-    Args:
-        path (`str`): of the mp4, in the dataset's folder.
-        start, end (`float`): in its seconds; `end` is None if the file holds this episode alone.
-    """
+    """Where a camera's frames of one episode are: an mp4 in the dataset's folder, and from when to when in it."""
 
     path: str
     start: float = 0.0
-    end: float | None = None
+    end: float | None = None  # the file holds this episode alone
 
 
 @dataclass
 class EpisodeMeta:
-    """What `meta/` tells of an episode.
-
-    Args:
-        tasks (`list[str]`): its instructions as `meta/` lists them; those of its frames count, see [`Frames`].
-        data (`str`): its parquet, in the dataset's folder.
-        videos (`dict`): camera's feature -> where its frames are; none if they are in the parquet.
-        stats (`dict`): feature -> statistics, of the episode or the whole dataset.
-    """
+    """What `meta/` tells of an episode."""
 
     index: int
     length: int
-    tasks: list[str]
-    data: str
-    videos: dict[str, VideoSpan]
-    stats: dict[str, Any]
+    tasks: list[str]  # as `meta/` lists them; those of its frames count, see [`Frames`]
+    data: str  # its parquet, in the dataset's folder
+    videos: dict[str, VideoSpan]  # by the camera's feature; none if its frames are in the parquet
+    stats: dict[str, Any]  # by feature: of the episode or the whole dataset
 
 
 @dataclass
 class LeRobotMeta:
-    """All of `meta/`.
+    """All of `meta/`, the license of the dataset card, and where on the Hub it is from."""
 
-    Args:
-        root (`Path`): the dataset's folder.
-        info (`dict`): info.json.
-        tasks (`dict[int, str]`): task_index -> instruction.
-        tasks_file (`str`): where they are from, for messages.
-        episodes (`list[EpisodeMeta]`): by ascending index.
-        digest (`str`): of the folder's contents.
-        license (`str`): from the dataset card.
-        hub_id, revision (`str`, *optional*): where on the Hub it is from.
-    """
-
-    root: Path
+    root: Path  # the dataset's folder
     info: dict[str, Any]
-    tasks: dict[int, str]
+    tasks: dict[int, str]  # by task_index
     tasks_file: str
-    episodes: list[EpisodeMeta]
-    digest: str
+    episodes: list[EpisodeMeta]  # by ascending index
+    digest: str  # of the contents of `meta/`
     license: str
     hub_id: str | None = None
     revision: str | None = None
 
     def path(self, name: str) -> Path:
-        """A file of the dataset. Links stay inside it, or lead to where the Hub's cache keeps a snapshot's files.
-
-        Raises:
-            ConversionError: a link leads outside, where a dataset from elsewhere has nothing to read.
-        """
+        """A file of the dataset. Links stay inside it, or lead to where the Hub's cache keeps a snapshot's files."""
         return _inside(self.root, name)
 
     @property
@@ -121,11 +94,7 @@ _Parts = tuple[dict[int, str], str, list[EpisodeMeta]]
 
 
 def read_meta(root: Path) -> LeRobotMeta:
-    """Read `root/meta`.
-
-    Raises:
-        ConversionError: no LeRobotDataset, an unknown version, a file of `meta/` missing, a field missing or wrong.
-    """
+    """Read `root/meta`; `ConversionError` for what is absent or wrong in it."""
     path = root / "meta/info.json"
     if not path.is_file():
         raise ConversionError(f"{root} is no LeRobotDataset: it has no meta/info.json")

@@ -60,9 +60,6 @@ class LiberoDemos:
         paths (`list[Path]`): .hdf5 files, or folders with them.
         drop_noops (`bool`): leave out frames that do nothing, as OpenVLA's data has them left out; see [`moves`].
         gripper (`str`): one of [`gripper.CONVENTIONS`].
-
-    Raises:
-        ConversionError: no file there, or one that is no LIBERO HDF5.
     """
 
     def __init__(self, paths: list[Path], drop_noops: bool, gripper: str = "sign"):
@@ -262,12 +259,9 @@ def _dataset(group: h5py.Group, key: str, name: str, frames: int | None = None) 
         raise EpisodeError(f"{name}: {key} has {len(found)} frames, actions has {frames}: {_FIX}")
     if len(found) > _MAX_FRAMES:
         raise EpisodeError(f"{name}: {key} has {len(found)} frames, at most {_MAX_FRAMES} are read: {_FIX}")
-    if found.chunks and found.id.get_num_chunks() < math.prod(map(_ceil, found.shape, found.chunks)):
+    blocks = math.prod(-(-size // part) for size, part in zip(found.shape, found.chunks or found.shape, strict=True))
+    if found.chunks and found.id.get_num_chunks() < blocks:
         raise EpisodeError(f"{name}: {key} lacks blocks, which would read as zeros: {_FIX}")
     if not found.chunks and found.size and not found.id.get_storage_size():
         raise EpisodeError(f"{name}: {key} was never written, and would read as zeros: {_FIX}")
     return found
-
-
-def _ceil(size: int, part: int) -> int:
-    return -(-size // part)

@@ -32,11 +32,7 @@ def readable(path: Path, name: str) -> Iterator[None]:
 
 
 class ImageColumn:
-    """A column of one file, at a row that moves forward; going back opens it again.
-
-    Args:
-        path (`Path`), key (`str`): file and column.
-    """
+    """A column of one file, at a row that moves forward; going back opens it again."""
 
     def __init__(self, path: Path, key: str):
         self.path, self.key = path, key
@@ -44,11 +40,7 @@ class ImageColumn:
         self._next = self._wanted = 0  # the row that `_images` gives next, and the first that matters
 
     def frames(self, rows: np.ndarray, name: str) -> Iterator[bytes]:
-        """Image files of `rows`, int64 (T,) and ascending.
-
-        Raises:
-            EpisodeError: the file or the column is absent or damaged, or a row holds no bytes.
-        """
+        """Image files of `rows`, int64 (T,) and ascending."""
         if self._images is None or rows[0] < self._next:
             self.close()
             self._images = self._read(name)

@@ -19,12 +19,7 @@ _FIX = "fetch the file again, or leave the episode out with --skip_bad_episodes"
 
 
 class VideoReader:
-    """One mp4, at a position that moves forward; going back opens it again.
-
-    Args:
-        path (`Path`): of the file.
-        fps (`float`): the dataset's.
-    """
+    """One mp4, at a position that moves forward; going back opens it again."""
 
     def __init__(self, path: Path, fps: float):
         self.path, self.fps = path, fps
@@ -33,17 +28,11 @@ class VideoReader:
         self._position = -np.inf  # time of the last frame that was taken
 
     def frames(self, times: np.ndarray, name: str, alone: bool) -> Iterator[np.ndarray]:
-        """The frames at `times`: ascending, in seconds of the file; decoded one at a time.
+        """The frames at `times`, ascending, in seconds of the file: uint8 (H, W, 3), decoded one at a time.
 
         Args:
             name (`str`): episode and camera, for messages.
             alone (`bool`): the file has to end after the last of them.
-
-        Yields:
-            `np.ndarray`: uint8 (H, W, 3), RGB.
-
-        Raises:
-            EpisodeError: the file is absent, does not decode, ends early, or its frames are at other times.
         """
         row = 0
         try:

@@ -60,14 +60,8 @@ class PushTEnv:
     """One PushT episode after another, rendered only where somebody looks: drawing costs four times the physics.
 
     Args:
-        state (`str`, *optional*, defaults to `"agent"`):
-            What `observe` gives as state: `"agent"` (x, y) or `"full"` (agent x, y, block x, y, angle), in pixels and
-            radians.
-        max_episode_steps (`int`, *optional*, defaults to `MAX_EPISODE_STEPS`):
-            The episode is over after this many steps.
-
-    Raises:
-        `ValueError`: for an unknown `state` or a `max_episode_steps` below 1.
+        state (`str`, *optional*): what `observe` gives as state: `"agent"` (x, y) or `"full"` (agent x, y, block x, y,
+            angle), in pixels and radians.
     """
 
     def __init__(self, state: str = "agent", max_episode_steps: int = MAX_EPISODE_STEPS):
@@ -90,9 +84,6 @@ class PushTEnv:
         """Start an episode from a state, at rest: [`full_state`] is then this one, up to the angle's turns.
 
         gym-pusht's own `reset_to_state` moves the block once more when it sets the angle after the position.
-
-        Args:
-            full_state (`np.ndarray`): float[5], agent x, y, block x, y in pixels, and block angle.
         """
         self._env._setup()  # a new space: nothing is left of the contacts before
         self._env._last_action = None
@@ -124,28 +115,15 @@ class PushTEnv:
         return self._env.get_obs()
 
     def observe(self) -> dict:
-        """What the policy sees now, drawn for this call.
-
-        Returns:
-            `dict`: `{"images": {CAMERA: uint8[96, 96, 3]}, "state": float32[STATE_MODES[state]], "task": TASK}`
-        """
+        """What the policy sees now, drawn for this call: CAMERA is uint8[96, 96, 3]."""
         image = _shrunk(self._env._draw())
         state = self.full_state[: STATE_MODES[self.state]].astype(np.float32)
         return {"images": {CAMERA: image}, "state": state, "task": TASK}
 
     def step(self, action: np.ndarray) -> bool:
-        """Hold one target position for a tenth of a second; draws nothing.
+        """Hold one target position, float[2] in pixels, for a tenth of a second; whether the episode is over.
 
-        Args:
-            action (`np.ndarray`):
-                float[2], the agent's target position in pixels. Like gym-pusht, this does not clip to the workspace.
-
-        Returns:
-            `bool`: whether the episode is over, by success or by the time limit.
-
-        Raises:
-            `ValueError`: if the action is not two finite numbers.
-            `RuntimeError`: if the episode is over, or none was started.
+        Draws nothing. Like gym-pusht, this does not clip to the workspace.
         """
         if self._done:
             raise RuntimeError("the episode is over: call reset(seed) before step")
@@ -172,12 +150,8 @@ class PushTEnv:
 
         `return` is the sum of gym-pusht's rewards, coverage / 0.95 clipped to [0, 1] at every step.
         """
-        return {
-            "success": self.success,
-            "max_coverage": self.max_coverage,
-            "return": self._return,
-            "steps": self.steps,
-        }
+        found = {"success": self.success, "max_coverage": self.max_coverage}
+        return found | {"return": self._return, "steps": self.steps}
 
     def close(self) -> None:
         """Release the simulator."""

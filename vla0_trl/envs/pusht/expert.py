@@ -51,14 +51,10 @@ class PushTExpert:
         self._target: np.ndarray | None = None
 
     def act(self, full_state: np.ndarray) -> np.ndarray:
-        """The target for this state.
+        """The target for a full state, float32[2] in px; the agent's own position if no push helps.
 
-        Args:
-            full_state (`np.ndarray`): float[5], [`PushTEnv.full_state`].
-
-        Returns:
-            `np.ndarray`: float32[2] in px, at most `MAX_DISTANCE` from the agent, and, unless it replans, at most
-            `MAX_MOVE` from the last target as long as the agent follows. The agent's own position if no push helps.
+        It is at most `MAX_DISTANCE` from the agent, and, unless the expert replans, at most `MAX_MOVE` from the last
+        target as long as the agent follows.
         """
         if self.replan:
             self.reset()
@@ -112,23 +108,14 @@ def _outward(point: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Recording:
-    """One demonstration of T steps; `frames[t]` and `states[t]` are what was seen before `actions[t]`.
-
-    Args:
-        seed (`int`): of [`PushTEnv.reset`].
-        frames (`np.ndarray`): uint8[T, 96, 96, 3], as [`PushTEnv.observe`] gives them.
-        states (`np.ndarray`): float32[T, 5], [`PushTEnv.full_state`]: agent x, y, block x, y, angle.
-        actions (`np.ndarray`): float32[T, 2], the expert's targets in px, without noise.
-        max_coverage (`float`): the best coverage of the episode.
-        success (`bool`): gym-pusht's own verdict.
-    """
+    """One demonstration of T steps; `frames[t]` and `states[t]` are what was seen before `actions[t]`."""
 
     seed: int
-    frames: np.ndarray
-    states: np.ndarray
-    actions: np.ndarray
+    frames: np.ndarray  # uint8[T, 96, 96, 3]
+    states: np.ndarray  # float32[T, 5], full states
+    actions: np.ndarray  # float32[T, 2], the expert's targets in px, without noise
     max_coverage: float
-    success: bool
+    success: bool  # gym-pusht's own verdict
 
 
 def record_episode(
@@ -147,15 +134,10 @@ def record_episode(
 
     Args:
         seed (`int`): of the environment, the noise and the mixing.
-        action_noise (`float`, *optional*, defaults to `0.0`): standard deviation in px.
-        replan (`bool`, *optional*, defaults to `False`): see [`PushTExpert`].
+        action_noise (`float`, *optional*): standard deviation in px.
         learner (`Callable`, *optional*): observation, with the full state, -> float[2], what is executed.
-        expert_mix (`float`, *optional*, defaults to `0.0`): share of steps at which the expert's action is executed
-            instead of the learner's; DAgger's beta.
-        max_steps (`int`, *optional*, defaults to `MAX_EPISODE_STEPS`): the episode ends after this many.
-
-    Returns:
-        [`Recording`]: also of a failed episode; look at `success`.
+        expert_mix (`float`, *optional*): share of steps at which the expert's action is executed instead of the
+            learner's; DAgger's beta.
     """
     env, expert, rng = PushTEnv("full", max_steps), PushTExpert(replan), np.random.default_rng(seed)
     env.reset(seed)
@@ -172,11 +154,5 @@ def record_episode(
             executed = executed if rng.random() < expert_mix else proposed
         done = env.step(executed + action_noise * rng.standard_normal(2))
     env.close()
-    return Recording(
-        seed=seed,
-        frames=np.stack(frames),
-        states=np.stack(states),
-        actions=np.stack(actions),
-        max_coverage=env.max_coverage,
-        success=env.success,
-    )
+    arrays = map(np.stack, (frames, states, actions))
+    return Recording(seed, *arrays, env.max_coverage, env.success)

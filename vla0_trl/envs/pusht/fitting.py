@@ -29,26 +29,17 @@ HUBER = 0.5  # the loss is quadratic below this, and linear above
 
 @dataclass
 class FitSettings:
-    """How a teacher is fitted.
-
-    Args:
-        steps (`int`): of the optimizer, of `batch_size` states each; the learning rate decays to zero over them.
-        learning_rate, weight_decay (`float`): AdamW's.
-        warmup (`int`): steps.
-        average (`float`): decay of the running average of the weights, which is the teacher.
-        width, depth (`int`): see [`PushTTeacher`].
-        seed (`int`): of the weights and of all that is drawn.
-    """
+    """How a teacher is fitted: by AdamW, whose learning rate decays to zero over the steps."""
 
     steps: int = 40_000
     batch_size: int = 512
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
-    warmup: int = 200
-    average: float = 0.999
+    warmup: int = 200  # steps
+    average: float = 0.999  # decay of the running average of the weights, which is the teacher
     width: int = 512
     depth: int = 3
-    seed: int = 0
+    seed: int = 0  # of the weights and of all that is drawn
 
 
 class TeacherData:
@@ -79,11 +70,7 @@ class TeacherData:
 
 
 class TeacherFit:
-    """Regression of a teacher on [`TeacherData`], step by step.
-
-    Args:
-        settings ([`FitSettings`]): how.
-        data ([`TeacherData`]): may grow between steps.
+    """Regression of a teacher on [`TeacherData`], which may grow between steps.
 
     Attributes:
         done (`int`): steps so far.
@@ -136,11 +123,7 @@ class TeacherFit:
             save_file(tensors, partial, metadata)
 
     def load(self, path: Path) -> None:
-        """Go on from what `save` wrote.
-
-        Raises:
-            ValueError: it was fitted with other settings; names the first.
-        """
+        """Go on from what `save` wrote; `ValueError` if it was fitted with other settings."""
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)

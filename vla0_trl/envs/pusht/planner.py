@@ -79,8 +79,7 @@ def simulate_pushes(walls: np.ndarray | None = None) -> np.ndarray:
     """Push a block at the zero pose at every contact, straight inward, with gym-pusht's own bodies.
 
     Args:
-        walls (`np.ndarray`, *optional*):
-            float[4, 2], the corners of the walls in the block frame; the workspace is endless without.
+        walls (`np.ndarray`, *optional*): float[4, 2], their corners in the block frame; without, there are none.
 
     Returns:
         `np.ndarray`: float64[K, MAX_PUSH + 1, 3], the block's pose at the start and after every `PUSH_STEP` px.
@@ -129,8 +128,7 @@ def _corner_legs() -> tuple[np.ndarray, np.ndarray]:
 class Walks:
     """Shortest walks around the block to every contact's approach, over a visibility graph in the block frame.
 
-    Args:
-        pose (`np.ndarray`): float[3], where the block lies: no walk turns at a corner that lies outside the workspace.
+    No walk turns at a corner that, with the block at `pose`, float[3], lies outside the workspace.
     """
 
     def __init__(self, pose: np.ndarray):
@@ -176,15 +174,10 @@ def _next_walks() -> np.ndarray:
 
 @dataclass(frozen=True)
 class Push:
-    """A straight push: the agent touches the block at `contact` and goes on for `length` px.
+    """A straight push: the agent touches the block at `contact` and goes on for `length` px."""
 
-    Args:
-        contact (`int`): index into `CENTRES` and `NORMALS`.
-        poses (`np.ndarray`): float64[N + 1, 3], the block's predicted poses, before it and after every `PUSH_STEP` px.
-    """
-
-    contact: int
-    poses: np.ndarray
+    contact: int  # index into `CENTRES` and `NORMALS`
+    poses: np.ndarray  # float64[N + 1, 3], the block's predicted poses, before it and after every `PUSH_STEP` px
 
     @property
     def length(self) -> float:
@@ -218,10 +211,6 @@ def plan_push(agent: np.ndarray, pose: np.ndarray) -> Push | None:
 
     A plan's score is the control steps that it takes, and a guess at those still needed after it. It has to solve the
     task or to cut the distance by `MIN_PROGRESS`: without that, pushes too small to matter can look best for ever.
-
-    Args:
-        agent (`np.ndarray`): float[2], the agent's position.
-        pose (`np.ndarray`): float[3], the block's pose.
 
     Returns:
         [`Push`] or `None`: `None` if no push makes that progress or the agent gets to none.

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from vla0_trl.actions import interpolation
 from vla0_trl.envs.pusht.env import WORKSPACE
 from vla0_trl.envs.pusht.geometry import GOAL_POSE
 from vla0_trl.files import whole_file
@@ -73,13 +74,7 @@ def features(states: torch.Tensor) -> torch.Tensor:
 
 
 class PushTTeacher(nn.Module):
-    """The teacher's network; `label` is how to ask it.
-
-    Args:
-        width (`int`, *optional*, defaults to `512`): of its hidden layers.
-        depth (`int`, *optional*, defaults to `3`): hidden layers.
-        chunk_size (`int`, *optional*, defaults to `CHUNK_SIZE`): steps of an answer.
-    """
+    """The teacher's network; `label` is how to ask it."""
 
     def __init__(self, width: int = 512, depth: int = 3, chunk_size: int = CHUNK_SIZE):
         super().__init__()
@@ -97,14 +92,7 @@ class PushTTeacher(nn.Module):
 
     @torch.inference_mode()
     def label(self, states: np.ndarray) -> np.ndarray:
-        """What the teacher would do in these states.
-
-        Args:
-            states (`np.ndarray`): float[N, 5], full states: agent x, y, block x, y in px, and block angle.
-
-        Returns:
-            `np.ndarray`: float32[N, chunk_size, 2], the targets of the next steps relative to the agent now, in px.
-        """
+        """Full states float[N, 5] -> float32[N, chunk_size, 2], next steps' targets relative to the agent, in px."""
         states = torch.from_numpy(np.ascontiguousarray(states, dtype=np.float32))
         chunks = [self(batch) for batch in states.split(_LABEL_BATCH)]
         return torch.cat(chunks).numpy() if chunks else np.zeros((0, self.sizes["chunk_size"], 2), np.float32)
@@ -117,12 +105,7 @@ class PushTTeacher(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> PushTTeacher:
-        """The inverse of `save`.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is no teacher's file.
-        """
+        """The inverse of `save`."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file: make a teacher with data_prep/teach_pusht.py")
         try:
@@ -142,11 +125,5 @@ class PushTTeacher(nn.Module):
 
 
 def through_waypoints(chunks: np.ndarray, waypoints: Sequence[int]) -> np.ndarray:
-    """Chunks [N, T, 2] of which only some steps are written, and the others interpolated linearly between them.
-
-    Args:
-        waypoints (`Sequence[int]`): ascending steps, such as `[0, 3, 7]`; before and after them the nearest holds.
-    """
-    steps = np.arange(chunks.shape[1])
-    weights = np.stack([np.interp(steps, waypoints, one) for one in np.eye(len(waypoints))], axis=1)  # [T, W]
-    return (weights @ chunks[:, list(waypoints)]).astype(chunks.dtype)
+    """Chunks [N, T, 2] of which only the waypoints, such as `[0, 3, 7]`, are written, and the others interpolated."""
+    return (interpolation(waypoints, chunks.shape[1]) @ chunks[:, list(waypoints)]).astype(chunks.dtype)

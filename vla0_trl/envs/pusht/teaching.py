@@ -39,18 +39,10 @@ SLOW = 150  # steps of a successful episode from which on it counts as a struggl
 
 @dataclass
 class TeachSettings:
-    """How a teacher is made.
+    """How a teacher is made; `rounds` are steps of the fit at which it drives and the expert shows the ways back."""
 
-    Args:
-        num_episodes (`int`): seeds that the expert tries.
-        action_noise (`float`), noise_fraction (`float`): px of noise, in this share of its episodes.
-        rounds (`list[int]`): steps of the fit at which the teacher drives and the expert shows the ways back.
-        round_episodes (`int`): episodes that it drives each time.
-        fit ([`FitSettings`]): of the regression.
-    """
-
-    num_episodes: int = 1_200
-    action_noise: float = 5.0
+    num_episodes: int = 1_200  # seeds that the expert tries
+    action_noise: float = 5.0  # px, in this share of its episodes:
     noise_fraction: float = 0.6
     rounds: list[int] = field(default_factory=lambda: [10_000, 15_000, 20_000, 25_000, 30_000])
     round_episodes: int = 300
@@ -60,11 +52,7 @@ class TeachSettings:
 def teach(folder: Path, settings: TeachSettings, num_proc: int = 1) -> PushTTeacher:
     """Make the teacher, or go on with it; it ends in `folder`/teacher.safetensors.
 
-    Args:
-        num_proc (`int`, *optional*, defaults to `1`): processes in which the expert drives; nothing else changes.
-
-    Raises:
-        ValueError: the folder was begun with other settings.
+    The expert drives in `num_proc` processes. `ValueError` if the folder was begun with other settings.
     """
     _claim(folder, asdict(settings))
     data = TeacherData()
@@ -92,11 +80,7 @@ def teach(folder: Path, settings: TeachSettings, num_proc: int = 1) -> PushTTeac
 
 
 def success(teacher: PushTTeacher, num_episodes: int, first_seed: int = REPORT_SEEDS) -> dict[str, Any]:
-    """How often the teacher succeeds, executed whole, by halves, and through waypoints as a policy may write them.
-
-    Returns:
-        `dict`: of each way of execution, `success_rate`, `mean_max_coverage` and `mean_steps`; and the seeds.
-    """
+    """How often the teacher succeeds, executed whole, by halves, and through waypoints as a policy may write them."""
     ways = {
         "8 of 8 steps": (teacher.label, 8),
         "4 of 8 steps": (teacher.label, 4),
@@ -140,12 +124,8 @@ def load_episodes(path: Path) -> list[StateEpisode]:
     """The inverse of [`save_episodes`]."""
     with np.load(path, allow_pickle=False) as file:
         ends = np.cumsum(file["lengths"])[:-1]
-        parts = (
-            np.split(file["states"], ends),
-            np.split(file["actions"], ends),
-            file["success"],
-            file["max_coverage"],
-        )
+        parts = [np.split(file[name], ends) for name in ("states", "actions")]
+        parts += [file["success"], file["max_coverage"]]
         return [StateEpisode(*episode) for episode in zip(*parts, strict=True)] if len(file["lengths"]) else []
 
 

@@ -8,19 +8,7 @@ from vla0_trl.envs.libero.protocol import COLUMNS
 from vla0_trl.evaluation.episode_log import EPISODES, RESULTS, VIDEOS, read_episodes, video_name
 from vla0_trl.evaluation.metrics import aggregate_suites, aggregate_tasks, identity, mean_rate
 from vla0_trl.run_files import read_energy, read_state
-from vla0_trl.schema import (
-    checked,
-    each,
-    items,
-    mapping,
-    number,
-    optional,
-    read_record,
-    share,
-    text,
-    warn_once,
-    whole,
-)
+from vla0_trl.schema import checked, each, items, mapping, number, optional, read_record, share, text, warn_once, whole
 
 OFFLINE = "offline.json"
 _ABOUT = {
@@ -56,19 +44,9 @@ Table = tuple[list[str], list[list[str]]]
 
 @dataclass
 class Run:
-    """One evaluation's output folder, read.
+    """One evaluation's output folder, read; log and energy are those of the training that made the checkpoint."""
 
-    Attributes:
-        name (`str`): what tables and pictures call it.
-        folder (`Path`): where it is.
-        results (`dict`): its results.json.
-        episodes (`list[dict]`): its episodes.jsonl.
-        offline (`dict`, *optional*): its offline.json, if `eval_offline.py` wrote one there.
-        log_history (`list[dict]`): of the training that made the checkpoint; empty without trainer_state.json.
-        energy (`dict`, *optional*): energy.json of that training, if it was run with `--log_energy`.
-    """
-
-    name: str
+    name: str  # in tables and pictures
     folder: Path
     results: dict[str, Any]
     episodes: list[dict[str, Any]]
@@ -143,23 +121,19 @@ def summary_table(runs: list[tuple[str, dict[str, Any]]]) -> Table:
     header = ["run", "episodes", "success %", "95 %", *middle, "s/episode", "ms/chunk"]
     rows = []
     for name, run in runs:
+        row = [name, str(run["num_episodes"]), *success_cells(run)]
         if with_coverage:
             coverage = run["mean_max_coverage_interval"]
-            middle = [f"{run['mean_max_coverage']:.3f}", f"{coverage[0]:.3f} – {coverage[1]:.3f}"]
+            row += [f"{run['mean_max_coverage']:.3f}", f"{coverage[0]:.3f} – {coverage[1]:.3f}"]
         else:
-            middle = [f"{run['mean_steps']:.0f}"]
-        rows.append(
-            [
-                name,
-                str(run["num_episodes"]),
-                f"{100 * run['success_rate']:.1f}",
-                percent_interval(run["success_rate_interval"]),
-                *middle,
-                f"{run['seconds_per_episode']:.2f}",
-                f"{run['ms_per_chunk']:.1f}",
-            ]
-        )
+            row += [f"{run['mean_steps']:.0f}"]
+        rows.append([*row, f"{run['seconds_per_episode']:.2f}", f"{run['ms_per_chunk']:.1f}"])
     return header, rows
+
+
+def success_cells(run: dict[str, Any]) -> list[str]:
+    """Success rate and interval, in percent."""
+    return [f"{100 * run['success_rate']:.1f}", percent_interval(run["success_rate_interval"])]
 
 
 def suite_table(runs: list[Run]) -> Table | None:
