@@ -72,26 +72,20 @@ def one(config: Path, args: Arguments, options: list[str]) -> dict[str, float | 
     import torch
 
     from vla0_trl.benchmarks.memory import build, cap_at_card, estimate, measure
-    from vla0_trl.training.arguments import parse_recipe
+    from vla0_trl.benchmarks.plan import A_FEW_STEPS, kind_of, plan_of, source_of
 
     on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"output_dir": f"{folder}/run", "save_strategy": "no", "report_to": "none", "disable_tqdm": "true"}
-        settings |= {"dataloader_num_workers": 0, "dataloader_persistent_workers": "false", "rollout_steps": 0}
-        settings |= {"max_steps": STEPS} if on_gpu else {"max_steps": 2, "gradient_accumulation_steps": 1}
-        settings |= {} if on_gpu else {"use_cpu": "true"}
-        words = [str(word) for pair in settings.items() for word in (f"--{pair[0]}", pair[1])]
-        plan = parse_recipe(config, __doc__, ["--config", str(config), *words, *options])
-        source = plan[2].model_name_or_path
-        if args.model_configs:
-            source = str(args.model_configs / Path(source).name)
+        settings = {"output_dir": f"{folder}/run"} | ({"max_steps": STEPS} if on_gpu else A_FEW_STEPS)
+        plan = plan_of(config, settings | ({} if on_gpu else {"use_cpu": True}), options)
+        source = source_of(plan, args.model_configs)
         if not on_gpu:
-            return estimate(plan, config.parent.name, source, Path(folder))
+            return estimate(plan, kind_of(config), source, Path(folder))
         plan = build(plan, source, Path(folder, "model"))
         torch.cuda.empty_cache()
         limit = cap_at_card(int(args.card_gib * GIB))
         try:
-            return measure(plan, config.parent.name) | {"limit_gib": limit}
+            return measure(plan, kind_of(config)) | {"limit_gib": limit}
         except torch.cuda.OutOfMemoryError as error:
             return {"error": str(error).splitlines()[0], "limit_gib": limit}
 

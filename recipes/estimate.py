@@ -37,17 +37,19 @@ def main() -> None:
         if name not in known:
             parser.error(unknown_flag(name, known))
     from vla0_trl.benchmarks.cost import PEAKS  # after parsing: torch takes seconds
+    from vla0_trl.evaluation.report.summary import format_table
 
     if unknown := [card for card in args.cards if card not in PEAKS]:
         parser.error(f"--cards {unknown[0]!r}: known are {', '.join(PEAKS)}")
     head = ["change", "tokens", "of the answer", "TFLOP per sample", *(["GiB"] if args.memory else [])]
-    rows = [[*head, *(f"hours, {card}" for card in args.cards)]]
+    head += [f"hours, {card}" for card in args.cards]
+    rows = []
     for variation in ["", *args.vary]:
         try:
             rows.append([variation or "as it is", *row(args, others.recipe, [*flags_of(variation), *options])])
         except ValueError as error:
             parser.error(f"{variation}: {error}")
-    print(table(rows, args.markdown))
+    print(format_table((head, rows), args.markdown))
 
 
 def flags_of(variation: str) -> list[str]:
@@ -60,33 +62,19 @@ def row(args: Arguments, recipe: Path, options: list[str]) -> list[str]:
     """The figures of a recipe with these options."""
     from vla0_trl.benchmarks.cost import recipe_cost
     from vla0_trl.benchmarks.memory import estimate
-    from vla0_trl.training.arguments import parse_recipe
+    from vla0_trl.benchmarks.plan import A_FEW_STEPS, kind_of, plan_of, source_of
 
-    kind = recipe.resolve().parent.name
+    kind = kind_of(recipe)
     with tempfile.TemporaryDirectory() as folder:
-        here = {"use_cpu": "true", "output_dir": f"{folder}/run", "report_to": "none", "save_strategy": "no"}
-        words = [word for name, value in here.items() for word in (f"--{name}", value)]
-        plan = parse_recipe(recipe, __doc__, ["--config", str(recipe), *words, *options])
-        source = plan[2].model_name_or_path
-        source = str(args.model_configs / Path(source).name) if args.model_configs else source
+        here = {"use_cpu": True, "output_dir": f"{folder}/run"}
+        plan = plan_of(recipe, here, options)
+        source = source_of(plan, args.model_configs)
         cost = recipe_cost(plan, kind, source)
         figures = [str(cost.tokens), str(cost.answer_tokens), f"{cost.tflop:.2f}"]
         if args.memory:
-            few = {"max_steps": "2", "gradient_accumulation_steps": "1", "dataloader_num_workers": "0"}
-            few |= {"dataloader_persistent_workers": "false", "disable_tqdm": "true", "rollout_steps": "0"}
-            words += [word for name, value in few.items() for word in (f"--{name}", value)]
-            plan = parse_recipe(recipe, __doc__, ["--config", str(recipe), *words, *options])
+            plan = plan_of(recipe, here | A_FEW_STEPS, options)
             figures.append(f"{estimate(plan, kind, source, Path(folder))['peak_gib']:.1f}")
         return figures + [f"{cost.hours(card):.1f}" for card in args.cards]
-
-
-def table(rows: list[list[str]], markdown: bool) -> str:
-    if markdown:
-        rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)) for cells in rows]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -27,26 +27,22 @@ def main() -> None:
     args, others, options = parser.parse(unknown_allowed=True)
     import torch  # after parsing: it takes seconds
 
+    from vla0_trl.benchmarks.plan import kind_of, plan_of, source_of
     from vla0_trl.benchmarks.rehearsal import Rehearsal
-    from vla0_trl.training.arguments import parse_recipe
 
-    fixed = {"report_to": "none", "logging_steps": 1, "warmup_steps": 0, "disable_tqdm": "true", "save_total_limit": 1}
-    fixed |= {"dataloader_num_workers": 0, "dataloader_persistent_workers": "false", "rollout_steps": 0}
+    fixed = {"logging_steps": 1, "warmup_steps": 0, "save_strategy": "steps", "save_total_limit": 1}
     if not torch.cuda.is_available():
-        fixed |= {"use_cpu": "true", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+        fixed |= {"use_cpu": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
 
     def plan(**settings):
-        given = [str(word) for name, value in (fixed | settings).items() for word in (f"--{name}", value)]
-        return parse_recipe(others.recipe, __doc__, ["--config", str(others.recipe), *given, *options])
+        return plan_of(others.recipe, fixed | settings, options)
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:
-        source = plan(output_dir=args.output_dir)[2].model_name_or_path
+        source = source_of(plan(output_dir=args.output_dir), args.model_configs)
     except ValueError as error:
         parser.error(str(error))
-    if args.model_configs:
-        source = str(args.model_configs / Path(source).name)
-    parts = Rehearsal(plan, others.recipe.resolve().parent.name, source, args.output_dir)().values()
+    parts = Rehearsal(plan, kind_of(others.recipe), source, args.output_dir)().values()
     seconds, peak = sum(part["seconds"] for part in parts), max(part["peak_gib"] for part in parts)
     print(f"{seconds:6.0f} s  {peak:5.1f} GiB  the whole way, {'GPU' if torch.cuda.is_available() else 'CPU'}")
 

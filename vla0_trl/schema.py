@@ -183,24 +183,23 @@ def warn_once(line: str) -> None:
 
 def parse_json(where: str, data: str | bytes) -> Any:
     """What JSON says, however damaged or deep: `ValueError` in one line."""
-    try:
-        return json.loads(data)
-    except RecursionError as error:
-        raise ValueError(f"{where}: is nested too deep: write the file again") from error
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{where}: is no JSON ({error}): write the file again") from error
+    return _parsed(where, data, json.loads, "JSON")
 
 
 def parse_yaml(where: str, data: str | bytes) -> Any:
-    """What YAML says: `ValueError` in one line for what is none."""
+    """The same of YAML."""
     import yaml  # here, because a robot's client imports this file, and needs no PyYAML
 
+    return _parsed(where, data, yaml.safe_load, "YAML", yaml.YAMLError)
+
+
+def _parsed(where: str, data: str | bytes, parse: Callable, form: str, *errors: type[Exception]) -> Any:
     try:
-        return yaml.safe_load(data)
+        return parse(data)
     except RecursionError as error:
         raise ValueError(f"{where}: is nested too deep: write the file again") from error
-    except (yaml.YAMLError, ValueError, TypeError, LookupError) as error:  # PyYAML raises all of these
-        raise ValueError(f"{where}: is no YAML ({one_line(error, 200)}): correct it") from error
+    except (*errors, ValueError, TypeError, LookupError) as error:  # PyYAML raises all of these
+        raise ValueError(f"{where}: is no {form} ({one_line(error, 200)}): correct it, or write it again") from error
 
 
 def one_line(text: object, longest: int = 500) -> str:

@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText
-from trl import ModelConfig
 
+from vla0_trl.benchmarks.plan import Plan
 from vla0_trl.benchmarks.synthetic import synthetic_dataset
 from vla0_trl.data.chat_dataset import align_config
 from vla0_trl.models.loading import freeze_vision, load_processor
 from vla0_trl.processing.chat_tokenizer import IGNORED
 from vla0_trl.processing.collator import VLADataCollator
-from vla0_trl.training.arguments import DataArguments, VLASFTConfig
 from vla0_trl.training.run import lora_config
 
 # TFLOP/s in bfloat16 without sparsity, of NVIDIA's data sheets; of the RTX 4090 half of it, with sums in float32.
@@ -28,7 +27,6 @@ PEAKS = {"RTX 3060": 51.0, "RTX 4070": 117.0, "RTX 3090": 142.0, "RTX 4090": 165
 SHARE = 0.2  # of it: an assumption, as everywhere in recipes/README.md
 _CONNECTORS = ("connector", "merger")
 _ENCODERS = ("vision_model", "visual", "vision_tower")
-Plan = tuple[DataArguments, VLASFTConfig, ModelConfig]
 
 
 @dataclass(frozen=True)

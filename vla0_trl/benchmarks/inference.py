@@ -91,7 +91,7 @@ def random_policy(
 
 
 def bench(policy: VLAPolicy, size: int, chunks: int, warmup: int, jitter: int) -> list[dict]:
-    """Time all VARIANTS on one model and batch size: a row of the table each.
+    """Time all VARIANTS on one model and batch size, in turns: a row of the table each.
 
     Args:
         chunks, warmup: timed calls of each variant, and calls before that.
@@ -115,10 +115,9 @@ def bench(policy: VLAPolicy, size: int, chunks: int, warmup: int, jitter: int) -
         calls = {"a": {"logits_processor": LogitsProcessorList([DigitsAndSpaces(policy)])}}
         if make_xgrammar is not None:
             calls["b"] = {"logits_processor": LogitsProcessorList([make_xgrammar()])}
-        for key, decoder in decoders.items():
-            calls[key] = {"custom_generate": decoder}
-            if key in ("d", "d±"):
-                most = jitter if key == "d±" else 0
+        calls |= {key: {"custom_generate": decoder} for key, decoder in decoders.items()}
+        for key, most in (("d", 0), ("d±", jitter)):
+            if key in calls:
                 calls[key]["drafts"] = [_draft(policy, *pair, most, rng) for pair in zip(expected, offs, strict=True)]
         keys = [*calls][turn % len(calls) :] + [*calls][: turn % len(calls)]
         for key in keys:
@@ -137,17 +136,18 @@ def bench(policy: VLAPolicy, size: int, chunks: int, warmup: int, jitter: int) -
         floors["p"] = _parallel_floor(policy, observations, decoders["p"])
     table = []
     for key in (key for key in VARIANTS if key in timings):
-        median, p95 = np.quantile(timings[key], [0.5, 0.95])
         stats = decoders[key].stats if key in decoders else None
-        table.append(
-            {
-                "variant": key, "median_ms": median * 1e3, "p95_ms": p95 * 1e3, "chunks_per_s": size / median,
-                "hz_n_step": policy.config.chunk_size / median, "hz_requery": 1 / median,
-                "passes_per_chunk": float(np.mean(counts[key])), "of_floor": median / floors[key],
-                "acceptance": stats.acceptance if stats and stats.drafted else None, "other_answers": wrong.get(key),
-            }
-        )  # fmt: skip
+        row = {"variant": key, **_speeds(timings[key], size, policy.config.chunk_size, floors[key])}
+        row |= {"passes_per_chunk": float(np.mean(counts[key])), "other_answers": wrong.get(key)}
+        table.append(row | {"acceptance": stats.acceptance if stats and stats.drafted else None})
     return table
+
+
+def _speeds(seconds: list[float], size: int, chunk_size: int, floor: float) -> dict[str, float]:
+    """Of calls that answer `size` observations each, beside the least time that one can take."""
+    median, p95 = np.quantile(seconds, [0.5, 0.95])
+    speeds = {"median_ms": median * 1e3, "p95_ms": p95 * 1e3, "chunks_per_s": size / median}
+    return speeds | {"hz_n_step": chunk_size / median, "hz_requery": 1 / median, "of_floor": median / floor}
 
 
 def _timed(policy: VLAPolicy, observations, max_new_tokens: int, **options) -> tuple[torch.Tensor, float]:

@@ -18,16 +18,15 @@ from trl import ModelConfig
 from trl.kernels import chunked_logprob
 
 from vla0_trl.benchmarks.memory_table import CARD, GIB, PARTS
+from vla0_trl.benchmarks.plan import Plan
 from vla0_trl.benchmarks.synthetic import synthetic_dataset
 from vla0_trl.data.chat_dataset import align_config
 from vla0_trl.models import attention as forward
-from vla0_trl.training.arguments import DataArguments, VLASFTConfig
 from vla0_trl.training.run import load_backbone, lora_config
 from vla0_trl.training.trainer import VLATrainer
 
 _CPU_TOKEN_CHUNK = 64
 _BATCHES = (2, 3)  # one sample needs no padding, and takes another way through attention
-Plan = tuple[DataArguments, VLASFTConfig, ModelConfig]
 
 
 def random_checkpoint(source: str, folder: Path, dtype: torch.dtype, layers: tuple[int, int] | None = None) -> None:

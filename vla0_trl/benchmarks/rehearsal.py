@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vla0_trl.benchmarks.memory import Plan, random_checkpoint
+from vla0_trl.benchmarks.memory import random_checkpoint
 from vla0_trl.benchmarks.memory_table import GIB
+from vla0_trl.benchmarks.plan import Plan
 from vla0_trl.benchmarks.synthetic import save_synthetic, synthetic_dataset
 from vla0_trl.files import write_whole
 from vla0_trl.manifest import read_json

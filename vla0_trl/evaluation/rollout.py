@@ -174,13 +174,7 @@ def _rounds(
             ready = []
             # it grows meanwhile: a runner whose episode ends waits for the next one at once
             for position, runner in enumerate(waiting):
-                began = time.perf_counter()
-                goes_on = runner.wait()
-                working = waiting[position:] if runner.env_runner.concurrent else [runner]
-                seconds = time.perf_counter() - began
-                for other in working:
-                    other.episode.environment_seconds += seconds / len(working)
-                if goes_on:
+                if _wait_for_first(waiting[position:]):
                     ready.append(runner)
                     continue
                 episode = runner.episode
@@ -193,18 +187,32 @@ def _rounds(
                     begin(runner)
                 bar.update()
                 yield episode
-            waiting.clear()
-            if not ready:
+            waiting[:] = ready
+            if not waiting:
                 return
-
-            began = time.perf_counter()
-            chunks = policy.predict_action_chunk([runner.observation for runner in ready])
-            share = (time.perf_counter() - began) / len(ready)
-            for runner, chunk in zip(ready, chunks, strict=True):
-                runner.episode.model_calls += 1
-                runner.episode.model_seconds += share
-                runner.execute(chunk)
-            waiting += ready
+            _query(policy, waiting)
             rounds += 1
             # Failures end together, at the time limit: until then only the rounds show that something moves.
-            bar.set_postfix_str(f"success {successes}/{finished}, {len(ready)} running, round {rounds}")
+            bar.set_postfix_str(f"success {successes}/{finished}, {len(waiting)} running, round {rounds}")
+
+
+def _wait_for_first(runners: list[EpisodeRunner]) -> bool:
+    """Whether the first one's episode goes on; runners that work at the same time share the seconds."""
+    began = time.perf_counter()
+    goes_on = runners[0].wait()
+    working = runners if runners[0].env_runner.concurrent else runners[:1]
+    share = (time.perf_counter() - began) / len(working)
+    for runner in working:
+        runner.episode.environment_seconds += share
+    return goes_on
+
+
+def _query(policy: Policy, runners: list[EpisodeRunner]) -> None:
+    """One chunk for each, in one call, and let them execute it."""
+    began = time.perf_counter()
+    chunks = policy.predict_action_chunk([runner.observation for runner in runners])
+    share = (time.perf_counter() - began) / len(runners)
+    for runner, chunk in zip(runners, chunks, strict=True):
+        runner.episode.model_calls += 1
+        runner.episode.model_seconds += share
+        runner.execute(chunk)

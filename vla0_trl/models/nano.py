@@ -10,7 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
-from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMProcessor
+from transformers import (
+    PreTrainedTokenizerBase,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMProcessor,
+)
 
 from vla0_trl.models.nano_init import init_as_code
 from vla0_trl.models.nano_processor import SPECIAL_TOKENS, nano_processor, number_token
@@ -71,52 +76,49 @@ def build_nano(
         texts: prompts, whose words are one token each, with `number_tokens`.
     """
     config = config or NanoConfig()
-    processor = nano_processor(
-        config.image_size,
-        (config.image_size // config.patch_size // config.scale_factor) ** 2,
-        config.image_mean,
-        config.image_std,
-        num_bins if config.number_tokens else None,
-        texts,
-    )
+    image_tokens = (config.image_size // config.patch_size // config.scale_factor) ** 2
+    largest = num_bins if config.number_tokens else None
+    processor = nano_processor(config.image_size, image_tokens, config.image_mean, config.image_std, largest, texts)
     tokenizer = processor.tokenizer
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
     torch.manual_seed(seed)
-    model = SmolVLMForConditionalGeneration(
-        SmolVLMConfig(
-            text_config={
-                "model_type": "llama",
-                "vocab_size": len(tokenizer),
-                "hidden_size": config.hidden_size,
-                "intermediate_size": config.hidden_size * 3,
-                "num_hidden_layers": config.num_layers,
-                "num_attention_heads": config.num_heads,
-                "num_key_value_heads": config.num_heads,
-                "max_position_embeddings": 4096,
-                "rope_theta": config.rope_theta,
-                "bos_token_id": ids["<|im_start|>"],
-                "eos_token_id": ids["<end_of_utterance>"],
-                "pad_token_id": ids["<|pad|>"],
-            },
-            vision_config={
-                "hidden_size": config.vision_hidden_size,
-                "intermediate_size": config.vision_intermediate_size or config.vision_hidden_size * 3,
-                "num_hidden_layers": config.vision_layers,
-                "num_attention_heads": config.vision_num_heads or max(1, config.vision_hidden_size // 64),
-                "image_size": config.image_size,
-                "patch_size": config.patch_size,
-            },
-            scale_factor=config.scale_factor,
-            image_token_id=ids["<image>"],
-            pad_token_id=ids["<|pad|>"],
-            eos_token_id=ids["<end_of_utterance>"],
-            tie_word_embeddings=config.init == "normal",
-        )
-    ).to(torch.float32)
+    model = SmolVLMForConditionalGeneration(_smolvlm_config(config, tokenizer)).to(torch.float32)
     if config.init == "code":
         numbers = range(num_bins + 1) if config.number_tokens else ()
         init_as_code(model, [tokenizer.convert_tokens_to_ids(number_token(number)) for number in numbers])
     return model, processor
+
+
+def _smolvlm_config(config: NanoConfig, tokenizer: PreTrainedTokenizerBase) -> SmolVLMConfig:
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    return SmolVLMConfig(
+        text_config={
+            "model_type": "llama",
+            "vocab_size": len(tokenizer),
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.hidden_size * 3,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_heads,
+            "max_position_embeddings": 4096,
+            "rope_theta": config.rope_theta,
+            "bos_token_id": ids["<|im_start|>"],
+            "eos_token_id": ids["<end_of_utterance>"],
+            "pad_token_id": ids["<|pad|>"],
+        },
+        vision_config={
+            "hidden_size": config.vision_hidden_size,
+            "intermediate_size": config.vision_intermediate_size or config.vision_hidden_size * 3,
+            "num_hidden_layers": config.vision_layers,
+            "num_attention_heads": config.vision_num_heads or max(1, config.vision_hidden_size // 64),
+            "image_size": config.image_size,
+            "patch_size": config.patch_size,
+        },
+        scale_factor=config.scale_factor,
+        image_token_id=ids["<image>"],
+        pad_token_id=ids["<|pad|>"],
+        eos_token_id=ids["<end_of_utterance>"],
+        tie_word_embeddings=config.init == "normal",
+    )
 
 
 def nano_from_dict(data: dict | None) -> NanoConfig:

@@ -7,7 +7,6 @@ conflict with this one's.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -27,11 +26,10 @@ from vla0_trl.data.sources.lerobot_schema import (
     INFO,
     TASK,
     VIDEO_FILE,
-    checked,
     filled,
 )
 from vla0_trl.data.staging import ConversionError
-from vla0_trl.schema import Kinds, items, line_of_text, parse_yaml, short
+from vla0_trl.schema import Kinds, checked, items, line_of_text, parse_json, parse_yaml, short
 
 VERSIONS = ("v2.1", "v3.0")
 IMAGE_TYPES = ("image", "video")
@@ -95,12 +93,19 @@ _Parts = tuple[dict[int, str], str, list[EpisodeMeta]]
 
 def read_meta(root: Path) -> LeRobotMeta:
     """Read `root/meta`; `ConversionError` for what is absent or wrong in it."""
+    try:
+        return _read_meta(root)
+    except ValueError as error:  # a schema's, or of what is no text
+        raise ConversionError(str(error)) from error
+
+
+def _read_meta(root: Path) -> LeRobotMeta:
     path = root / "meta/info.json"
     if not path.is_file():
         raise ConversionError(f"{root} is no LeRobotDataset: it has no meta/info.json")
     for file in (root / "meta").rglob("*"):
         _inside(root, str(file.relative_to(root)))
-    found = _json(path, _text(path))
+    found = parse_json(str(path), _text(path))
     version = found.get("codebase_version") if isinstance(found, dict) else None
     if version not in VERSIONS:
         raise ConversionError(
@@ -170,7 +175,7 @@ def _v30(root: Path, info: dict[str, Any], video_keys: list[str]) -> _Parts:
     tasks = _tasks(path, lines)
 
     path = root / "meta/stats.json"
-    stats = checked(str(path), _json(path, _text(path)), {}) if path.is_file() else {}
+    stats = checked(str(path), parse_json(str(path), _text(path)), {}) if path.is_file() else {}
     kinds = EPISODE | DATA_FILE
     for key in video_keys:
         kinds |= {f"videos/{key}/{part}": kind for part, kind in VIDEO_FILE.items()}
@@ -233,7 +238,7 @@ def _json_lines(path: Path, kinds: Kinds) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield checked(where, _json(where, line), kinds)
+            yield checked(where, parse_json(where, line), kinds)
 
 
 def _text(path: Path) -> str:
@@ -242,14 +247,7 @@ def _text(path: Path) -> str:
     except FileNotFoundError as error:
         raise ConversionError(f"{path} is missing: the copy is not complete, fetch it again") from error
     except UnicodeDecodeError as error:
-        raise ConversionError(f"{path} is not a text file, fetch it again: {error}") from error
-
-
-def _json(where: Path | str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{where} is no JSON, fetch it again: {error}") from error
+        raise ValueError(f"{path} is not a text file, fetch it again: {error}") from error
 
 
 def _digest(folder: Path) -> str:

@@ -8,11 +8,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from vla0_trl import schema
 from vla0_trl.data.staging import ConversionError
-from vla0_trl.schema import Kinds, line_of_text, mapping, number, optional, positive, short, text, whole
+from vla0_trl.schema import line_of_text, mapping, number, optional, positive, short, text, whole
 
-_FIX = "correct it, or fetch the file again"
 _MAX_WIDTH = 20  # of a number in a path's template
 _MAX_NAME = 255  # bytes of a file's name, on Linux
 
@@ -53,14 +51,6 @@ EPISODE = {"episode_index": whole, "length": whole, "tasks": texts}
 EPISODE_STATS = {"episode_index": whole, "stats": optional(mapping, {})}
 DATA_FILE = {"data/chunk_index": whole, "data/file_index": whole}
 VIDEO_FILE = {"chunk_index": whole, "file_index": whole, "from_timestamp": number, "to_timestamp": number}
-
-
-def checked(where: str, found: Any, kinds: Kinds) -> dict[str, Any]:
-    """As [`schema.checked`]; what it finds is a `ConversionError`."""
-    try:
-        return schema.checked(where, found, kinds, _FIX)
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
 
 
 def filled(where: str, name: str, template: str | None, **numbers: Any) -> str:

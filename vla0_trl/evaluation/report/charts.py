@@ -43,7 +43,6 @@ def success_bars(groups: dict[str, Sequence[dict[str, Any]]], names: Sequence[st
     axes.set_xlim(0, 112)
     axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel("success rate, % (line: 95 % interval)")
-    axes.grid(axis="x")
     return figure
 
 
@@ -70,7 +69,6 @@ def beside_published(
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, 100)
     axes.set_xlabel("success rate, % (line: 95 % interval)")
-    axes.grid(axis="x")
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     return figure
 
@@ -87,7 +85,6 @@ def coverage_strip(coverages: Sequence[Sequence[float]], names: Sequence[str], t
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(-0.02, 1.02)
     axes.set_xlabel("highest coverage of the target in an episode (bar: mean)")
-    axes.grid(axis="x")
     return figure
 
 
@@ -97,7 +94,7 @@ def training_curve(logs: dict[str, list[dict[str, Any]]], key: str, label: str) 
     Args:
         logs (`dict[str, list[dict]]`): run -> the trainer's `log_history`; every run, so that colors stay the same.
     """
-    figure, axes = _figure(height=2.7)
+    figure, axes = _figure(height=2.7, grid="y")
     for index, (name, history) in enumerate(logs.items()):
         for metric, style, suffix in ((key, "-", ""), (f"eval_{key}", "o--", ", held out")):
             points = [(entry["step"], entry[metric]) for entry in history if metric in entry]
@@ -107,7 +104,6 @@ def training_curve(logs: dict[str, list[dict[str, Any]]], key: str, label: str) 
     axes.set_xlabel("optimizer step")
     axes.set_title(label, loc="left", fontsize=10, color=_INK)
     axes.set_xlim(left=0)
-    axes.grid(axis="y")
     if len(axes.lines) > 1:
         axes.legend(frameon=False, fontsize=9)
     return figure
@@ -122,7 +118,7 @@ def to_svg(figure: Figure) -> str:
     return svg[svg.index("<svg") :]
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def _figure(height: float, grid: str = "x") -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.4, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -130,7 +126,6 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     axes.tick_params(length=0, labelsize=9.5, labelcolor=_INK)
     axes.tick_params(axis="x", labelcolor=_MUTED, labelsize=9)
     axes.xaxis.label.set(color=_MUTED, fontsize=9)
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.grid(visible=False)
+    axes.grid(axis=grid, color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
