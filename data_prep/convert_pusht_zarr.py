@@ -47,7 +47,7 @@ class PushTZarr:
         except ImportError as error:
             raise ConversionError('reading this format needs zarr: pip install -e ".[convert]"') from error
         if not (path / "data").is_dir() or not (path / "meta").is_dir():
-            raise ConversionError(f"{path} is no zarr of PushT demonstrations: it has no data/ and meta/ folders")
+            raise ConversionError(f"{path} is not a zarr of PushT demonstrations: it has no data/ and meta/ folders")
         for file in path.rglob("*"):
             if not file.resolve().is_relative_to(path.resolve()):
                 raise ConversionError(f"{file} leads to {file.resolve()}, outside the zarr: put the file itself there")
@@ -122,8 +122,8 @@ class PushTZarr:
                 pixels = floats.astype(np.uint8)
             if (pixels != floats).any():
                 raise EpisodeError(
-                    f"{name}, frame {position - start}: img holds values that are no whole numbers in 0…255: the copy "
-                    "is damaged, fetch it again"
+                    f"{name}, frame {position - start}: img holds values that are not whole numbers in 0…255: the "
+                    "copy is damaged, fetch it again"
                 )
             yield pixels
 
@@ -134,7 +134,7 @@ def _whole(path: Path, group: "zarr.Group", key: str, ndim: int, kinds: str = "f
 
     array = group.get(key)
     if not isinstance(array, zarr.Array):
-        raise ConversionError(f"{path} has no array {key}: it is no zarr of PushT demonstrations")
+        raise ConversionError(f"{path} has no array {key}: it is not a zarr of PushT demonstrations")
     if array.ndim != ndim or array.dtype.kind not in kinds or array.shape[0] > _MAX_FRAMES:
         numbers = "whole numbers" if kinds == "iu" else "numbers"
         raise ConversionError(

@@ -35,7 +35,7 @@ def main() -> None:
 
     with user_errors():
         if error := damage(folder) if (folder / CHECKPOINT_FILE).is_file() else f"it has no {CHECKPOINT_FILE}":
-            raise ValueError(f"{folder} is no whole checkpoint of a recipe: {error}")
+            raise ValueError(f"{folder} is not a whole checkpoint of a recipe: {error}")
         results = [entry for path in args.evaluations for entry in eval_results(path, checkpoint_hash(folder))]
         name = folder.resolve().name
         if args.push_to_hub:

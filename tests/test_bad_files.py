@@ -90,15 +90,15 @@ CONFIG = [
     ("action_stats", STATS.__dict__ | {"q01": [[0.0], [0.0]]}, "q01 of dimension 0 is [0.0]"),
     ("chunk_sise", 8, "unknown fields ['chunk_sise']"),
 ]
-# -- what is no JSON object at all
+# -- what is not JSON object at all
 TEXTS = [
-    (b"", "is no JSON"),
-    (b'{"chunk_size": ', "is no JSON"),
-    (b"\xff\xfe\x00", "is no JSON"),
+    (b"", "is not JSON"),
+    (b'{"chunk_size": ', "is not JSON"),
+    (b"\xff\xfe\x00", "is not JSON"),
     (b"[1, 2]", "found [1, 2], wanted an object with fields"),
     (b"null", "found null, wanted an object with fields"),
     (b'{"a":' * 100_000, "is nested too deep"),
-    (b'{"num_bins": ' + b"1" * 10_000 + b"}", "is no JSON"),
+    (b'{"num_bins": ' + b"1" * 10_000 + b"}", "is not JSON"),
 ]
 
 
@@ -193,7 +193,7 @@ def test_an_unknown_device_is_one_line(device):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "results.json: is no JSON"),
+        ("{", "results.json: is not JSON"),
         ("[]", "wanted an object with fields"),
         ("{}", "success_rate is absent, wanted a number from 0 to 1"),
         ('{"success_rate": 1.5}', "success_rate is 1.5"),

@@ -92,9 +92,9 @@ def test_a_wrong_field_is_named(folder, name, change, message):
 
 
 LINES = [
-    ("{", "is no JSON"),
+    ("{", "is not JSON"),
     ("[]", "found [], wanted an object"),
-    ("\0", "is no JSON"),
+    ("\0", "is not JSON"),
     ('{"a": ' * 50_000, "is nested too deep"),
     ({"seed": "1"}, "seed is '1', wanted a whole number"),
     ({"seed": -1}, "seed is -1"),
@@ -200,12 +200,12 @@ ABLATIONS = [
     ({"arms": {"a": {"published": [1]}}}, "arm 'a': published is [1]"),
     ({"arm": {}}, "unknown keys ['arm']"),
     ({"arms": {"a": {"trian": {}}}}, "arm 'a': unknown keys ['trian']"),
-    ("a: [", "is no YAML"),
+    ("a: [", "is not YAML"),
     ("- a", "found ['a'], wanted an object with fields"),
     ("a: &a [*a, *a]", "config is absent"),
     ("a: " + "[" * 5000, "is nested too deep"),
-    ("a: !!python/object/apply:os.system [ls]", "is no YAML"),
-    ("\x01", "is no YAML"),
+    ("a: !!python/object/apply:os.system [ls]", "is not YAML"),
+    ("\x01", "is not YAML"),
 ]
 
 

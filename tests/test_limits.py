@@ -134,9 +134,9 @@ def test_recipes_say_it_before_anything_heavy_is_imported(words, message):
         ("max_stps: 1", "unknown argument max_stps: did you mean --max_steps?"),
         ("3: 1", "unknown argument 3"),
         ("- a", "found ['a'], wanted an object with fields"),
-        ("a: [", "is no YAML"),
+        ("a: [", "is not YAML"),
         ("a: " + "[" * 5000, "is nested too deep"),
-        ("a: !!python/name:os.system", "is no YAML"),
+        ("a: !!python/name:os.system", "is not YAML"),
     ],
     ids=lambda value: value[:30],
 )

@@ -45,7 +45,7 @@ class Quantizer:
 
     def clipped(self, values: np.ndarray) -> np.ndarray:
         """float (N, D) -> int64 (D,): how many values of each dimension lie outside of the range."""
-        slack = 1e-6 * (self.high - self.low) + 1e-6 * np.abs(self.high)  # float32's rounding is no clipping
+        slack = 1e-6 * (self.high - self.low) + 1e-6 * np.abs(self.high)  # float32's rounding is not clipping
         return ((values < self.low - slack) | (values > self.high + slack)).sum(0)
 
     def decode(self, integers: np.ndarray) -> np.ndarray:

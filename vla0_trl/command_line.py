@@ -37,7 +37,7 @@ def parse(arguments: type[T], description: str, words: list[str] | None = None) 
 
 
 class ScriptParser(TrlParser):
-    """TRL's parser for one dataclass; `add_argument` adds what is no field, such as file names.
+    """TRL's parser for one dataclass; `add_argument` adds what is not a field, such as file names.
 
     A boolean field can be set by `--name`, `--name true`, `--name false` and `--no-name`.
     """
@@ -78,7 +78,7 @@ class ScriptParser(TrlParser):
 
 
 def unknown_flag(word: str, names: Collection[str]) -> str:
-    """What to say of a word that is no flag, with the one that it resembles."""
+    """What to say of a word that is not a flag, with the one that it resembles."""
     close = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), names, n=1)
     return f"unknown argument {word}" + (f": did you mean --{close[0]}?" if close else " (--help lists all)")
 

@@ -226,7 +226,7 @@ class VLAConfig:
         """Read `vla_config.json` from a local folder or a Hub repository (`repo_type="dataset"` for datasets).
 
         Raises:
-            FileNotFoundError: the folder or repository has none: it is no dataset or checkpoint of vla0_trl.
+            FileNotFoundError: the folder or repository has none: it is not a dataset or checkpoint of vla0_trl.
             ValueError: the file is damaged, has fields that this version does not know, or values that can't be (also
                 a number that is not finite).
         """

@@ -31,7 +31,7 @@ _ENERGY: Kinds = {**dict.fromkeys(("kwh", "seconds"), not_negative), "samples": 
 def read_state(folder: Path) -> dict[str, Any] | None:
     """trainer_state.json of a run or checkpoint, or None; of its log what can be drawn.
 
-    A log entry that has no step is left out, and so is what is no number of the others.
+    A log entry that has no step is left out, and so is what is not a number of the others.
     """
     path = folder / STATE_FILE
     state = read_if_whole(path, _STATE, "the training's log is not shown, and how far it came is not known")

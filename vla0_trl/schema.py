@@ -123,7 +123,7 @@ def each(kind: Kind, most: int = 1_000_000) -> Kind:
 
 
 def mistakes(found: dict[str, Any], kinds: Kinds) -> list[str]:
-    """A line for each field that is none of its kind: "fps is 'x', wanted a number above 0"."""
+    """A line for each field that is not of its kind: "fps is 'x', wanted a number above 0"."""
     lines = []
     for field, kind in kinds.items():
         try:
@@ -142,7 +142,7 @@ def checked(where: str, found: Any, kinds: Kinds, fix: str = "correct it, or wri
         fix (`str`): what to do about a mistake.
 
     Raises:
-        ValueError: a line for each field that is none of its kind.
+        ValueError: a line for each field that is not of its kind.
     """
     if not isinstance(found, dict):
         raise ValueError(f"{where}: found {short(found)}, wanted an object with fields: {fix}")
@@ -155,10 +155,10 @@ def read_record(path: Path, kinds: Kinds) -> dict[str, Any]:
     """A JSON file (or, by its name, a YAML) that holds an object, checked.
 
     Raises:
-        ValueError: it is no file, too large, no JSON or YAML, no object, or has wrong fields.
+        ValueError: it is not a file, too large, not JSON or YAML, not an object, or has wrong fields.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: is no file")
+        raise ValueError(f"{path}: is not a file")
     if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{path}: has {path.stat().st_size} bytes, wanted at most {_MAX_BYTES}: is it the file?")
     parse = parse_yaml if path.suffix in (".yaml", ".yml") else parse_json
@@ -197,9 +197,9 @@ def _parsed(where: str, data: str | bytes, parse: Callable, form: str, *errors: 
     try:
         return parse(data)
     except RecursionError as error:
-        raise ValueError(f"{where}: is nested too deep: write the file again") from error
+        raise ValueError(f"{where}: is nested too deep: {_FIX}") from error
     except (*errors, ValueError, TypeError, LookupError) as error:  # PyYAML raises all of these
-        raise ValueError(f"{where}: is no {form} ({one_line(error, 200)}): correct it, or write it again") from error
+        raise ValueError(f"{where}: is not {form} ({one_line(error, 200)}): {_FIX}") from error
 
 
 def one_line(text: object, longest: int = 500) -> str:
@@ -215,7 +215,7 @@ def short(value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number that fits a float; true and false are none."""
+    """Whether it is a finite number that fits a float; true and false are not."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
     return abs(value) <= 1e300  # neither nan, nor a whole number that no float holds

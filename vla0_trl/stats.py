@@ -124,7 +124,7 @@ class NormStats:
         integer is read as its one value. Where both quantiles are equal, minimum and maximum take their place.
 
         Raises:
-            ValueError: `normalization` is no range.
+            ValueError: `normalization` is not a range.
         """
         low, high = np.array(self.min), np.array(self.max)
         if normalization == "quantile":
@@ -137,7 +137,7 @@ class NormStats:
 
 
 def check_range(normalization: str | list[float]) -> None:
-    """`ValueError` if a fixed `[low, high]` is no range: of two numbers, rising, finite as is their difference."""
+    """`ValueError` if a fixed `[low, high]` is not a range: of two numbers, rising, finite as is their difference."""
     if normalization in ("min_max", "quantile"):
         return
     numbers = isinstance(normalization, list | tuple) and all(map(is_number, normalization))

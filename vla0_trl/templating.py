@@ -36,5 +36,5 @@ def render(template: str, **values: Any) -> str:
 
 
 def markdown_line(text: object) -> str:
-    """Text that stays in its line and in its cell of a Markdown table, and is no HTML."""
+    """Text that stays in its line and in its cell of a Markdown table, and is not HTML."""
     return " ".join(str(text).split()).replace("|", r"\|").replace("<", "&lt;")

@@ -171,7 +171,7 @@ def test_finished_dataset_is_reused_or_left_alone(tmp_path, capsys):
 
 def test_a_folder_of_something_else_is_never_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(FolderError, match="is no dataset made by data_prep"):
+    with pytest.raises(FolderError, match="is not a dataset made by data_prep"):
         convert(SmallSource(), small_config(), tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 

@@ -176,7 +176,7 @@ BAD = {
     "state": (lambda f: delete(f, "data/demo_3/obs/ee_states"), "demo_3: has no obs/ee_states"),
     "length": (shorten, "demo_3: obs/agentview_rgb has 7 frames, actions has 9"),
     "width": (narrow, r"demo_3: actions is float64 of shape \(9, 6\), wanted \(frames, 7\) numbers"),
-    "data": (lambda f: delete(f, "data"), r"has no data/demo_\*: it is no file of LIBERO demonstrations"),
+    "data": (lambda f: delete(f, "data"), r"has no data/demo_\*: it is not a file of LIBERO demonstrations"),
     "cut": (cut, "hdf5: can't be read, it is absent, cut off or no HDF5"),
 }
 

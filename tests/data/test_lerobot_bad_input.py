@@ -56,7 +56,7 @@ BAD = {
         ("v3.0", None),
         lambda r: shutil.rmtree(r / "meta"),
         "",
-        "is no LeRobotDataset: it has no meta/info",
+        "is not a LeRobotDataset: it has no meta/info",
     ),
     "meta file": (
         ("v3.0", None),
@@ -68,7 +68,7 @@ BAD = {
         ("v3.0", None),
         lambda r: cut(r / "meta/info.json", 0.5),
         "",
-        "info.json is no JSON, fetch it again",
+        "info.json is not JSON, fetch it again",
     ),
     "camera": (
         ("v3.0", None),

@@ -123,7 +123,7 @@ def test_a_saved_teacher_answers_the_same(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"make a teacher with data_prep/teach_pusht\.py"):
         PushTTeacher.load(tmp_path / "none.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="is no teacher's file"):
+    with pytest.raises(ValueError, match="is not a teacher's file"):
         PushTTeacher.load(tmp_path / "other.safetensors")
 
 

@@ -73,7 +73,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(policy):
 
 
 def draft_like(policy, tokens: list[int], kind: str) -> list[int] | None:
-    """The answer itself, one with a few other digits, an unrelated one, or something that is no answer."""
+    """The answer itself, one with a few other digits, an unrelated one, or something that is not an answer."""
     if kind in ("right", "none"):
         return tokens if kind == "right" else None
     text = policy.processor.tokenizer.decode(tokens, skip_special_tokens=True).split()

@@ -247,8 +247,8 @@ def test_a_layout_file(tmp_path):
         ("images: {a: b}\nstat: [a]", "'stat' is no field of a layout, which has images, state"),
         ("images: {a: b}\nneeds_units: maybe", "needs_units is 'maybe', wanted true or false"),
         ("- a", "must hold fields such as images"),
-        ("images: {", "is no YAML"),
-        ("images: !!python/object/apply:os.getcwd []", "is no YAML"),
+        ("images: {", "is not YAML"),
+        ("images: !!python/object/apply:os.getcwd []", "is not YAML"),
     ],
 )
 def test_a_layout_file_that_is_wrong_is_one_line(text, error, tmp_path):

@@ -124,7 +124,7 @@ def _check_keys(given: dict[str, Any], known: set[str], where: str) -> None:
 
 
 def flags(options: dict[str, Any]) -> list[str]:
-    """Options as a command line: `--name value`, as JSON where that is no plain word."""
+    """Options as a command line: `--name value`, as JSON where that is not a plain word."""
     words = []
     for name, value in options.items():
         values = value if isinstance(value, list) else [value]

@@ -77,7 +77,7 @@ def answer_for(check: Check, output_dir: Path) -> None:
     """What a probe's process does: run the probe, and write what it found as its only output."""
     global _answers
     _answers = os.dup(1)
-    os.dup2(2, 1)  # what libraries print, in C or in Python, is no answer
+    os.dup2(2, 1)  # what libraries print, in C or in Python, is not an answer
     unexpected_end_means(FAILURE, check.fix)
     _answer(check.probe(output_dir))
 

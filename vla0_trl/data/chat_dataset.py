@@ -52,7 +52,7 @@ def with_statistics(config: VLAConfig, batches: Callable[[], Iterable[pa.Table]]
         batches (`Callable`): each call gives all rows, some at a time; only their raw columns are needed.
 
     Raises:
-        ValueError: there are no rows, or `normalization` is no range.
+        ValueError: there are no rows, or `normalization` is not a range.
     """
     states = None
     if config.state_dim:

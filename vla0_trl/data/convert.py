@@ -178,7 +178,7 @@ def _is_finished(folder: RunFolder, key: dict[str, Any], overwrite: bool) -> boo
         return False
     found = read_json(folder.path / CONVERSION_NAME)
     if found is None:
-        raise FolderError(f"{folder.path} exists and is no dataset made by data_prep/: choose another --output_dir")
+        raise FolderError(f"{folder.path} exists and is not a dataset made by data_prep/: choose another --output_dir")
     if overwrite:
         return False
     if found | key != found:

@@ -52,7 +52,7 @@ class DecodingArguments(ModelArguments):
 class EvaluationArguments(ExecutionArguments, DecodingArguments):
     """What every simulator's evaluation can be told; a script adds its own fields, and the defaults that suit it.
 
-    `rank`, `num_processes`, `launch` and `store` are no flags: `driver.join_launch` sets them.
+    `rank`, `num_processes`, `launch` and `store` are not flags: `driver.join_launch` sets them.
     """
 
     model_name_or_path: str | None = option(None, "checkpoint, full or adapter: a folder or a Hub id")

@@ -148,7 +148,7 @@ def leave(status: int, message: str) -> NoReturn:
 
 
 def execution_config(config: VLAConfig, args: EvaluationArguments) -> VLAConfig:
-    """The checkpoint's config with the execution that the flags ask for; `ValueError` if there is none such.
+    """The checkpoint's config with the execution that the flags ask for; `ValueError` if that is impossible.
 
     Steps of a chunk and ensembling exclude each other: asking for one replaces the checkpoint's other.
     """

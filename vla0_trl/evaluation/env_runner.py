@@ -17,7 +17,7 @@ Seed = Hashable  # what an environment's `reset` takes: a number, or a tuple tha
 
 
 class Environment(Protocol):
-    """What a simulator must do to be evaluated. Anything it raises ends the evaluation: a crash is no failure."""
+    """What a simulator must do to be evaluated. Anything it raises ends the evaluation: a crash is not a failure."""
 
     def reset(self, seed: Seed) -> None:
         """Start the episode of this seed, whatever happened before."""

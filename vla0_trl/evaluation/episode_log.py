@@ -66,7 +66,7 @@ def video_name(row: dict[str, Any]) -> str:
 def read_episodes(folder: Path, seeds: dict[str, list[int]] | None = None) -> list[dict[str, Any]]:
     """The finished episodes of an output folder, each once, in order.
 
-    A half line left by a kill is no episode, and neither is a damaged one, which is said; both are run again.
+    A half line left by a kill is not an episode, and neither is a damaged one, with a warning; both are run again.
 
     Args:
         seeds (`dict`, *optional*): only those in what [`seed_ranges`] gave.

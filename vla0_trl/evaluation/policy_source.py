@@ -52,7 +52,7 @@ class PolicySource:
 
 
 def checkpoint_policy(args: EvaluationArguments) -> PolicySource:
-    """The checkpoint that `args` name; `ValueError` if there is none, or the device or type is none."""
+    """The checkpoint that `args` name; `ValueError` if there is no such checkpoint, device or type."""
     device, dtype = resolve_device(args.device, args.dtype)
     folder = checkpoint_folder(args.model_name_or_path)
     config = VLAConfig.from_pretrained(folder)

@@ -39,7 +39,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, trainable: bool = False) -
 
 
 def check_named_modules(model: PeftModel) -> None:
-    """`ValueError` if a name among an adapter's modules is none of the model's; PEFT passes over it if another is.
+    """`ValueError` if a name among an adapter's modules is not one of the model's; PEFT passes over it if another is.
 
     A single name or a pattern is PEFT's own to check.
     """

@@ -39,7 +39,7 @@ IMAGE_ENCODER = rf"(.*\.)?({_ENCODERS})\.(?!(.*\.)?({_CONNECTORS})(\.|$)).*"
 
 
 def checkpoint_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint, downloaded if it is a Hub id. `FileNotFoundError` if it is none of ours."""
+    """The local folder of a checkpoint, downloaded if it is a Hub id. `FileNotFoundError` if it is not one of ours."""
     VLAConfig.from_pretrained(name_or_path, revision=revision)  # says what is wrong before gigabytes are fetched
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
@@ -112,7 +112,7 @@ def _check_divides(side: int, unit: int, model_type: str) -> None:
     if side % unit:
         below, above = side // unit * unit, (side // unit + 1) * unit
         raise ValueError(
-            f"image_size={side} is no multiple of {unit}, the pixels behind one image token of {model_type}: "
+            f"image_size={side} is not a multiple of {unit}, the pixels behind one image token of {model_type}: "
             f"use {' or '.join(str(size) for size in (below, above) if size)}"
         )
 

@@ -22,7 +22,7 @@ def merge(name_or_path: str, output_dir: Path, dtype: torch.dtype, revision: str
     """Write base model and adapter as one checkpoint.
 
     Raises:
-        ValueError: that is no adapter, its base model is another one now, or the merged model answers differently.
+        ValueError: that is not an adapter, its base model is another one now, or the merged model answers differently.
         FileExistsError: something is in `output_dir`.
     """
     folder = checkpoint_folder(name_or_path, revision)

@@ -209,7 +209,7 @@ class VLAPolicy:
             state: of the observation that was asked about, (≥ action_dim,), if actions are relative.
 
         Raises:
-            ActionParseError: the text is no answer; [`ActionGrammar`] exports what is one.
+            ActionParseError: the text is not an answer; [`ActionGrammar`] exports what is one.
         """
         return self.action_tokenizer.decode(text, state)
 
@@ -278,7 +278,7 @@ def resolve_device(
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ValueError(f"--device {device!r} is none: use cpu, cuda or cuda:N") from error
+        raise ValueError(f"--device {device!r} is not a device: use cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {str(device)!r} was never tried: use cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -97,7 +97,7 @@ class VLASFTConfig(SFTConfig):
     )
     mask_labels: str = option(
         "ignore",
-        "Hidden values are no targets (VLA-0), or stay targets: needs one token per number.",
+        "Hidden values are not targets (VLA-0), or stay targets: needs one token per number.",
         choices=["ignore", "keep"],
     )
     label_smoothing_bins: float = option(

@@ -52,7 +52,7 @@ def recipe_fields() -> dict[str, RecipeField]:
 
 
 def _described(value: ast.expr | None, kind: str) -> RecipeField | None:
-    """None for a field that is no argument (`init=False`)."""
+    """None for a field that is not an argument (`init=False`)."""
     if not isinstance(value, ast.Call):
         return RecipeField(ast.unparse(value) if value else "required", "", kind)
     words = {word.arg: word.value for word in value.keywords}

@@ -145,7 +145,7 @@ def _silenced(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if values["loss_type"] == "dft":
         yield "label_smoothing_factor", "only loss_type=nll is smoothed; leave one out"
     if optim.startswith(_WITHOUT_ADAM):
-        yield "adam_beta1 adam_beta2 adam_epsilon", f"optim={optim} is no Adam; leave it out"
+        yield "adam_beta1 adam_beta2 adam_epsilon", f"optim={optim} is not Adam; leave it out"
     if optim == "muon":
         yield "optim_args", "optim=muon takes adam_beta1, adam_beta2, adam_epsilon and weight_decay; leave it out"
     else:

@@ -30,7 +30,7 @@ class LeRobotSource:
 
     Args:
         meta (`LeRobotMeta`): as read.
-        image_keys, state_key, action_key (*optional*): features. Depth maps are no cameras unless they are named.
+        image_keys, state_key, action_key (*optional*): features. Depth maps are not cameras unless they are named.
         check_stats (`bool`): compare what is read with the dataset's own statistics.
         trust_timestamps (`bool`): accept timestamps that contradict fps.
         gripper (`str`, *optional*): the last action dimension is one, by one of [`gripper.CONVENTIONS`].

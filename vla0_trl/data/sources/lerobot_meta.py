@@ -95,14 +95,14 @@ def read_meta(root: Path) -> LeRobotMeta:
     """Read `root/meta`; `ConversionError` for what is absent or wrong in it."""
     try:
         return _read_meta(root)
-    except ValueError as error:  # a schema's, or of what is no text
+    except ValueError as error:  # a schema's, or of what is not text
         raise ConversionError(str(error)) from error
 
 
 def _read_meta(root: Path) -> LeRobotMeta:
     path = root / "meta/info.json"
     if not path.is_file():
-        raise ConversionError(f"{root} is no LeRobotDataset: it has no meta/info.json")
+        raise ConversionError(f"{root} is not a LeRobotDataset: it has no meta/info.json")
     for file in (root / "meta").rglob("*"):
         _inside(root, str(file.relative_to(root)))
     found = parse_json(str(path), _text(path))

@@ -179,10 +179,10 @@ def _opened(path: Path, name: str) -> Iterator[h5py.File]:
 def _demos(path: Path) -> list[_Demo]:
     with _opened(path, str(path)) as file:
         data = file.get("data")
-        # other entries beside them are no demonstrations
+        # other entries beside them are not demonstrations
         keys = [key for key in (data if _is_group(data) else ()) if re.fullmatch(r"demo_\d+", key)]
         if not keys:
-            raise ConversionError(f"{path} has no data/demo_*: it is no file of LIBERO demonstrations")
+            raise ConversionError(f"{path} has no data/demo_*: it is not a file of LIBERO demonstrations")
         convention = _text(data.attrs.get("macros_image_convention", "opengl"))
         if convention not in TURNS:
             raise ConversionError(

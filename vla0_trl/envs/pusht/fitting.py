@@ -126,7 +126,7 @@ class TeacherFit:
         """Go on from what `save` wrote; `ValueError` if it was fitted with other settings."""
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
         saved, wanted = json.loads(metadata["settings"]), asdict(self.settings)
         for name, value in wanted.items():
             if saved.get(name) != value:

@@ -111,11 +111,11 @@ class PushTTeacher(nn.Module):
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
         except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file ({error})") from error
+            raise ValueError(f"{path} is not a safetensors file ({error})") from error
         if "sizes" not in metadata:
-            raise ValueError(f"{path} is no teacher's file: make one with data_prep/teach_pusht.py")
+            raise ValueError(f"{path} is not a teacher's file: make one with data_prep/teach_pusht.py")
         teacher = cls(**json.loads(metadata["sizes"]))
         try:
             teacher.load_state_dict(weights)
