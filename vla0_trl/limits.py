@@ -40,11 +40,7 @@ _SHARE_OF_RUN = ("logging_steps", "eval_steps", "save_steps", "warmup_steps")  #
 
 
 def check_limits(settings: dict[str, Any]) -> None:
-    """Check the numbers among some settings, by their names; other names only for being finite.
-
-    Raises:
-        ValueError: names the first number outside of its limits, and the limits.
-    """
+    """`ValueError` for the first number among some settings that is outside of its name's limits, or not finite."""
     for name, setting in settings.items():
         for value in setting if isinstance(setting, list) else [setting]:
             if isinstance(value, bool) or not isinstance(value, int | float):

@@ -137,12 +137,7 @@ def mistakes(found: dict[str, Any], kinds: Kinds) -> list[str]:
 def checked(where: str, found: Any, kinds: Kinds, fix: str = "correct it, or write the file again") -> dict[str, Any]:
     """A record with the fields of `kinds` read; others stay as they are.
 
-    Args:
-        where (`str`): the file, and the record in it.
-        fix (`str`): what to do about a mistake.
-
-    Raises:
-        ValueError: a line for each field that is not of its kind.
+    `ValueError` has a line for each field that is not of its kind: `where`, the mistake, and the `fix`.
     """
     if not isinstance(found, dict):
         raise ValueError(f"{where}: found {short(found)}, wanted an object with fields: {fix}")
@@ -152,11 +147,7 @@ def checked(where: str, found: Any, kinds: Kinds, fix: str = "correct it, or wri
 
 
 def read_record(path: Path, kinds: Kinds) -> dict[str, Any]:
-    """A JSON file (or, by its name, a YAML) that holds an object, checked.
-
-    Raises:
-        ValueError: it is not a file, too large, not JSON or YAML, not an object, or has wrong fields.
-    """
+    """A JSON file (or, by its name, a YAML) that holds an object, checked; `ValueError` for what is wrong."""
     if not path.is_file():
         raise ValueError(f"{path}: is not a file")
     if path.stat().st_size > _MAX_BYTES:

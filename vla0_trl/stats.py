@@ -122,9 +122,6 @@ class NormStats:
 
         A dimension that never changes, such as a robot's idle arm, has a range of width 0: it is written as 0, and any
         integer is read as its one value. Where both quantiles are equal, minimum and maximum take their place.
-
-        Raises:
-            ValueError: `normalization` is not a range.
         """
         low, high = np.array(self.min), np.array(self.max)
         if normalization == "quantile":

@@ -83,12 +83,7 @@ class Ablation:
 
     @classmethod
     def load(cls, path: Path) -> Ablation:
-        """Read and check a file, so that a typo is found before hours of training.
-
-        Raises:
-            ValueError: an unknown key, a value of a wrong kind, arms of the same folder, or one that changes the
-                budget; names it.
-        """
+        """Read and check a file, so that a typo is found before hours of training."""
         data = read_record(path, _FILE)
         _check_keys(data, _FILE.keys(), str(path))
         arms, known = [], set(recipe_fields())

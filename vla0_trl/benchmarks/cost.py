@@ -53,9 +53,6 @@ def recipe_cost(plan: Plan, kind: str, source: str | Path) -> Cost:
     Args:
         kind (`str`): whose rows, `libero` or `pusht`; see [`synthetic_dataset`].
         source (`str` or `Path`): folder or Hub id of the model, of which only config and processor are read.
-
-    Raises:
-        ValueError: the settings fit neither the rows nor the model.
     """
     data, training, model_args = plan
     dataset, stored = synthetic_dataset(kind, 2)

@@ -46,11 +46,7 @@ class Rehearsal:
         self.settings |= {"output_dir": self.run, "save_steps": 1}
 
     def __call__(self) -> dict[str, dict[str, float]]:
-        """Seconds and peak memory in GiB of each part, of the GPU if there is one.
-
-        Raises:
-            RuntimeError: the training was not resumed, or the merged model answers otherwise than the adapter.
-        """
+        """Seconds and peak memory in GiB of each part, of the GPU if there is one."""
         parts = {
             "random weights": self.write_weights,
             f"train {_FIRST} steps, save": lambda: train(prepare(*self.plan(max_steps=_FIRST, **self.settings))),

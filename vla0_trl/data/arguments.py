@@ -77,11 +77,7 @@ class ConversionArguments:
             return VLAConfig(**settings | fields)
 
     def chosen_cameras(self, cameras: list[str]) -> list[str]:
-        """What `--cameras` chooses of a source's cameras.
-
-        Raises:
-            ConversionError: the source does not have one of them.
-        """
+        """What `--cameras` chooses of a source's cameras."""
         asked = names_in(self.cameras) or cameras
         if unknown := [camera for camera in asked if camera not in cameras]:
             raise ConversionError(f"--cameras {self.cameras}: there is no {unknown[0]!r}, the source has {cameras}")
@@ -131,11 +127,7 @@ class Subset:
 
 
 def push_dataset(directory: Path, repo_id: str) -> None:
-    """Upload a finished dataset, without what else lies in its folder, to a repository that is there.
-
-    Raises:
-        HubError: it was not finished; the next call goes on.
-    """
+    """Upload a finished dataset, without what else lies in its folder, to a repository that is there."""
     files = {str(path.relative_to(directory)): path for path in claimed(directory)}
     commit = upload(files, repo_id, "dataset", f"Dataset made by vla0_trl {__version__}")
     print(f"uploaded: {address(repo_id, 'dataset')} at revision {commit}")
@@ -171,11 +163,7 @@ def names_in(text: str | None) -> list[str] | None:
 
 
 def chosen_tasks(text: str | None, tasks: dict[int, str]) -> list[str] | None:
-    """What `--tasks` chooses of a source's numbered instructions: "0,3" are numbers, all else is a part of their text.
-
-    Raises:
-        ConversionError: no task matches; lists those that there are.
-    """
+    """What `--tasks` chooses of a source's numbered instructions: "0,3" are numbers, other text is a part of theirs."""
     if text is None:
         return None
     words = text.split(",")

@@ -44,9 +44,6 @@ def write_card(
         sample (`list[list[bytes]]`): image files of all cameras, frame by frame.
         tasks (`dict[str, int]`): instruction -> episodes of it.
         clipped (`list[str]`): which values the text does not reach.
-
-    Raises:
-        ValueError: huggingface_hub does not take the card's metadata.
     """
     sample_picture(sample).save(directory / SAMPLE_NAME)
     # No `configs` in the header: load_dataset finds data/train-* by itself, and with `configs` its cache would know a

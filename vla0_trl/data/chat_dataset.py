@@ -50,9 +50,6 @@ def with_statistics(config: VLAConfig, batches: Callable[[], Iterable[pa.Table]]
 
     Args:
         batches (`Callable`): each call gives all rows, some at a time; only their raw columns are needed.
-
-    Raises:
-        ValueError: there are no rows, or `normalization` is not a range.
     """
     states = None
     if config.state_dim:
@@ -79,12 +76,7 @@ def chat_rows(raw: pa.Table, config: VLAConfig) -> pa.Table:
 def load_chat_dataset(
     name_or_path: str | Path, split: str = "train", revision: str | None = None
 ) -> tuple[Dataset, VLAConfig]:
-    """A chat dataset and its config, from a local folder or the Hub.
-
-    Raises:
-        FileNotFoundError: no `vla_config.json` there.
-        ValueError: columns of the contract are missing.
-    """
+    """A chat dataset and its config, from a local folder or the Hub; all columns of the contract are there."""
     config = VLAConfig.from_pretrained(name_or_path, repo_type="dataset", revision=revision)
     check_loadable(name_or_path)
     _check_cache(Path(datasets_config.HF_DATASETS_CACHE))

@@ -23,14 +23,9 @@ _FIX = "repair the row, or convert the episodes again"
 
 
 def check_rows(name: str, dataset: Dataset, config: VLAConfig) -> None:
-    """Check what does not depend on a model: presence, widths, finite numbers, integers in range, the task's text.
+    """Check what does not depend on a model: presence, widths, finite numbers, integers in range, task, images.
 
-    Args:
-        name (`str`): the dataset's, for messages.
-        config (`VLAConfig`): as stored with the dataset.
-
-    Raises:
-        ValueError: the first row that can't be trained on, the column, what was found and what is wanted.
+    `ValueError` names the first row that can't be trained on, the column, what was found and what is wanted.
     """
     _check_types(name, dataset.select_columns(list(_COLUMNS)).features.arrow_schema)
     known: set[str] = set()
@@ -44,12 +39,7 @@ def check_rows(name: str, dataset: Dataset, config: VLAConfig) -> None:
 
 
 def check_tasks(name: str, dataset: Dataset, collator: VLADataCollator, max_tokens: int) -> None:
-    """Check the tasks against the model that reads them.
-
-    Raises:
-        ValueError: the first task that holds one of the processor's special tokens, or makes rows of more than
-            `max_tokens` tokens; names a row with it.
-    """
+    """`ValueError` for the first task that holds a special token of the processor, or makes rows too long for it."""
     tasks = dataset.select_columns("task").unique("task")
     longest_rest = collator.longest_text("task")
     for task in tasks:

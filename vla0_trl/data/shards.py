@@ -127,8 +127,7 @@ def write_dataset(
 def _clipped(shares: dict[str, np.ndarray], config: VLAConfig) -> list[str]:
     """One line per dimension that loses more than `SAID_CLIPPED` of its values.
 
-    Raises:
-        ConversionError: an action loses more than `MOST_CLIPPED`: it would be trained to be something else.
+    An action that loses more than `MOST_CLIPPED` is an error: it would be trained to be something else.
     """
     lines = []
     fixed = config.normalization != "quantile"  # which never loses what is not rare

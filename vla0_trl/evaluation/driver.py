@@ -224,11 +224,7 @@ def run_episodes(
 
 
 def finish(log: EpisodeLog, simulation: Simulation, source: PolicySource) -> bool:
-    """Write results.json of exactly these episodes if all are there, whichever process ran them; whether they are.
-
-    Raises:
-        FolderError: a line is of another run.
-    """
+    """Write results.json of exactly these episodes if all are there, whichever process ran them; whether they are."""
     log.episodes = read_episodes(log.folder)
     if log.missing(simulation.seeds):
         return False

@@ -14,11 +14,7 @@ from vla0_trl.manifest import read_json
 def eval_results(folder: Path, checkpoint_hash: str) -> list[EvalResult]:
     """What the evaluation in `folder` found, as entries of a model card: success rate in percent, and coverage.
 
-    Args:
-        checkpoint_hash (`str`): of the policy whose card it is.
-
-    Raises:
-        ValueError: there are no results, or they are of another checkpoint.
+    `ValueError` if there are no results, or they are of another checkpoint than this hash's.
     """
     results = read_json(folder / RESULTS)
     if results is None:

@@ -17,11 +17,7 @@ from vla0_trl.processing.collator import VLADataCollator, row_observation
 
 
 def pick_frames(dataset: Dataset, first_episode: int, end_episode: int, num_frames: int) -> Dataset:
-    """`num_frames` rows spread evenly over the episodes first…end−1, or all of these if they are fewer.
-
-    Raises:
-        ValueError: the dataset has none of these episodes.
-    """
+    """`num_frames` rows spread evenly over the episodes first…end−1, or all of these if they are fewer."""
     episodes = episode_indices(dataset)
     rows = np.flatnonzero((episodes >= first_episode) & (episodes < end_episode))
     if not len(rows):

@@ -46,11 +46,7 @@ def crop(image: np.ndarray, ratio: float, rng: np.random.Generator | None = None
 
 
 def stack_cameras(samples: Sequence[Sequence[np.ndarray]], names: Sequence[str]) -> list[torch.Tensor]:
-    """B samples of C images uint8 (H, W, 3) -> C tensors uint8 (B, 3, H, W); cameras may differ in size.
-
-    Raises:
-        ValueError: a camera changes its resolution within the batch; names it.
-    """
+    """B samples of C images uint8 (H, W, 3) -> C tensors uint8 (B, 3, H, W); cameras may differ in size."""
     cameras = []
     for name, images in zip(names, zip(*samples, strict=True), strict=True):
         shapes = {image.shape for image in images}

@@ -69,11 +69,7 @@ def run_identity(
 
 
 def hold_run(identity: dict[str, Any], output_dir: str, overwrite: bool) -> RunFolder:
-    """Lock `output_dir` and make sure that this run may have it; nothing is written yet.
-
-    Raises:
-        FolderError: another run's checkpoints or something else are there, or another command is at work.
-    """
+    """Lock `output_dir` if this run may have it, else `FolderError`; nothing is written yet."""
     folder = RunFolder(output_dir)
     try:
         if Path(output_dir).is_symlink():  # transformers makes no folder where a link leads to

@@ -23,9 +23,7 @@ class GrowingRows(TorchDataset):
     after step s is drawn from step s + 2 on: `DataLoader`s read a batch ahead.
 
     Args:
-        dataset ([`~datasets.Dataset`]): the rows to begin with.
         fraction (`float`): share of the rows drawn that come from the added ones.
-        seed (`int`): of the choice.
         folder (`Path`): where the added rows are kept, one file per round, for a run that is resumed.
         batches_per_step (`int`, *optional*, defaults to `1`): how often a step asks for rows.
     """

@@ -30,8 +30,6 @@ class MuonAdamW(torch.optim.Optimizer):
         matrices: parameters of at least two dimensions, all but the first of which are flattened.
         others (`Iterable[dict]`): groups for AdamW: `params`, and `lr` or `weight_decay` of their own.
         lr, weight_decay (`float`): of the matrices, and of groups that say nothing else.
-        momentum (`float`, *optional*, defaults to `0.95`): Muon's.
-        betas, eps: AdamW's.
     """
 
     def __init__(
@@ -135,9 +133,6 @@ def build_muon(model: nn.Module, learning_rate: float, others_learning_rate: flo
 
     Muon takes what maps hidden states to hidden states, convolutions too; embeddings, the language model's head,
     biases and norms are AdamW's. As usual, vectors do not decay.
-
-    Args:
-        options: `weight_decay`, `betas`, `eps` of [`MuonAdamW`].
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()

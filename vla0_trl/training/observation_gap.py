@@ -37,9 +37,6 @@ class ProbeCallback(TrainerCallback):
 
     The rows are of the held-out episodes if there are any, else of the training set. Nothing is drawn at random, so
     a run with probes has the same losses as one without. All processes take part, each with its share of the rows.
-
-    Args:
-        trainer ([`VLATrainer`]): whose model is scored, and which logs.
     """
 
     def __init__(self, trainer: SFTTrainer):

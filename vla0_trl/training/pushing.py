@@ -23,12 +23,7 @@ _STAYS = ("training_args.bin", "trainer_state.json")
 
 
 def open_model_repository(training: VLASFTConfig, model_name_or_path: str, use_peft: bool) -> str:
-    """The repository of a run with `push_to_hub`, there and ours before the first step; its full id.
-
-    Raises:
-        HubError: see [`open_repository`].
-        ValueError: nobody else could load what would be uploaded.
-    """
+    """The repository of a run with `push_to_hub`, there and ours before the first step; its full id."""
     if use_peft and (model_name_or_path == NANO or Path(model_name_or_path).is_dir()):
         raise ValueError(
             f"push_to_hub of an adapter of {model_name_or_path}, which nobody else has: upload the base model first "
@@ -41,14 +36,7 @@ def open_model_repository(training: VLASFTConfig, model_name_or_path: str, use_p
 def push_policy(
     folder: Path, repo_id: str, message: str, revision: str | None = None, token: str | None = None
 ) -> str:
-    """Upload a checkpoint's policy as the repository's content; returns where it is.
-
-    Args:
-        revision, token (`str`, *optional*): branch to commit to, and whose name to do it in; see [`upload`].
-
-    Raises:
-        HubError: it was not finished; the next call sends what is missing.
-    """
+    """Upload a checkpoint's policy as the repository's content; returns where it is. Options: see [`upload`]."""
     files: dict[str, Path | bytes] = {}
     for path in claimed(folder):
         if path.parent == folder and not path.name.startswith(FOR_RESUMING) and path.name not in _STAYS:
@@ -68,12 +56,7 @@ def push_finished(training: VLASFTConfig) -> None:
 
 
 def restore_checkpoint(uploaded: Path, output_dir: Path) -> Path:
-    """Lay a checkpoint that `hub_strategy=checkpoint` uploaded where its training looks for it; returns the folder.
-
-    Args:
-        uploaded (`Path`): a download of `last-checkpoint/`.
-        output_dir (`Path`): of the run; must not exist.
-    """
+    """Lay a download of `last-checkpoint/` where its training looks for it; `output_dir` must not exist."""
     step = read_json(uploaded / STATE_FILE)["global_step"]
     checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     shutil.copytree(uploaded, checkpoint, ignore=shutil.ignore_patterns(RUN_FILE))

@@ -191,12 +191,7 @@ def global_batch_size(training: Any) -> int:
 
 
 def check_together(data: Any, training: Any, model_args: Any) -> None:
-    """Check the settings of a model, and those that depend on which model or dataset it is.
-
-    Raises:
-        ValueError: as [`check_settings`]; or a package is not installed that a setting needs, or a schedule does not
-            know its arguments.
-    """
+    """[`check_settings`] of a model, and of what depends on model, dataset, machine and installed packages."""
     check_settings(model_args)
     name = model_args.model_name_or_path
     nano, local = name == "nano", Path(str(name)).is_dir()

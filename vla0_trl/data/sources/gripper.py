@@ -12,11 +12,7 @@ _TOLERANCE = 1e-3
 
 
 def as_sign(actions: np.ndarray, convention: str, name: str) -> np.ndarray:
-    """Actions (T, D) whose last dimension is a gripper by `convention` -> the same with −1 open and +1 closed.
-
-    Raises:
-        EpisodeError: it holds something else; begins with `name`.
-    """
+    """Actions (T, D) whose last dimension is a gripper by `convention` -> the same with −1 open and +1 closed."""
     is_open, is_closed = (np.abs(actions[:, -1] - value) <= _TOLERANCE for value in CONVENTIONS[convention])
     wrong = np.flatnonzero(~(is_open | is_closed))
     if len(wrong):

@@ -61,12 +61,7 @@ class Run:
 
 
 def load_runs(folders: list[Path]) -> list[Run]:
-    """Read evaluations, in this order; named by their folders, or by whole paths where two folders share a name.
-
-    Raises:
-        `FileNotFoundError`: a folder has no finished evaluation.
-        `ValueError`: an offline.json is of another checkpoint.
-    """
+    """Read evaluations, in this order; named by their folders, or by whole paths where two folders share a name."""
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
