@@ -163,7 +163,7 @@ def names_in(text: str | None) -> list[str] | None:
 
 
 def chosen_tasks(text: str | None, tasks: dict[int, str]) -> list[str] | None:
-    """What `--tasks` chooses of a source's numbered instructions: "0,3" are numbers, other text is a part of theirs."""
+    """What `--tasks` chooses of numbered instructions: "0,3" are their numbers, all else is a part of their text."""
     if text is None:
         return None
     words = text.split(",")
