@@ -134,7 +134,7 @@ def mistakes(found: dict[str, Any], kinds: Kinds) -> list[str]:
     return lines
 
 
-def checked(where: str, found: Any, kinds: Kinds, fix: str = "correct it, or write the file again") -> dict[str, Any]:
+def checked(where: str, found: Any, kinds: Kinds, fix: str = "correct it, or get the file again") -> dict[str, Any]:
     """A record with the fields of `kinds` read; others stay as they are.
 
     `ValueError` has a line for each field that is not of its kind: `where`, the mistake, and the `fix`.

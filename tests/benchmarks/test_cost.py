@@ -76,7 +76,8 @@ def test_the_table_of_variations(tmp_path, monkeypatch, capsys):
     script = load_script("recipes/estimate.py")
     options = ["--model_configs", shared_path("data/models"), "--markdown", "--cards", "RTX 3060", "A100"]
     run_main(script, monkeypatch, NIGHT, *options, "--vary", "num_bins=99", "chunk_size=8,n_action_steps=8")
-    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert lines[0][-2:] == ["hours, RTX 3060", "hours, A100"]
     rows = {line[0]: line[1:] for line in lines[2:]}
     assert list(rows) == ["as it is", "num_bins=99", "chunk_size=8,n_action_steps=8"]

@@ -68,7 +68,7 @@ BAD = {
         ("v3.0", None),
         lambda r: cut(r / "meta/info.json", 0.5),
         "",
-        "info.json is not JSON, fetch it again",
+        "info.json: is not JSON .*: correct it, or get the file again",
     ),
     "camera": (
         ("v3.0", None),

@@ -80,7 +80,7 @@ def test_a_damaged_frame(tmp_path, small, script, monkeypatch):
 
 
 def test_a_source_that_is_none(tmp_path, small, script, monkeypatch):
-    with pytest.raises(SystemExit, match="no zarr of PushT demonstrations"):
+    with pytest.raises(SystemExit, match="not a zarr of PushT demonstrations"):
         run_main(script, monkeypatch, "--source", tmp_path, "--output_dir", tmp_path / "out")
     shutil.rmtree(small / "data/action")
     with pytest.raises(ConversionError, match=r"small\.zarr has no array data/action"):
