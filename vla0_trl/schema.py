@@ -20,6 +20,7 @@ Kind = Callable[[Any], Any]
 Kinds = dict[str, Kind]
 
 _MAX_BYTES = 64 << 20  # of a file that is read at once; ours are a few kilobytes
+_FIX = "correct it, or get the file again"
 _SHOWN = reprlib.Repr()  # of a YAML whose lists hold each other, `repr` would never end
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
 
@@ -134,7 +135,7 @@ def mistakes(found: dict[str, Any], kinds: Kinds) -> list[str]:
     return lines
 
 
-def checked(where: str, found: Any, kinds: Kinds, fix: str = "correct it, or get the file again") -> dict[str, Any]:
+def checked(where: str, found: Any, kinds: Kinds, fix: str = _FIX) -> dict[str, Any]:
     """A record with the fields of `kinds` read; others stay as they are.
 
     `ValueError` has a line for each field that is not of its kind: `where`, the mistake, and the `fix`.
