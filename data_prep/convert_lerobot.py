@@ -44,7 +44,7 @@ class Arguments(Subset, ConversionArguments):
         "of a LeRobot arm's joints: degrees, or normalized (−100…100); its server compares them with the robot's",
         choices=JOINT_UNITS,
     )
-    ignore_stats: bool = option(False, "convert values that meta's statistics say there are not")
+    ignore_stats: bool = option(False, "convert values outside of the range that the dataset's own statistics give")
     trust_timestamps: bool = option(False, "convert frames whose timestamps contradict meta/info.json's fps")
     image_format: str = option(
         "jpeg", "of frames from videos; jpeg has quality 95 (default: %(default)s)", choices=["png", "jpeg"]

@@ -21,11 +21,11 @@ from vla0_trl.config import CONFIG_NAME, VLAConfig
 @dataclass(kw_only=True)
 class Arguments:
     dataset: str = option(help="a folder or a Hub id")
-    model_name_or_path: str | None = option(None, "whose prompt and tokens to show; a checkpoint shows its own")
-    image_size: int | None = option(None, "for a backbone that the dataset's does not fit")
-    rows: str = option("8", "that many, evenly spaced, or 0,100,200 (default: %(default)s)")
-    output: Path | None = option(None, metavar="PAGE.html")
-    png: Path | None = option(None, metavar="SHEET.png")
+    model_name_or_path: str | None = option(None, "model or checkpoint whose prompt and tokens the page shows")
+    image_size: int | None = option(None, "image size, if the dataset's does not fit the model")
+    rows: str = option("8", "number of rows, evenly spaced, or row numbers 0,100,200 (default: %(default)s)")
+    output: Path | None = option(None, "write a page", metavar="PAGE.html")
+    png: Path | None = option(None, "write a picture", metavar="SHEET.png")
 
     def __post_init__(self):
         if self.output is None and self.png is None:

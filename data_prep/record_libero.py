@@ -28,12 +28,12 @@ class Arguments(ConversionArguments):
     normalization: str = option(
         "-1,1", "what 0…num_bins spans (default: %(default)s)", metavar="min_max|quantile|LOW,HIGH"
     )
-    cameras: str = option(",".join(protocol.DEFAULT_CAMERAS), "which, in this order (default: all)", metavar="A,B")
-    suite: str = option("libero_object", "(default: %(default)s)", choices=list(SUITES))
-    task_ids: str | None = option(None, "separated by commas, from 0 (default: all)")
-    episodes_per_task: int = option(10, "to try (default: %(default)s)")
-    first_init_state: int = option(0, "of each task (default: %(default)s)")
-    assets_dir: str | None = option(None, "LIBERO's assets (default: $LIBERO_ASSETS, else the Hub's)")
+    cameras: str = option(",".join(protocol.DEFAULT_CAMERAS), "cameras, in this order (default: all)", metavar="A,B")
+    suite: str = option("libero_object", "suite of tasks (default: %(default)s)", choices=list(SUITES))
+    task_ids: str | None = option(None, "numbers of tasks, from 0, separated by commas (default: all)")
+    episodes_per_task: int = option(10, "episodes of each task to try (default: %(default)s)")
+    first_init_state: int = option(0, "first initial state of each task (default: %(default)s)")
+    assets_dir: str | None = option(None, "folder of LIBERO's assets (default: $LIBERO_ASSETS, else the Hub's)")
 
 
 class LiberoExpertEpisodes:

@@ -33,14 +33,14 @@ from vla0_trl.envs.pusht.expert import record_episode
 @dataclass(kw_only=True)
 class Arguments(PushTArguments):
     num_episodes: int = option(200, "seeds to try (default: %(default)s)")
-    action_noise: float = option(0.0, "in pixels (default: %(default)s)")
-    noise_fraction: float = option(1.0, "episodes with noise (default: %(default)s)")
+    action_noise: float = option(0.0, "noise on the executed actions, in pixels (default: %(default)s)")
+    noise_fraction: float = option(1.0, "share of episodes with noise (default: %(default)s)")
     replan: bool = option(
         False, "the expert plans anew at every step, so that its action follows from the state alone; on with --policy"
     )
     policy: str | None = option(None, "checkpoint that drives while the expert labels: a folder or a Hub id")
     expert_mix: float = option(0.0, "share of steps that the expert drives (default: %(default)s)")
-    max_steps: int = option(MAX_EPISODE_STEPS, "of an episode (default: %(default)s)")
+    max_steps: int = option(MAX_EPISODE_STEPS, "time limit of an episode (default: %(default)s)")
 
     def __post_init__(self):
         super().__post_init__()

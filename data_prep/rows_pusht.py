@@ -25,7 +25,7 @@ from vla0_trl.envs.pusht.env import FPS, UNITS
 @dataclass(kw_only=True)
 class Arguments(PushTArguments):
     teacher: Path = option(help="a folder made by data_prep/teach_pusht.py")
-    num_rows: int = option(60_000, "(default: %(default)s)")
+    num_rows: int = option(60_000, "rows of the dataset (default: %(default)s)")
     chunk_size: int = option(8, "actions in an answer (default: %(default)s)")
 
 

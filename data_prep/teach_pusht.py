@@ -24,19 +24,21 @@ from vla0_trl.stopping import Stopped, raising_stopped
 
 @dataclass(kw_only=True)
 class Arguments:
-    output_dir: Path = option(help="all that is recorded, and the teacher")
-    num_episodes: int = option(1_200, "of the expert (default: %(default)s)")
-    action_noise: float = option(5.0, "in px (default: %(default)s)")
-    noise_fraction: float = option(0.6, "episodes with it (default: %(default)s)")
-    steps: int = option(40_000, "of 512 states each (default: %(default)s)")
+    output_dir: Path = option(help="folder for recorded episodes and the teacher")
+    num_episodes: int = option(1_200, "episodes that the expert tries (default: %(default)s)")
+    action_noise: float = option(5.0, "noise on the expert's actions, in pixels (default: %(default)s)")
+    noise_fraction: float = option(0.6, "share of episodes with noise (default: %(default)s)")
+    steps: int = option(40_000, "optimizer steps of 512 states each (default: %(default)s)")
     rounds: str = option(
-        "10000,15000,20000,25000,30000", "steps with DAgger (default: %(default)s)", metavar="STEP,STEP"
+        "10000,15000,20000,25000,30000",
+        "optimizer steps at which DAgger adds episodes (default: %(default)s)",
+        metavar="STEP,STEP",
     )
-    round_episodes: int = option(300, "of a round (default: %(default)s)")
-    width: int = option(512, "of the MLP (default: %(default)s)")
-    seed: int = option(0, "of the fit and of all episodes (default: %(default)s)")
-    num_proc: int = option(1, "processes for the expert; nothing else (default: %(default)s)")
-    num_eval_episodes: int = option(400, "to measure with (default: %(default)s)")
+    round_episodes: int = option(300, "episodes of each DAgger round (default: %(default)s)")
+    width: int = option(512, "width of the MLP's layers (default: %(default)s)")
+    seed: int = option(0, "seed of the fit and of all episodes (default: %(default)s)")
+    num_proc: int = option(1, "processes in which the expert drives (default: %(default)s)")
+    num_eval_episodes: int = option(400, "episodes to measure success with (default: %(default)s)")
 
     def __post_init__(self):
         if self.num_eval_episodes < 1:  # a recipe's may be 0

@@ -30,12 +30,14 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 @dataclass(kw_only=True)
 class Arguments:
-    models: list[str] = option([NANO], "others need their config and processor (default: nano)", choices=[*MODELS])
-    batch_sizes: list[int] = option([1, 16], "(default: 1 16)")
+    models: list[str] = option(
+        [NANO], "models; all but nano need their config and processor (default: nano)", choices=[*MODELS]
+    )
+    batch_sizes: list[int] = option([1, 16], "observations in one call (default: 1 16)")
     chunks: int = option(8, "timed calls of each variant (default: %(default)s)")
     warmup: int = option(2, "calls before that, which capture graphs (default: %(default)s)")
-    device: str | None = option(None, "default: a GPU if there is one")
-    dtype: str | None = option(None, "default: bfloat16 on a GPU, float32 on a CPU", choices=DTYPES)
+    device: str | None = option(None, "cuda, cpu, … (default: a GPU if there is one)")
+    dtype: str | None = option(None, "(default: bfloat16 on a GPU, float32 on a CPU)", choices=DTYPES)
     load_in_4bit: bool = option(False, "weights as NF4, with bitsandbytes, in all variants")
     models_dir: Path | None = option(None, "folders with configs and processors, by name (default: from the Hub)")
     max_gb: float = option(8.0, "skip models with more weights (default: %(default)s)")

@@ -25,7 +25,7 @@ class Arguments(DecodingArguments):
     episodes: str = option(
         help="from:to, to exclusive, e.g. 36:40: episodes that were not trained on", metavar="FROM:TO"
     )
-    num_frames: int = option(200, "spread evenly over these episodes (default: %(default)s)")
+    num_frames: int = option(200, "frames, spread evenly over these episodes (default: %(default)s)")
     batch_size: int = option(16, "frames at once (default: %(default)s)")
     output_dir: Path = option(help="where to write offline.json")
 

@@ -36,8 +36,8 @@ PACKAGES = ("torch", "transformers", "gym-pusht", "pymunk", "numpy")
 
 @dataclass(kw_only=True)
 class Arguments(EvaluationArguments):
-    num_episodes: int = option(64, "one per seed (default: %(default)s)")
-    seed: int = option(100_000, "of the first episode (default: %(default)s)")
+    num_episodes: int = option(64, "episodes, one per seed (default: %(default)s)")
+    seed: int = option(100_000, "seed of the first episode (default: %(default)s)")
     num_envs: int = option(16, "episodes side by side: speed, not results (default: %(default)s)")
     num_videos: int = option(4, "film the first N episodes (default: %(default)s)", metavar="N")
     max_steps: int = option(MAX_EPISODE_STEPS, "time limit of an episode (default: %(default)s)")

@@ -27,7 +27,7 @@ from vla0_trl.evaluation.report.summary import (
 @dataclass(kw_only=True)
 class Arguments:
     output: Path | None = option(None, "where to write (default: the first OUTPUT_DIR)")
-    title: str = option("Evaluation", "of the page (default: %(default)s)")
+    title: str = option("Evaluation", "title of the page (default: %(default)s)")
     commands: Path | None = option(None, "a file with what was run, for the page (default: as recorded)")
 
 

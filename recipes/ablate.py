@@ -27,11 +27,11 @@ from vla0_trl.streams import prepare_streams
 
 @dataclass(kw_only=True)
 class Arguments:
-    ablations: Path = option(help="the file, e.g. recipes/pusht/ablations.yaml")
+    ablations: Path = option(help="file of arms, such as recipes/pusht/ablations.yaml")
     output_dir: Path = option(help="gets train/, eval/, logs/ and the tables")
-    arms: list[str] | None = option(None, "only these of the file (default: all)", metavar="NAME")
-    num_episodes: int = option(200, "to evaluate each arm on (default: %(default)s)")
-    seed: int = option(100_000, "of the first episode, the same for all (default: %(default)s)")
+    arms: list[str] | None = option(None, "run only these arms (default: all)", metavar="NAME")
+    num_episodes: int = option(200, "episodes to evaluate each arm on (default: %(default)s)")
+    seed: int = option(100_000, "seed of the first episode, the same for all arms (default: %(default)s)")
     num_envs: int = option(16, "episodes side by side (default: %(default)s)")
     accelerate_config: str | None = option(None, "for `accelerate launch`, e.g. accelerate_configs/single_gpu.yaml")
 

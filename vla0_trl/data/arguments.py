@@ -44,10 +44,10 @@ class ConversionArguments:
     )
     relative_actions: bool = option(False, "write action − state (default: %(default)s)")
     use_state: bool = option(True, "write the state into the prompt (default: %(default)s)")
-    cameras: str | None = option(None, "which, in this order (default: all)", metavar="A,B")
+    cameras: str | None = option(None, "cameras, in this order (default: all)", metavar="A,B")
     episodes: str = option(":", "only these of the source, such as 0:10", metavar="FROM:TO")
     max_episodes_per_task: int | None = option(None, "at most N of each task, drawn with --seed", metavar="N")
-    seed: int = option(0, "(default: %(default)s)")
+    seed: int = option(0, "seed of what is drawn at random (default: %(default)s)")
     image_format: str = option(
         "png",
         "of frames that the source does not hold as files; jpeg has quality 95 (default: %(default)s)",

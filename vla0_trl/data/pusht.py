@@ -19,7 +19,7 @@ class PushTArguments(ConversionArguments):
 
     chunk_size: int = option(10, "actions in an answer (default: %(default)s)")
     relative_actions: bool = option(True, "write action − state (default: %(default)s)")
-    cameras: str = option(CAMERA, "which (default: %(default)s)", metavar="A,B")
+    cameras: str = option(CAMERA, "cameras (default: %(default)s)", metavar="A,B")
     state: str = option(
         "agent", "position of the agent, or full: the block's, too (default: %(default)s)", choices=list(STATE_MODES)
     )

@@ -91,10 +91,10 @@ class LiberoArguments(EvaluationArguments):
     """What eval/eval_libero.py can be told."""
 
     suites: str = option(
-        ",".join(list(protocol.MAX_STEPS)[:4]), "separated by commas (default: %(default)s)", metavar="A,B"
+        ",".join(list(protocol.MAX_STEPS)[:4]), "suites, separated by commas (default: %(default)s)", metavar="A,B"
     )
-    task_ids: str | None = option(None, "of each suite, separated by commas, from 0 (default: all)", metavar="0,3")
-    num_episodes_per_task: int = option(protocol.NUM_INIT_STATES, "(default: %(default)s)")
+    task_ids: str | None = option(None, "numbers of tasks in each suite, from 0 (default: all)", metavar="0,3")
+    num_episodes_per_task: int = option(protocol.NUM_INIT_STATES, "initial states of each task (default: %(default)s)")
     assets_dir: str | None = option(None, "LIBERO's assets (default: $LIBERO_ASSETS, else the Hub's)")
     perturb: list[str] = option([], f"may be repeated; {NAMES}", metavar="NAME[:SEVERITY]", action="extend")
     render_size: int = option(
