@@ -17,14 +17,11 @@ from transformers import ProcessorMixin
 
 from vla0_trl.actions import join_integers
 from vla0_trl.config import VLAConfig
-from vla0_trl.processing.chat import completion_messages, prompt_messages, task_mistake, with_images
-from vla0_trl.processing.template_check import within_limits
+from vla0_trl.processing.chat import task_mistake
+from vla0_trl.processing.template_check import chat_frame
 
 IGNORED = -100  # torch's cross-entropy leaves such labels out
 MASK_CANDIDATES = ("?", "_", "*", "#")
-# Characters that no text uses: they show where a template writes task, state and answer.
-_TASK, _STATE, _ANSWER = "\ue000", "\ue001", "\ue002"
-_EXAMPLE = ("Push the T, please.", "12 400")
 _KEPT_PROMPTS = 4096  # tasks whose prompts are kept; a robot may be told any number of them
 
 
@@ -49,7 +46,7 @@ class ChatTokenizer:
         self.processor, self.config = processor, config
         self.tokenizer = processor.tokenizer
         self.num_images = 1 if config.tile_images else len(config.cameras)
-        self._around_task, self.prefix, self._suffix = self._frame()
+        self._around_task, self.prefix, self._suffix = chat_frame(processor, config, self.num_images)
         suffix_ids = self._ids(self._suffix)
         self.end_of_turn_id = suffix_ids[0]
         self.image_token_id: int = processor.image_token_id
@@ -228,43 +225,6 @@ class ChatTokenizer:
         return self._expand(self.processor.image_token)
 
     # -- construction
-
-    def _frame(self) -> tuple[tuple[str, str, str], str, str]:
-        """What the template writes around task and state, before an answer, and after it.
-
-        The template runs here, in a process with limits, and never again: what it writes is cut where task, state and
-        answer are, and the parts are put together for every other task.
-        """
-        prompt, full, example = within_limits(
-            lambda: [self._written(_TASK, _STATE), self._written(_TASK, _STATE, _ANSWER), self._written(*_EXAMPLE)],
-            self.tokenizer.name_or_path or "nano",
-        )
-        if not full.startswith(prompt):
-            raise ValueError(
-                "the chat template writes a different prompt once the answer is there, so completion-only training "
-                f"has no well-defined completion: {prompt!r} is not the beginning of {full!r}"
-            )
-        prefix, written, suffix = full[len(prompt) :].partition(_ANSWER)
-        if not written or prefix not in ("", " ") or not suffix or _ANSWER in suffix:
-            raise ValueError(
-                f"the chat template puts {prefix!r} before and {suffix!r} after an answer; supported are nothing or a "
-                "space before it, and an end of turn after it"
-            )
-        task, state = _EXAMPLE
-        if prompt.replace(_TASK, task).replace(_STATE, state) != example or prompt.count(_TASK) != 1:
-            raise ValueError(f"the chat template must write the task once, as it is: of {task!r} it makes {example!r}")
-        before, rest = prompt.split(_TASK)
-        between, _, after = rest.partition(f" {_STATE}")
-        return (before, between, after), prefix, suffix
-
-    def _written(self, task: str, state: str, action: str | None = None) -> str:
-        """What the template itself writes."""
-        messages = prompt_messages(self.config, task, state)
-        if action is not None:
-            messages += completion_messages(action)
-        return self.processor.apply_chat_template(
-            with_images(messages, self.num_images), add_generation_prompt=action is None
-        )
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -10,9 +10,53 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from transformers import ProcessorMixin
+
+from vla0_trl.config import VLAConfig
+from vla0_trl.processing.chat import completion_messages, prompt_messages, with_images
 from vla0_trl.schema import one_line
 
 SECONDS, BYTES, CHARACTERS = 2, 1 << 30, 100_000  # a real one takes a millisecond and writes a few hundred characters
+
+# Characters that no text uses: they show where a template writes task, state and answer.
+_TASK, _STATE, _ANSWER = "\ue000", "\ue001", "\ue002"
+_EXAMPLE = ("Push the T, please.", "12 400")
+
+
+def chat_frame(processor: ProcessorMixin, config: VLAConfig, num_images: int) -> tuple[tuple[str, str, str], str, str]:
+    """What the template writes before the task, between task and state, and after them; before and after an answer.
+
+    The template runs here, in a process with limits, and never again: what it writes is cut where task, state and
+    answer are, and the parts are put together for every other task.
+    """
+
+    def written(task: str, state: str, action: str | None = None) -> str:
+        messages = prompt_messages(config, task, state)
+        if action is not None:
+            messages += completion_messages(action)
+        return processor.apply_chat_template(with_images(messages, num_images), add_generation_prompt=action is None)
+
+    prompt, full, example = within_limits(
+        lambda: [written(_TASK, _STATE), written(_TASK, _STATE, _ANSWER), written(*_EXAMPLE)],
+        processor.tokenizer.name_or_path or "nano",
+    )
+    if not full.startswith(prompt):
+        raise ValueError(
+            "the chat template writes a different prompt once the answer is there, so completion-only training has no "
+            f"well-defined completion: {prompt!r} is not the beginning of {full!r}"
+        )
+    prefix, found, suffix = full[len(prompt) :].partition(_ANSWER)
+    if not found or prefix not in ("", " ") or not suffix or _ANSWER in suffix:
+        raise ValueError(
+            f"the chat template puts {prefix!r} before and {suffix!r} after an answer; supported are nothing or a "
+            "space before it, and an end of turn after it"
+        )
+    task, state = _EXAMPLE
+    if prompt.replace(_TASK, task).replace(_STATE, state) != example or prompt.count(_TASK) != 1:
+        raise ValueError(f"the chat template must write the task once, as it is: of {task!r} it makes {example!r}")
+    before, rest = prompt.split(_TASK)
+    between, _, after = rest.partition(f" {_STATE}")
+    return (before, between, after), prefix, suffix
 
 
 def within_limits(render: Callable[[], list[str]], name: str) -> list[str]:
