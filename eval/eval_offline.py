@@ -4,7 +4,7 @@
         --output_dir runs/eval
 
 Writes offline.json. With the output folder of eval_pusht.py, summarize.py shows both. The action error is of chunks
-that the policy generates from the stored frames, as on a robot, beside that of never looking.
+that the policy generates from the stored frames, as on a robot; the error of never looking is shown, too.
 """
 
 import sys

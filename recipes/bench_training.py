@@ -9,8 +9,8 @@
 Same rows (JPEG bytes of two 256 px cameras), same model, same optimizer; they take turns, and the best turn of each
 counts: noise only ever adds time. Steps are measured of TRL as it comes (`trl`: bfloat16, gradient checkpointing) and
 with our settings (`trl_tuned`: bfloat16, no checkpointing). A collator's speed is one process's. `--random_weights`
-builds a model from its config. `--recipe` measures something else: a recipe's own steps beside a bare loop of the same
-model, optimizer and batch, which is what the trainer could reach at best, and beside its collator alone.
+builds a model from its config. `--recipe` measures something else: a recipe's own steps, a bare loop of the same
+model, optimizer and batch, which is what the trainer could reach at best, and its collator alone.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ _LEFTOVER = re.compile(r"\..+\.\d+\.partial")  # of `whole_file`, by a process t
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write to; it becomes `path` when the block ends well.
+    """Another file in the folder of `path`, to write to; it becomes `path` when the block ends well.
 
     A kill, an error or a full disk leaves the old file or none, never half of one.
     """

@@ -32,7 +32,7 @@ class ProcessPool(ProcessPoolExecutor):
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         if kind is not None:
             # What runs may take a minute. And an executor that loses a process while it is starting the next one would
-            # wait for that one for ever (CPython 3.11).
+            # wait for that one forever (CPython 3.11).
             for worker in set(multiprocessing.active_children()) - self._others:
                 worker.kill()
         self.shutdown(cancel_futures=True)
@@ -45,6 +45,6 @@ def _start(begin: Callable[..., None] | None, *arguments: Any) -> None:
 
 
 def _exit_with_parent() -> None:
-    """A killed parent would leave workers that wait for work for ever."""
+    """A killed parent would leave workers that wait for work forever."""
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)

@@ -158,7 +158,7 @@ def read_record(path: Path, kinds: Kinds) -> dict[str, Any]:
 
 
 def read_if_whole(path: Path, kinds: Kinds, loss: str) -> dict[str, Any] | None:
-    """A record that its reader can do without: None where it is absent, or damaged, which is said with the `loss`."""
+    """A record that its reader can do without: None if it is absent; if it is damaged, a warning names the `loss`."""
     if not path.exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""An ablation: one recipe, a list of changes to it, the same budget for each, and what others published beside it."""
+"""An ablation: one recipe, a list of changes to it, the same budget for each, compared with what others published."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def run_logged(command: list[str], log: Path) -> str | None:
     if code == 130:
         raise KeyboardInterrupt
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["no output"]
-    # a recipe's own word comes before what `accelerate launch` says of its exit
+    # a recipe's own message is more useful than that of `accelerate launch` about its exit
     return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])[:300] if code else None
 
 

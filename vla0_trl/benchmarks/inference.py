@@ -1,4 +1,4 @@
-"""What eval/bench_inference.py measures: our decoding beside other people's, on random models, and the floor."""
+"""What eval/bench_inference.py measures: our decoding and other people's, on random models, and the floor."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def bench(policy: VLAPolicy, size: int, chunks: int, warmup: int, jitter: int) -
 
 
 def _speeds(seconds: list[float], size: int, chunk_size: int, floor: float) -> dict[str, float]:
-    """Of calls that answer `size` observations each, beside the least time that one can take."""
+    """Of calls that answer `size` observations each, also as a multiple of the least possible time."""
     median, p95 = np.quantile(seconds, [0.5, 0.95])
     speeds = {"median_ms": median * 1e3, "p95_ms": p95 * 1e3, "chunks_per_s": size / median}
     return speeds | {"hz_n_step": chunk_size / median, "hz_requery": 1 / median, "of_floor": median / floor}

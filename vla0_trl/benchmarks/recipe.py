@@ -1,4 +1,4 @@
-"""How fast a recipe trains, beside a bare loop of the same model, optimizer and batch."""
+"""How fast a recipe trains, compared with a bare loop of the same model, optimizer and batch."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Simulation:
         packages (`tuple[str, ...]`): whose versions `results.json` names.
         environments (`Callable`): `make_env` and a number to a context manager of that many environments.
         group (`Callable`): see [`rollout`].
-        more_results (`Callable`): what `results.json` has beside `aggregate`'s numbers, from all episodes' lines.
+        more_results (`Callable`): what `results.json` has besides `aggregate`'s numbers, from all episodes' lines.
     """
 
     config: VLAConfig

@@ -233,7 +233,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def provenance(device: str, packages: tuple[str, ...]) -> dict[str, Any]:
-    """What a number needs beside it: command, commit (None outside a checkout), package versions, machine."""
+    """What must be known of a number: command, commit (None outside a checkout), package versions, machine."""
     import torch
 
     cpu = platform.processor()

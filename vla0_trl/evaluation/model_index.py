@@ -1,4 +1,4 @@
-"""Evaluations in the Hub's format for results, with what a number needs beside it: n, interval, seeds, execution."""
+"""Evaluations in the Hub's format for results, with n, interval, seeds and execution of each number."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from transformers.utils import cached_file
 from vla0_trl.config import CONFIG_NAME
 
 ADAPTER_CONFIG = "adapter_config.json"
-BASE_FINGERPRINT = "base_model.json"  # beside an adapter: of which weights it is a change
+BASE_FINGERPRINT = "base_model.json"  # saved with an adapter: which weights it changes
 _DECIDE = ("*.safetensors", CONFIG_NAME, "config.json", ADAPTER_CONFIG, "*processor_config.json", "tokenizer*")
 _DECIDE += ("chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 _PROBES, _PROBE_BYTES = 64, 4096
@@ -89,7 +89,7 @@ def fingerprint(name_or_path: str | Path, revision: str | None = None) -> str:
 
 
 def save_base_fingerprint(adapter: Path) -> None:
-    """Write beside an adapter to which base weights it belongs; it would load on others of that shape, too."""
+    """Save with an adapter which base weights it belongs to: it would also load on others of that shape."""
     name, revision = base_model_of(adapter), base_revision_of(adapter)
     base = {"name": name, "fingerprint": fingerprint(name, revision)}
     (adapter / BASE_FINGERPRINT).write_text(json.dumps(base) + "\n")

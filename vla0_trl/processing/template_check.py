@@ -62,7 +62,7 @@ def chat_frame(processor: ProcessorMixin, config: VLAConfig, num_images: int) ->
 def within_limits(render: Callable[[], list[str]], name: str) -> list[str]:
     """What `render` returns, computed in a fork of this process that may take `SECONDS` and `BYTES` more.
 
-    Transformers' sandbox keeps a template from files and from Python, not from looping for ever.
+    Transformers' sandbox keeps a template from files and from Python, not from looping forever.
 
     Args:
         name (`str`): of the model that the template is from, for messages.

@@ -210,7 +210,7 @@ def plan_push(agent: np.ndarray, pose: np.ndarray) -> Push | None:
     """The first push of the best plan found: a beam search over `DEPTH` pushes, whose score is time.
 
     A plan's score is the control steps that it takes, and a guess at those still needed after it. It has to solve the
-    task or to cut the distance by `MIN_PROGRESS`: without that, pushes too small to matter can look best for ever.
+    task or to cut the distance by `MIN_PROGRESS`: without that, pushes too small to matter can look best forever.
 
     Returns:
         [`Push`] or `None`: `None` if no push makes that progress or the agent gets to none.

@@ -49,7 +49,7 @@ def success_bars(groups: dict[str, Sequence[dict[str, Any]]], names: Sequence[st
 def beside_published(
     names: Sequence[str], ours: Sequence[dict[str, Any] | None], published: Sequence[dict[str, Any] | None]
 ) -> Figure:
-    """Success rates as bars, others' as rings below them, with their intervals; None where there is none.
+    """Success rates as bars, others' as rings below them, with their intervals; None for a run without.
 
     Args:
         ours, published (`list[dict | None]`): `success_rate` and `success_rate_interval`, one per name.
