@@ -11,12 +11,8 @@ exactly what it was trained on: evaluate the result.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vla0_trl.command_line import option, parse, user_errors
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(kw_only=True)
@@ -32,16 +28,11 @@ class Arguments:
     )
 
 
-def merge(name_or_path: str, output_dir: Path, dtype: "torch.dtype", revision: str | None = None) -> None:
-    """See [`vla0_trl.policy.merging.merge`], which is imported once it is needed: torch takes seconds."""
-    from vla0_trl.policy import merging
-
-    merging.merge(name_or_path, output_dir, dtype, revision)
-
-
 def main() -> None:
     args = parse(Arguments, __doc__)
-    import torch  # after parsing
+    import torch  # after parsing: it takes seconds
+
+    from vla0_trl.policy.merging import merge
 
     with user_errors():
         merge(args.model_name_or_path, args.output_dir, getattr(torch, args.dtype), args.revision)

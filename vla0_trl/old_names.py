@@ -40,21 +40,13 @@ class _OldNames(MetaPathFinder, Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         new = f"vla0_trl.{MOVED[spec.name.partition('.')[2]]}"
         warnings.warn(f"{spec.name} is now {new}; the old name goes in 0.3", DeprecationWarning, stacklevel=2)
-        return _Alias(spec.name, import_module(new))
+        module = import_module(new)
+        spec.loader_state = module.__spec__  # which the import of this name overwrites
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
         """Nothing to run: the module under its new name has been."""
-
-
-class _Alias(ModuleType):
-    """Hands every attribute on, so that there is one module behind both names."""
-
-    def __init__(self, name: str, module: ModuleType):
-        super().__init__(name, module.__doc__)
-        self.__dict__["_module"] = module
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.__dict__["_module"], name)
+        module.__spec__ = module.__spec__.loader_state
 
 
 def install() -> None:

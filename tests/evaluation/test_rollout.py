@@ -100,8 +100,3 @@ def test_a_crash_in_the_simulator_is_an_error():
 
     with pytest.raises(RuntimeError, match="physics exploded"):
         list(rollout(PushBlock(n_action_steps=5), [Crashing(state="full")], SEEDS, progress=False))
-
-
-def test_a_rollout_without_environments_raises():
-    with pytest.raises(ValueError, match="no environment"):
-        rollout(PushBlock(), [], SEEDS)

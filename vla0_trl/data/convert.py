@@ -32,20 +32,13 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass
 class Selection:
-    """Which episodes of a source.
+    """Which episodes of a source."""
 
-    Args:
-        episodes (`slice`): of the source's indices.
-        max_episodes_per_task (`int`, *optional*): keep at most this many of each instruction, drawn with `seed`.
-        tasks (`list[str]`, *optional*): only episodes of these instructions.
-        num_episodes (`int`, *optional*): keep this many of the rest, drawn with `seed` over all instructions.
-    """
-
-    episodes: slice = field(default_factory=lambda: slice(None))
-    max_episodes_per_task: int | None = None
+    episodes: slice = field(default_factory=lambda: slice(None))  # of the source's indices
+    max_episodes_per_task: int | None = None  # at most this many of each instruction, drawn with `seed`
     seed: int = 0
-    tasks: list[str] | None = None
-    num_episodes: int | None = None
+    tasks: list[str] | None = None  # only episodes of these instructions
+    num_episodes: int | None = None  # this many of the rest, drawn with `seed` over all instructions
 
     @property
     def by_task(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -97,12 +97,6 @@ class EnvRunner:
 
 @contextmanager
 def local_envs(make_env: Callable[[], Environment], count: int) -> Iterator[list[Environment]]:
-    """`count` environments in this process, which are closed at the end of the block."""
-    envs: list[Environment] = []
-    try:
-        for _ in range(count):
-            envs.append(make_env())
-        yield envs
-    finally:
-        for env in envs:
-            env.close()
+    """`count` environments in this process, which are closed at the end of the block, however it ends."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(closing(make_env())) for _ in range(count)]

@@ -123,11 +123,8 @@ def rollout(
             same environment: its task.
 
     Raises:
-        `ValueError`: at once, if there is no environment.
         `EpisodeCrash`: an episode crashed twice before any has finished; later, such a one comes without a `result`.
     """
-    if seeds and not envs:
-        raise ValueError("no environment to run the episodes in")
     env_runners = (env if isinstance(env, EnvRunner) else EnvRunner(env) for env in envs)
     runners = [EpisodeRunner(env_runner, policy.config) for env_runner in env_runners]
     return _rounds(policy, runners, _Queue(seeds, group), record, progress)

@@ -17,6 +17,7 @@ from vla0_trl.run_folder import BEST
 
 # Rollouts during training choose checkpoints, so final evaluations use other seeds (eval_pusht.py starts at 100000).
 ROLLOUT_SEED = 50_000
+_NUM_ENVS = 16  # side by side
 
 
 def drive(
@@ -40,17 +41,11 @@ def drive(
 
 
 class RolloutCallback(TrainerCallback):
-    """Every `rollout_steps`, lets the policy act in the simulator, and keeps the best one as `output_dir/best`.
+    """Every `rollout_steps`, lets the policy act in the simulator, and keeps the best one as `output_dir/best`."""
 
-    Args:
-        trainer ([`training.VLATrainer`]): whose policy acts, and which logs `rollout/…`.
-        make_env: builds one environment.
-        num_envs (`int`): environments side by side.
-    """
-
-    def __init__(self, trainer: SFTTrainer, make_env: Callable[[], Environment], num_envs: int = 16):
+    def __init__(self, trainer: SFTTrainer, make_env: Callable[[], Environment]):
         self.trainer, self.make_env = trainer, make_env
-        self.num_envs = min(num_envs, trainer.args.rollout_episodes)
+        self.num_envs = min(_NUM_ENVS, trainer.args.rollout_episodes)
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise ValueError("rollout_steps needs the whole model in one process: evaluate sharded runs with eval/")
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -91,14 +91,8 @@ class Worker(EnvRunner):
 @contextmanager
 def worker_pool(make_env: Callable[[], Environment], count: int) -> Iterator[Sequence[Worker]]:
     """`count` workers that end with the block, however it ends."""
-    workers: list[Worker] = []
-    try:
-        for _ in range(count):
-            workers.append(Worker(make_env))
-        yield workers
-    finally:
-        for worker in workers:
-            worker.close()
+    with ExitStack() as stack:
+        yield [stack.enter_context(closing(Worker(make_env))) for _ in range(count)]
 
 
 def _serve(pipe: Connection) -> None:

@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from vla0_trl.stopping import on_first_signal
-
 INITIAL = "initial"
 _ASK_EVERY = 10  # steps
-
-
-@contextmanager
-def finish_on_signal(trainer: SFTTrainer) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM sets `trainer.stop_signal`, for [`PolicyCallback`]; the second ends at once."""
-
-    def stop(number: int) -> None:
-        trainer.stop_signal = number
-        print("\nsaving soon; a second signal stops without", flush=True)
-
-    with on_first_signal(stop):
-        yield
 
 
 class PolicyCallback(TrainerCallback):

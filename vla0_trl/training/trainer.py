@@ -20,8 +20,9 @@ from vla0_trl.models.attention import TrainingForward
 from vla0_trl.processing.branches import visible
 from vla0_trl.processing.collator import VLADataCollator
 from vla0_trl.processing.images import model_inputs
+from vla0_trl.stopping import on_first_signal
 from vla0_trl.training.arguments import VLASFTConfig
-from vla0_trl.training.callbacks import PolicyCallback, finish_on_signal
+from vla0_trl.training.callbacks import PolicyCallback
 from vla0_trl.training.checkpoints import CheckpointingTrainer
 from vla0_trl.training.cotrain import MixedOrder, MixedRows, losses_apart
 from vla0_trl.training.growing_rows import GrowingRows
@@ -98,7 +99,12 @@ class VLATrainer(CheckpointingTrainer):
 
     def train(self, *args, **kwargs):
         """As `Trainer.train`; the first Ctrl-C ends it after the current step, with a checkpoint."""
-        with finish_on_signal(self):
+
+        def stop(number: int) -> None:
+            self.stop_signal = number  # for [`PolicyCallback`]
+            print("\nsaving soon; a second signal stops without", flush=True)
+
+        with on_first_signal(stop):
             return super().train(*args, **kwargs)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
