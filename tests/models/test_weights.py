@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from support.general import short_words
 
 from vla0_trl.config import VLAConfig
+from vla0_trl.models.fingerprint import save_base_fingerprint
 from vla0_trl.models.loading import load_model, load_processor
 
 VICTIM = "model.text_model.layers.0.mlp.up_proj.weight"
@@ -158,6 +159,38 @@ def test_an_adapter_with_wrong_weights_is_refused_by_name(adapter, change, messa
     _change(adapter, "adapter_model.safetensors", change)
     with pytest.raises(ValueError, match=message):
         load_model(adapter)
+
+
+@pytest.mark.parametrize(
+    ("file", "value", "message"),
+    [
+        ("adapter_config.json", None, "adapter_config.json: is not JSON"),
+        ("adapter_config.json", [1], "wanted an object"),
+        (
+            "adapter_config.json",
+            {"base_model_name_or_path": [1]},
+            "base_model_name_or_path is .*, wanted a line of text",
+        ),
+        ("adapter_config.json", {"revision": 5}, "revision is 5, wanted text"),
+        ("adapter_config.json", {"peft_type": [1]}, DAMAGED),
+        ("adapter_config.json", {"r": None}, DAMAGED),
+        ("adapter_config.json", {"r": 3}, "does not fit its base model"),
+        ("adapter_config.json", {"lora_alpha": "x"}, DAMAGED),
+        ("adapter_config.json", {"target_modules": 10**9}, DAMAGED),
+        ("adapter_config.json", {"megatron_config": [1]}, DAMAGED),
+        ("base_model.json", {"fingerprint": 3}, "fingerprint is 3, wanted text"),
+        ("base_model.json", [], "wanted an object"),
+    ],
+    ids=short_words,
+)
+def test_an_altered_file_of_an_adapter_is_one_line(adapter, file, value, message):
+    save_base_fingerprint(adapter)
+    found = json.loads((adapter / file).read_text())
+    text = "{" if value is None else json.dumps(found | value if isinstance(value, dict) else value)
+    (adapter / file).write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(adapter)
+    assert "\n" not in str(error.value)
 
 
 def test_a_broken_base_model_of_an_adapter_is_refused(adapter, tiny_nano, tmp_path):

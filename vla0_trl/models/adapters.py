@@ -10,7 +10,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from vla0_trl.models.weights import refuse_weights
+from vla0_trl.models.weights import not_loaded, refuse_weights
+from vla0_trl.schema import one_line
 
 
 def load_adapter(base: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:
@@ -27,7 +28,9 @@ def load_adapter(base: PreTrainedModel, folder: Path, trainable: bool = False) -
     except KeyError as error:  # PEFT's, of a module that was trained whole
         raise ValueError(f"{folder}: 1 weights are missing: {error.args[0]}") from error
     except RuntimeError as error:  # torch's, of shapes that differ
-        raise ValueError(f"{folder} does not fit its base model {base.name_or_path}: {error}") from error
+        raise ValueError(f"{folder} does not fit its base model {base.name_or_path}: {one_line(error)}") from error
+    except Exception as error:  # whatever a wrong value in its config leads to
+        raise not_loaded(folder, error) from error
     # What is saved from now on names the base model where it was found.
     model.peft_config[model.active_adapter].base_model_name_or_path = base.name_or_path
     with safe_open(file, "pt") as stored_tensors:

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from vla0_trl.config import CONFIG_NAME
+from vla0_trl.schema import line_of_text, optional, read_record, text
 
 ADAPTER_CONFIG = "adapter_config.json"
 BASE_FINGERPRINT = "base_model.json"  # saved with an adapter: which weights it changes
@@ -47,11 +48,12 @@ def base_model_of(adapter: str | Path) -> str:
 
 def base_revision_of(adapter: str | Path) -> str | None:
     """The revision of the Hub's base model that an adapter was trained on; None: the newest, or a folder."""
-    return _adapter_config(adapter).get("revision")
+    return _adapter_config(adapter)["revision"]
 
 
 def _adapter_config(adapter: str | Path) -> dict:
-    return json.loads((Path(adapter) / ADAPTER_CONFIG).read_text())
+    kinds = {"base_model_name_or_path": line_of_text, "revision": optional(text)}
+    return read_record(Path(adapter) / ADAPTER_CONFIG, kinds)
 
 
 def weight_files(name_or_path: str | Path, revision: str | None = None) -> list[Path]:
@@ -100,7 +102,7 @@ def check_base(adapter: str | Path, base: str, revision: str | None = None) -> N
     file = Path(adapter) / BASE_FINGERPRINT
     if not file.is_file():
         return  # made by another program
-    trained_on = json.loads(file.read_text())
+    trained_on = read_record(file, {"name": text, "fingerprint": text})
     if fingerprint(base, revision) != trained_on["fingerprint"]:
         raise ValueError(
             f"{adapter} is an adapter of {trained_on['name']} as it was when it was trained, but {base} holds other "

@@ -43,14 +43,19 @@ def sound(name_or_path: str | Path) -> Iterator[None]:
     """What transformers raises while it reads a damaged model, as one `ValueError` that names it."""
     try:
         yield
-    except (OSError, ImportError):  # these say which file or package is absent
+    except OSError:  # says which file is absent
         raise
     except Exception as error:  # tokenizers raises this class itself, and others whatever a wrong value leads to
-        said = f"{type(error).__name__}: {one_line(error, 200)}"
-        raise ValueError(
-            f"{name_or_path}: transformers can't load it ({said}): if one of its files is damaged, take the model "
-            "from where it was saved again"
-        ) from error
+        raise not_loaded(name_or_path, error) from error
+
+
+def not_loaded(name_or_path: str | Path, error: Exception) -> ValueError:
+    """What to say of a model that a library can't load."""
+    said = f"{type(error).__name__}: {one_line(error, 200)}"
+    return ValueError(
+        f"{name_or_path}: transformers can't load it ({said}): if one of its files is damaged, take the model from "
+        "where it was saved again"
+    )
 
 
 def check_config(name_or_path: str | Path, revision: str | None = None) -> None:
