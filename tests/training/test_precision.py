@@ -31,7 +31,9 @@ def test_cards_before_ampere_have_none(card):
 
 def test_bf16_on_such_a_card_is_an_error_with_advice(card, tmp_path):
     card("Tesla T4", (7, 5))
-    with pytest.raises(ValueError, match=r"^bf16=True, but Tesla T4 can't multiply in bfloat16: float16 does not help"):
+    with pytest.raises(
+        ValueError, match=r"^bf16=True, but Tesla T4 can't multiply in bfloat16: float16 does not help"
+    ):
         VLASFTConfig(output_dir=str(tmp_path), bf16=True)
 
 
