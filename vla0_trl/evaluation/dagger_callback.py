@@ -16,7 +16,6 @@ from vla0_trl.evaluation.rollout_callback import drive
 
 # No other command starts here: recordings count from 0, final evaluations from 100,000 and 3,000,000.
 DAGGER_SEED = 20_000_000
-_NUM_ENVS = 20  # side by side
 
 
 class StateRecorder:
@@ -54,9 +53,10 @@ class DaggerCallback(TrainerCallback):
         trainer: SFTTrainer,
         make_env: Callable[[], Environment],
         rows_from_states: Callable[[np.ndarray], list[dict[str, Any]]],
+        num_envs: int = 20,
     ):
         self.trainer, self.make_env, self.rows_from_states = trainer, make_env, rows_from_states
-        self.num_envs = min(_NUM_ENVS, trainer.args.dagger_episodes)
+        self.num_envs = min(num_envs, trainer.args.dagger_episodes)
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise ValueError("dagger_steps needs the whole model in one process: set dagger_steps=0 for sharded runs")
 
