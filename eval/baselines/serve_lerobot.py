@@ -29,7 +29,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # vla0_trl can't be installed beside LeRobot
-from vla0_trl.serving.codec import one_line, pack, unpack
+from vla0_trl.schema import one_line
+from vla0_trl.serving.codec import pack, unpack
 
 STATE, ACTION = "observation.state", "action"
 

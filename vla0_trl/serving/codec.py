@@ -3,7 +3,7 @@
 An array is a map with the *bytes* keys `__ndarray__, data, dtype, shape`, a scalar one with `__npgeneric__, data,
 dtype`. openpi's own reader hands `dtype` and `shape` to NumPy as they come: `"|O"` makes pointers of the sender's
 bytes. This one takes booleans, integers and floats of 1 to 8 bytes whose size is that of their bytes, and bounds what
-a message can make of memory. Needs msgpack and NumPy alone.
+a message can make of memory. Needs msgpack and NumPy alone, as it is carried by the LeRobot plugin.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Any
 
 import msgpack
 import numpy as np
-
-from vla0_trl.schema import one_line
 
 MAX_DIMENSIONS = 8
 MAX_ENTRIES = 65_536  # of all lists and maps of a message; arrays count as one map of four
@@ -67,7 +65,7 @@ def unpack(data: bytes) -> Any:
         raise
     except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
         reason = str(error) or type(error).__name__
-        raise CodecError(f"the message is not openpi's msgpack: {one_line(reason)}") from error
+        raise CodecError(f"the message is not openpi's msgpack: {reason[:200]}") from error
 
 
 def unpack_array(value: Any) -> Any:
@@ -98,7 +96,7 @@ def _unpack_numpy(items: dict) -> Any:
         try:
             return dtype.type(value)
         except (OverflowError, ValueError) as error:
-            raise CodecError(f"{one_line(str(value), 40)} is no {dtype}") from error
+            raise CodecError(f"{repr(value)[:40]} is no {dtype}") from error
     if any(isinstance(key, bytes) for key in items):
         raise CodecError("a map has bytes for keys, and is neither an array nor a scalar of NumPy")
     return items
@@ -106,7 +104,7 @@ def _unpack_numpy(items: dict) -> Any:
 
 def _dtype(name: Any) -> np.dtype:
     if not isinstance(name, str) or not _DTYPE.fullmatch(name):
-        raise CodecError(f"dtype {one_line(repr(name), 40)} is not a boolean, integer or float of 1 to 8 bytes")
+        raise CodecError(f"dtype {repr(name)[:40]} is not a boolean, integer or float of 1 to 8 bytes")
     return np.dtype(name)
 
 
@@ -115,7 +113,7 @@ def _array(data: Any, dtype: np.dtype, shape: Any) -> np.ndarray:
         raise CodecError(f"an array's data are {type(data).__name__}, not bytes")
     sizes = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
     if not sizes or not all(type(size) is int and 0 <= size < 2**31 for size in shape):
-        raise CodecError(f"shape {one_line(repr(shape), 60)} is not a list of up to {MAX_DIMENSIONS} sizes")
+        raise CodecError(f"shape {repr(shape)[:60]} is not a list of up to {MAX_DIMENSIONS} sizes")
     if math.prod(shape) * dtype.itemsize != len(data):
         raise CodecError(f"an array of {dtype} and shape {shape} needs other than the {len(data)} bytes that it has")
     if not data:

@@ -17,7 +17,7 @@ import numpy as np
 
 from vla0_trl.policy.execution import ChunkExecutor
 from vla0_trl.policy.policy import VLAPolicy
-from vla0_trl.serving.codec import one_line
+from vla0_trl.schema import one_line
 from vla0_trl.serving.requests import Request
 
 MAX_SESSIONS = 4096  # whose executors are remembered; the one that has been silent for longest is forgotten

@@ -13,7 +13,7 @@ from PIL import Image
 from vla0_trl.config import VLAConfig
 from vla0_trl.joint_units import DEGREES, JOINT_UNITS, NORMALIZED, beyond_units
 from vla0_trl.policy.observation import Observation, check_observation
-from vla0_trl.serving.codec import one_line
+from vla0_trl.schema import one_line
 from vla0_trl.serving.layouts import CAMERA, Layout
 
 MAX_PIXELS = 16 << 20  # of a compressed picture, before it is decoded

@@ -22,7 +22,8 @@ from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
 import vla0_trl
-from vla0_trl.serving.codec import one_line, pack, unpack
+from vla0_trl.schema import one_line
+from vla0_trl.serving.codec import pack, unpack
 from vla0_trl.serving.engine import Engine, NotAnswered, Reply
 from vla0_trl.serving.requests import Request, RequestReader
 

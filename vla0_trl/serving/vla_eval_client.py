@@ -18,7 +18,8 @@ from websockets.sync.client import ClientConnection, connect
 from vla0_trl.config import VLAConfig
 from vla0_trl.evaluation.policy_source import PolicyError
 from vla0_trl.policy.observation import Observation
-from vla0_trl.serving.codec import CodecError, one_line, pack, unpack, unpack_array
+from vla0_trl.schema import one_line
+from vla0_trl.serving.codec import CodecError, pack, unpack, unpack_array
 
 SCHEME = "vla-eval://"
 VERSION = 1

@@ -73,7 +73,9 @@ class VLA0Policy(PreTrainedPolicy):
         now = time.perf_counter()
         if now - self._last > PAUSE_S:
             self.reset()
-        self._last, self._began = now, self._began or now
+        if not self.ticks:
+            self._began = self._reported = now
+        self._last = now
         measured = batch["observation.state"][0].cpu().numpy().astype(np.float64)
         if len(measured) != len(self.joints):
             raise ValueError(f"the robot's state has {len(measured)} numbers, the policy's joints are {self.joints}")
