@@ -53,6 +53,10 @@ class Arguments(Subset, ConversionArguments):
         None, "write the state into the prompt (default: if there is one)", nargs="?", const=True
     )
 
+    @property
+    def train_with(self) -> str:
+        return "recipes/sft_so100.py" if self.units else "recipes/sft_libero.py"
+
 
 def main() -> None:
     args = parse(Arguments, __doc__)

@@ -80,7 +80,7 @@ def test_recipes_for_12_gb_say_what_they_need(path):
     assert "12 GB" in text and "Memory: " in text and "@" not in text.split("# Model")[0]
     values = yaml.safe_load(text)
     batch = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
-    assert batch == (64 if path.parent.name == "libero" else 16)
+    assert batch == (16 if path.parent.name == "pusht" else 64)
     assert values["optim"] == "adamw_bnb_8bit" and values["bf16"]
     assert (values["dtype"] == "bfloat16") == values.get("use_peft", False), "only frozen weights may be rounded"
 

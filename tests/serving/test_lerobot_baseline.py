@@ -12,16 +12,6 @@ pytestmark = pytest.mark.slow  # several processes, and an environment of its ow
 
 
 @pytest.fixture(scope="module")
-def lerobot_python() -> str:
-    if not (python := os.environ.get("LEROBOT_PYTHON")):
-        pytest.skip(
-            "set LEROBOT_PYTHON to the Python of an environment with what eval/baselines/serve_lerobot.py lists "
-            "(gigabytes: not made by this test)"
-        )
-    return python
-
-
-@pytest.fixture(scope="module")
 def checkpoints(lerobot_python, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lerobot")
     script = REPOSITORY / "tests" / "support" / "lerobot_checkpoints.py"

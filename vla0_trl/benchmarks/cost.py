@@ -51,7 +51,7 @@ def recipe_cost(plan: Plan, kind: str, source: str | Path) -> Cost:
     """What a recipe costs.
 
     Args:
-        kind (`str`): whose rows, `libero` or `pusht`; see [`synthetic_dataset`].
+        kind (`str`): whose rows, such as `libero`; see [`synthetic_dataset`].
         source (`str` or `Path`): folder or Hub id of the model, of which only config and processor are read.
     """
     data, training, model_args = plan

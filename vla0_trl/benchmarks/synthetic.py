@@ -23,12 +23,17 @@ _DATASETS = {
         VLAConfig(cameras=["image", "image2"], action_dim=7, state_dim=8, chunk_size=8, image_size=256),
         256,
     ),
+    "so100": (
+        "Pick up the red block and put it into the box.",
+        VLAConfig(cameras=["front", "wrist"], action_dim=6, state_dim=6, chunk_size=30, image_size=256),
+        256,
+    ),
     "pusht": ("Push the T onto its goal.", VLAConfig(action_dim=2, state_dim=2, chunk_size=10, image_size=96), 96),
 }
 
 
 def synthetic_dataset(kind: str, rows: int, **overrides: Any) -> tuple[Dataset, VLAConfig]:
-    """Rows as a conversion of `libero` or `pusht` gives them: integers of mostly three digits, the usual length, and
+    """Rows as a conversion for a folder of recipes/ gives them: integers of mostly three digits, the usual length, and
     images as smooth as photographs, as JPEG.
 
     Args:

@@ -17,7 +17,6 @@ from PIL import Image, ImageDraw
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 HALF_RANGE = np.array([110.0, 105.0, 97.0, 100.0, 160.0])  # degrees that −100…100 stand for; the gripper has 0…100
 REST = np.array([0.0, -104.0, 96.0, 60.0, 0.0, 5.0])  # degrees: folded together
-LAG = 0.35  # of the way to its target that a servo goes in a tick
 MOTION_TICKS, PERIOD_TICKS = 30, 75  # there, and there and back
 
 
@@ -38,6 +37,7 @@ def in_units(degrees: np.ndarray, use_degrees: bool) -> np.ndarray:
 class FakeSO100Config(RobotConfig):
     use_degrees: bool = True
     place: float = 0.5
+    speed: float = 0.35  # part of the way to its target that a servo goes in a tick
     log: str | None = None
 
 
@@ -71,7 +71,7 @@ class FakeSO100(Robot):
         """It is."""
 
     def get_observation(self) -> dict:
-        self._joints = self._joints + LAG * (self._target - self._joints)
+        self._joints = self._joints + self.config.speed * (self._target - self._joints)
         return dict(zip(self.action_features, self._joints.tolist(), strict=True)) | {"front": self._picture()}
 
     def send_action(self, action: dict) -> dict:
