@@ -18,7 +18,7 @@ from vla0_trl.serving.layouts import LAYOUTS
 from vla0_trl.stats import NormStats
 
 STEP = 0.0625  # degrees; exact in float32
-LOW, HIGH, LATENCY_S, CHUNK = -90.0, 90.0, 0.2, 30
+LOW, HIGH, LATENCY_S, CHUNK = -100.0, 100.0, 0.2, 30
 
 
 class ArmPolicy:
