@@ -67,6 +67,7 @@ def main() -> None:
         cameras = args.chosen_cameras(list(source.cameras))
         tasks = chosen_tasks(args.tasks, meta.tasks)
         fetch(source, args.selection(tasks), cameras)
+        source.refuse_mixed_units(args.selection(tasks).indices(source))
         config = args.config(
             cameras=cameras,
             action_dim=source.action_dim,

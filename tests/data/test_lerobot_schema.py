@@ -199,3 +199,21 @@ def test_units_of_joints_are_said_and_checked(v2):
     assert degrees.episode(1).actions.max() == 101 and len(normalized.episode(0).actions) == LENGTHS[0]
     with pytest.raises(EpisodeError, match="episode 1: action reaches 101, which no joint in normalized does"):
         normalized.episode(1)
+
+
+@pytest.mark.parametrize("names", [["pan", "gripper"], ["gripper", "pan"], None])
+def test_a_mix_of_units_in_one_recording_is_refused(v2, names):
+    """One episode ends at exactly 100, as only −100…100 does, another goes on, as only degrees do."""
+    for path, largest in ((DATA_2, [0.0, 100.0]), (DATA_2.replace("000001", "000000"), [100.0, 120.0])):
+        rewrite(v2 / path, lambda t, v=largest: replace_column(t, "action", pa.array([v] * len(t))))
+    features = json.loads((v2 / "meta/info.json").read_text())["features"]
+    edit_info(v2, features=features | {"action": features["action"] | {"names": names}})
+    arm = source(v2, units="degrees", check_stats=False, trust_timestamps=True)
+    arm.refuse_mixed_units([1])
+    source(v2, check_stats=False, trust_timestamps=True).refuse_mixed_units([0, 1])
+    if names == ["gripper", "pan"]:
+        mix = r"episode 0: action goes beyond 100, .* episode 1: action ends at exactly 100, .* a mix of units"
+        with pytest.raises(ConversionError, match=mix):
+            arm.refuse_mixed_units([0, 1])
+    else:  # the second joint is a gripper, whose 100 means nothing
+        arm.refuse_mixed_units([0, 1])

@@ -17,7 +17,7 @@ from vla0_trl.data.sources.lerobot_frames import FIX, EpisodeRows, Frames, read_
 from vla0_trl.data.sources.lerobot_meta import IMAGE_TYPES, EpisodeMeta, LeRobotMeta
 from vla0_trl.data.sources.parquet_images import ImageColumn
 from vla0_trl.data.staging import ConversionError
-from vla0_trl.joint_units import beyond_units
+from vla0_trl.joint_units import DEGREES, NORMALIZED, beyond_units, units_shown
 from vla0_trl.schema import short
 
 _STATE_KEYS = ("observation.state", "state")  # LeRobot's name, and physical-intelligence/libero's
@@ -122,6 +122,33 @@ class LeRobotSource:
             for camera, key in self.cameras.items()
         }
         return Episode(rows.task, actions, images, states, name)
+
+    def refuse_mixed_units(self, indices: Iterable[int]) -> None:
+        """Where units are said, all of these episodes must be in them; merged recordings may not be.
+
+        Raises:
+            ConversionError: two episodes can't be in the same units.
+        """
+        shown: dict[str, str] = {}
+        for index in indices if self.units else ():
+            meta, name = self.meta.episodes[index], self._name(index)
+            for key in filter(None, (self.action_key, self.state_key)):
+                names = self.meta.features[key].get("names")
+                body = [place for place, joint in enumerate(names or ()) if "gripper" not in str(joint)]
+                if not isinstance(names, list) or len(names) != self._dim(key):
+                    continue  # which one is a gripper, with 0…100 in either, is not known
+                try:
+                    table = self._vectors_of(meta, self.frames.of(meta, name).rows, name)
+                    found = units_shown(vectors(table[key], self._dim(key), name)[:, body])
+                except EpisodeError:
+                    continue  # is told when it is converted
+                if found:
+                    shown.setdefault(found, f"{name}: {key}")
+        if len(shown) > 1:
+            raise ConversionError(
+                f"{shown[DEGREES]} goes beyond 100, as degrees do, and {shown[NORMALIZED]} ends at exactly 100, as "
+                "−100…100 does: a mix of units; convert them apart, with --episodes"
+            )
 
     def _name(self, index: int) -> str:
         return f"{self.info.source}, episode {self.meta.episodes[index].index}"
