@@ -18,8 +18,8 @@ training (`models/attention.py`, `training/trainer.py`), compared with the stock
 - SmolVLM's parts, for the hook that places image features: `vision_model(pixels, patch_attention_mask)`, `connector`,
   `inputs_embeds` in place of `input_ids` and `pixel_values`;
 - TRL's fused LM head: `model(…, fused_lm_head=True)` gives `log_probs` and `label_mask`, and is the last call that
-  `compute_loss` makes of the model; `compute_loss` and `log` count metrics by
-  `model.training`.
+  `compute_loss` makes of the model; `trl.trainer.utils._use_triton` says whether it scores labels' positions alone;
+  `compute_loss` and `log` count metrics by `model.training`.
 
 not compared: a change stops the program, or a test
 - `Trainer._prepare_inputs`, `_get_train_sampler` and `_save_checkpoint` are overridden (`training/trainer.py`,

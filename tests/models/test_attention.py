@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import trl.trainer.utils as trl_utils
 from support.backbones import TINY
 from support.general import ONE_MORE, HostSyncs
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -89,3 +90,24 @@ def test_other_attention_is_torchs_own(monkeypatch):
     with _kernels_like_a_gpus():
         assert forward._attention(module, query, query, query, None) == "torch"
     assert forward._attention(module, query, query, query, None) != "torch"
+
+
+def test_only_answers_are_scored_on_a_cpu(monkeypatch):
+    model, _ = build_nano(NanoConfig(**TINY))
+    trl_utils.add_fused_lm_head(model)
+    ours, compiled, counts = forward.TrainingForward(model), forward.TrainingForward(model, compiled=True), []
+    apply = trl_utils._ChunkedLogProbFunction.apply
+    counting = staticmethod(lambda hidden, *rest: counts.append(len(hidden)) or apply(hidden, *rest))
+    monkeypatch.setattr(trl_utils._ChunkedLogProbFunction, "apply", counting)
+    labels = torch.randint(5, 200, (3, 20), generator=torch.manual_seed(0))
+    inputs = {"input_ids": labels, "labels": labels.where(torch.arange(20) > 14, -100), "fused_lm_head": True}
+    found = []
+    for way in (ours, compiled, None):
+        if way is None:
+            ours.use_stock()
+        with (way or ours).scored():
+            found.append(model(**inputs).log_probs)
+    assert counts == [3 * 5, 3 * 19, 3 * 19]
+    for log_probs in found[1:]:
+        torch.testing.assert_close(log_probs, found[0], rtol=0, atol=1e-5)
+    assert not trl_utils._use_triton(torch.device("cpu"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import trl.trainer.utils as trl_utils
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -31,11 +33,13 @@ class TrainingForward:
 
     While gradients are on, attention goes without a mask: our training batches are padded on the right, where causal
     attention does not look, and images not at all. SmolVLM's image features go to their places by an index of known
-    size, where transformers first looks for empty images. Both compute what transformers computes, which is checked
-    on the first batch of a run ([`TrainingForward.difference`]).
+    size, where transformers first looks for empty images. On CPUs, only the answers' positions are scored, as TRL does
+    it on GPUs. All compute what transformers and TRL compute, which is checked on the first batch of a run
+    ([`TrainingForward.difference`]).
 
     Args:
         model: changed in place; as it is where none of this applies (other attention than `sdpa`).
+        compiled (`bool`): shapes must not depend on data on CPUs either, so all positions are scored.
 
     Attributes:
         way (`str`): `"fast"`, or `"stock"`.
@@ -43,7 +47,8 @@ class TrainingForward:
         checked (`bool`): there is nothing to compare, or it has been compared.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel):
+    def __init__(self, model: PreTrainedModel | PeftModel, compiled: bool = False):
+        self.compiled = compiled
         if not isinstance(model, PreTrainedModel):  # an adapter that is trained further
             model = model.get_base_model()
         self.model = model
@@ -70,6 +75,19 @@ class TrainingForward:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+    @contextmanager
+    def scored(self) -> Iterator[None]:
+        """A call of the model with TRL's fused head is in this block, which scores answers alone."""
+        if self.way == STOCK or self.compiled:
+            yield
+            return
+        theirs = trl_utils._use_triton  # by which TRL chooses to score the labels' positions alone
+        trl_utils._use_triton = lambda device: device.type == "cpu" or theirs(device)
+        try:
+            yield
+        finally:
+            trl_utils._use_triton = theirs
 
     def difference(self, log_probs: Callable[[], torch.Tensor], autocast: bool = False) -> str | None:
         """What is wrong with ours; None if it gives each token the stock loss, within rounding, or if stock fails.

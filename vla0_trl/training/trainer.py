@@ -65,7 +65,7 @@ class VLATrainer(CheckpointingTrainer):
         self.trained_on: dict[str, Any] = {}
         self.uploads = Uploads(args)
         self.vla_config, self.stop_signal, self._trace = vla_config, 0, RowTrace()  # the signal's number
-        self.forward = TrainingForward(model)
+        self.forward = TrainingForward(model, args.torch_compile)
         if args.mask_branches:
             attend_to_branches(self.forward)
         # Compiled steps want batches of one length, and tensor cores a multiple of 8.
@@ -183,7 +183,12 @@ class VLATrainer(CheckpointingTrainer):
         """
         arguments = inputs | {"use_cache": False, "fused_lm_head": True}
         autocast = self.accelerator.mixed_precision != "no"
-        failure = self.forward.difference(lambda: model(**arguments).log_probs, autocast)
+
+        def log_probs() -> torch.Tensor:
+            with self.forward.scored():
+                return model(**arguments).log_probs
+
+        failure = self.forward.difference(log_probs, autocast)
         failures = self.accelerator.reduce(torch.tensor(float(failure is not None), device=self.args.device), "sum")
         if failures.item():
             self.forward.use_stock()
@@ -202,7 +207,8 @@ class VLATrainer(CheckpointingTrainer):
 
         def forward(**arguments):
             nonlocal outputs
-            outputs = model(**arguments)
+            with self.forward.scored():
+                outputs = model(**arguments)
             return outputs
 
         loss = super().compute_loss(forward, inputs, *args, **kwargs)
