@@ -117,15 +117,29 @@ def test_content_parts_and_a_single_image_column_are_read(tiny_nano, example_con
             "Number of images provided (1) does not match number of image placeholders (0)",
         ),
         ({"images": [], "messages": [turn("user", "long " * 200), turn("assistant", "x")]}, "the model reads 512"),
+        ({"images": [], "messages": [turn("assistant", "x"), turn("user", "x")] * 2}, "begins with the assistant"),
+        ({"images": [None], "messages": []}, "images holds a path in place of an image: embed it"),
+        ({"images": [{"bytes": b"GIF?"}], "messages": []}, "images holds no image that can be read ("),
     ],
 )
 def test_bad_rows_are_named(row, message, tiny_nano, example_config, tmp_path):
     processor, config = backbone("nano", tiny_nano, example_config)
     folder = save_chats(tmp_path / "chats", [*chat_rows(3), row])
+    chats, tokenizer = VisionChats(folder), ChatTokenizer(processor, config)
     with pytest.raises(ValueError) as error:
-        VisionChats(folder).check(ChatTokenizer(processor, config), 512)
+        chats.check(tokenizer, 512)
     assert str(error.value).startswith(f"{folder}: row 3: ") and message in str(error.value)
-    VisionChats(save_chats(tmp_path / "good", chat_rows())).check(ChatTokenizer(processor, config), 512)
+
+
+def test_turns_that_a_template_forbids_are_named(tiny_nano, example_config, tmp_path):
+    processor, config = backbone("nano", tiny_nano, example_config)
+    tokenizer = ChatTokenizer(processor, config)
+    twice = "messages | length > 1 and messages[1]['role'] == 'user'"
+    forbids = "{% if " + twice + " %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    processor.chat_template = forbids + processor.chat_template
+    rows = [*chat_rows(1), {"images": [], "messages": [turn("user", "Hello?")] * 2 + [turn("assistant", "Yes?")]}]
+    with pytest.raises(ValueError, match="row 1: roles must alternate: repair the row"):
+        VisionChats(save_chats(tmp_path / "chats", rows)).check(tokenizer, 512)
 
 
 def test_other_columns_are_one_line(tmp_path):

@@ -32,7 +32,7 @@ def test_metadata_and_rows_are_the_files_own(folder):
     settings = {"global_batch": 64, "optim": "adamw_bnb_8bit", "weight_decay": 0.01, "max_grad_norm": 1.0, "seed": 3}
     settings |= {"learning_rate": 2e-4, "lr_scheduler_type": "cosine", "warmup_steps": 5, "dtype": "bfloat16"}
     settings |= {"mask_max": 0.15, "mask_skip": 0.1, "bf16": True, "freeze_vision": False, "use_peft": True}
-    settings |= {"lora_r": 32, "lora_alpha": 64}
+    settings |= {"lora_r": 32, "lora_alpha": 64, "cotrain_dataset_name": "org/questions", "cotrain_fraction": 0.2}
     (folder / "adapter_config.json").write_text("{}")
     write_model_card(folder, "me/policy", settings, {"dataset": "me/data", "episodes": [0, 1, 5]}, step=70)
     card = read(folder)
@@ -41,7 +41,7 @@ def test_metadata_and_rows_are_the_files_own(folder):
         "pipeline_tag": "robotics",
         "base_model": "org/base",
         "base_model_relation": "adapter",
-        "datasets": ["me/data"],
+        "datasets": ["me/data", "org/questions"],
         "tags": ["vla0_trl", "VLA", "robotics", "trl"],
     }
     rows = {
@@ -49,6 +49,7 @@ def test_metadata_and_rows_are_the_files_own(folder):
         "| dataset | me/data, 3 episodes |",
         "| steps | 70 |",
         "| samples per step | 64 |",
+        "| co-training | 0.2 of each step from org/questions |",
         "| LoRA | rank 32, alpha 64 |",
         "| learning rate | 0.0002, cosine, warmup 5 |",
         "| precision | weights bfloat16, autocast to bfloat16 |",

@@ -90,7 +90,7 @@ def _mistakes(rows: pa.Table, config: VLAConfig, known: set[str]) -> Iterator[tu
     outside = np.flatnonzero(pc.is_null(files).to_numpy(zero_copy_only=False))
     yield "images", outside // len(config.cameras), "holds a path in place of an image: embed it"
     for place, file in enumerate(files):
-        if mistake := _image_mistake(file.as_buffer()):
+        if mistake := image_mistake(file.as_buffer()):
             yield "images", np.array([place // len(config.cameras)]), mistake
     for column in ("raw_state", "raw_action"):
         values = rows[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
@@ -104,7 +104,7 @@ def _mistakes(rows: pa.Table, config: VLAConfig, known: set[str]) -> Iterator[tu
             yield "task", _where(pc.equal(rows["task"], task)), mistake
 
 
-def _image_mistake(file: pa.Buffer) -> str | None:
+def image_mistake(file: pa.Buffer) -> str | None:
     """What keeps an image file from being read, as far as its header shows: that alone is read, not the pixels."""
     try:
         with warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning):

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow.compute as pc
+import pyarrow as pa
 from datasets import Image, List, load_dataset
+from jinja2 import TemplateError
 from trl import prepare_multimodal_messages
 
 from vla0_trl.data.chat_dataset import check_loadable
+from vla0_trl.data.row_check import image_mistake
 from vla0_trl.processing.chat_tokenizer import ChatTokenizer
+from vla0_trl.schema import one_line
 
 CHAT_EPISODE = -1  # in the place of an episode's index
 _ROLES = ("system", "user", "assistant")
@@ -65,21 +68,19 @@ class VisionChats:
         return rows
 
     def check(self, chat_tokenizer: ChatTokenizer, max_tokens: int) -> None:
-        """Look at all rows, without decoding an image.
+        """Look at all rows, at images by their headers alone.
 
         Raises:
             ValueError: the first row that can't be trained on: dataset, row, what was found.
         """
         columns = self._dataset.select_columns([*self._texts, *([self._images] if self._images else [])])
+        known: set[tuple] = set()
         start = 0
         for rows in columns.with_format("arrow").iter(_BATCH):
-            counts = [0] * len(rows)
-            if self._images:
-                images, one = rows[self._images], self._images == "image"
-                counts = pc.cast(pc.is_valid(images), "int32") if one else pc.list_value_length(images)
-                counts = pc.fill_null(counts, 0).to_pylist()
-            for row, count in zip(rows.select(self._texts).to_pylist(), counts, strict=True):
-                if mistake := self._mistake(row, count, chat_tokenizer, max_tokens):
+            images = rows[self._images] if self._images else [None] * len(rows)
+            for row, cell in zip(rows.select(self._texts).to_pylist(), images, strict=True):
+                mistake = self._mistake(row, _files(cell), chat_tokenizer, max_tokens, known)
+                if mistake:
                     raise ValueError(f"{self.name}: row {start}: {mistake}: repair the row, or leave it out")
                 start += 1
 
@@ -93,7 +94,19 @@ class VisionChats:
         prepared = prepare_multimodal_messages(messages, [None] * num_images)
         return prepared, 0 if self._texts == ["messages"] else len(row["prompt"])
 
-    def _mistake(self, row: dict[str, Any], count: int, tokenizer: ChatTokenizer, max_tokens: int) -> str | None:
+    def _mistake(
+        self,
+        row: dict[str, Any],
+        files: list[pa.Buffer | None],
+        tokenizer: ChatTokenizer,
+        max_tokens: int,
+        known: set[tuple],
+    ) -> str | None:
+        """What is wrong with a row; `known` are the kinds of conversations that the template has written already."""
+        for file in files:
+            mistake = "holds a path in place of an image: embed it" if file is None else image_mistake(file)
+            if mistake:
+                return f"{self._images} {mistake}"
         for column in self._texts:
             for message in row[column] or ():
                 if message["role"] not in _ROLES:
@@ -103,19 +116,31 @@ class VisionChats:
             if not row[column]:
                 return f"{column} is empty"
         try:
-            chat, targets_from = self._conversation(row, count)
-        except ValueError as error:
-            return str(error).rstrip(".")
-        if all(message["role"] != "assistant" for message in chat[targets_from:]):
-            return "the assistant says nothing, so there is nothing to learn"
-        texts = [part["text"] for message in chat for part in message["content"] if part["type"] == "text"]
-        # No tokenizer makes more tokens of a text than it has bytes, so that few rows have to be counted.
-        at_most = sum(len(text.encode()) for text in texts) + _TURN_TOKENS * (len(chat) + 1)
-        if at_most + count * len(tokenizer.image_ids) > max_tokens:
-            length = len(tokenizer.encode_chat(chat, targets_from)[0])
-            if length > max_tokens:
-                return f"makes {length} tokens with its images, and the model reads {max_tokens}"
+            chat, targets_from = self._conversation(row, len(files))
+            if chat[0]["role"] == "assistant":
+                return "begins with the assistant: nothing was asked"
+            if all(message["role"] != "assistant" for message in chat[targets_from:]):
+                return "the assistant says nothing, so there is nothing to learn"
+            kind = (targets_from, *((m["role"], *(part["type"] for part in m["content"])) for m in chat))
+            texts = [part["text"] for message in chat for part in message["content"] if part["type"] == "text"]
+            # No tokenizer makes more tokens of a text than it has bytes, so that few rows have to be counted.
+            at_most = sum(len(text.encode()) for text in texts) + _TURN_TOKENS * (len(chat) + 1)
+            if kind not in known or at_most + len(files) * len(tokenizer.image_ids) > max_tokens:
+                known.add(kind)
+                length = len(tokenizer.encode_chat(chat, targets_from)[0])
+                if length > max_tokens:
+                    return f"makes {length} tokens with its images, and the model reads {max_tokens}"
+        except (ValueError, TemplateError) as error:  # of images without places, and of turns that a template forbids
+            return one_line(error).rstrip(".")
         return None
+
+
+def _files(cell: pa.Scalar | None) -> list[pa.Buffer | None]:
+    """The image files in a cell of a table, which holds a list of images, one, or none; None: it is not in there."""
+    if cell is None or not cell.is_valid:
+        return []
+    images = cell.values if isinstance(cell, pa.ListScalar) else [cell]
+    return [image["bytes"].as_buffer() if image.is_valid else None for image in images]
 
 
 def _content_mistake(content: Any, special_tokens: set[str]) -> str | None:

@@ -38,12 +38,13 @@ def write_model_card(
     """
     config, adapter, results = VLAConfig.from_pretrained(folder), is_adapter(folder), results or []
     dataset = trained_on.get("dataset") or run.get("dataset_name") or "not recorded"
+    sources = dict.fromkeys([dataset, config.source, run.get("cotrain_dataset_name")])
     data = ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="robotics",
         base_model=config.base_model if is_hub_id(config.base_model) else None,
         base_model_relation=("adapter" if adapter else "finetune") if is_hub_id(config.base_model) else None,
-        datasets=[name for name in dict.fromkeys([dataset, config.source]) if is_hub_id(name)] or None,
+        datasets=[name for name in sources if is_hub_id(name)] or None,
         tags=_TAGS,
         model_name=name.split("/")[-1] if results else None,
         eval_results=results or None,
@@ -84,9 +85,11 @@ def _training(run: dict[str, Any], step: int | None) -> list[tuple[str, Any]]:
         return [("settings", "not recorded")]
     lora = f"rank {run['lora_r']}, alpha {run['lora_alpha']}" if run.get("use_peft") else None
     hidden = f"up to {run['mask_max']} of an answer's values, none in {run['mask_skip']} of the samples"
+    chats = run.get("cotrain_dataset_name")
     rows = [
         ("steps", step),
         ("samples per step", run["global_batch"]),
+        ("co-training", f"{run['cotrain_fraction']:g} of each step from {_shown(chats)}" if chats else None),
         ("LoRA", lora),
         ("optimizer", f"{run['optim']}, weight decay {run['weight_decay']:g}, clipped at {run['max_grad_norm']:g}"),
         ("learning rate", f"{run['learning_rate']:g}, {run['lr_scheduler_type']}, warmup {run['warmup_steps']}"),
