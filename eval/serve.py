@@ -3,7 +3,7 @@
     python eval/serve.py --model_name_or_path runs/pusht                       # ws://127.0.0.1:8000, this machine only
     python eval/serve.py --model_name_or_path USER/NAME --layout libero
     python eval/serve.py --model_name_or_path USER/NAME --layout so100 --units degrees
-    python eval/serve.py --model_name_or_path runs/pusht --layout my_robot.yaml --n_action_steps 4
+    python eval/serve.py --model_name_or_path runs/pusht --layout my_robot.yaml --n_action_steps 4 --decoding parallel
 
 To other machines, with a key that each client sends, and TLS:
 
@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vla0_trl.command_line import option, parse, user_errors
-from vla0_trl.evaluation.arguments import ModelArguments
+from vla0_trl.evaluation.arguments import PolicyArguments
 from vla0_trl.joint_units import JOINT_UNITS
 
 
 @dataclass(kw_only=True)
-class Arguments(ModelArguments):
+class Arguments(PolicyArguments):
     layout: str = option(
         "plain", "keys of the robot's messages: plain, libero, pusht, droid, aloha, so100, or a FILE.yaml"
     )
@@ -44,9 +44,6 @@ class Arguments(ModelArguments):
     window_ms: float = option(5.0, "how long a request waits for company (default: %(default)s)")
     max_mb: int = option(32, "MiB of a message, at most (default: %(default)s)")
     max_connections: int = option(64, "at the same time (default: %(default)s)")
-    n_action_steps: int | None = option(None, "steps of a chunk that clients shall execute (default: its own)")
-    ensemble_size: int | None = option(None, "1: no averaging of chunks (default: the checkpoint's)")
-    load_in_4bit: bool = option(False, "weights as NF4, with bitsandbytes: less memory, other answers")
 
 
 def read_key(path: Path) -> str:
@@ -93,25 +90,22 @@ def main() -> None:
             max_connections=args.max_connections,
         )
         layout = load_layout(args.layout)
-    from vla0_trl.models.fingerprint import checkpoint_hash  # after parsing: torch takes seconds to import
-    from vla0_trl.models.loading import checkpoint_folder
-    from vla0_trl.policy.policy import VLAPolicy, resolve_device
+    from vla0_trl.evaluation.policy_source import checkpoint_policy  # after parsing: torch takes seconds to import
     from vla0_trl.serving.engine import Engine
     from vla0_trl.serving.requests import RequestReader
 
     with user_errors():
-        folder = checkpoint_folder(args.model_name_or_path)
-        device, dtype = resolve_device(args.device, args.dtype)
-        policy = VLAPolicy.from_pretrained(folder, device, dtype, load_in_4bit=args.load_in_4bit)
-        changes = {"n_action_steps": args.n_action_steps, "ensemble_size": args.ensemble_size}
-        policy.config = policy.config.replace(**{name: value for name, value in changes.items() if value is not None})
+        source = checkpoint_policy(args)
+        policy = source.load(args.execution_of(source.config))
         reader = RequestReader(layout, policy.config, args.units)
         engine = Engine(policy, args.max_batch, args.window_ms / 1000)
-        print(f"warming up {args.model_name_or_path} on {device}, batches of up to {args.max_batch}", flush=True)
+        print(
+            f"warming up {args.model_name_or_path} on {source.device}, batches of up to {args.max_batch}", flush=True
+        )
         engine.warm_up(reader.read(reader.example()))
         engine.start()
         try:
-            server = PolicyServer(engine, reader, options, checkpoint_hash(folder))
+            server = PolicyServer(engine, reader, options, source.checkpoint_hash)
             asyncio.run(listen(server, f"{'wss' if options.tls else 'ws'}://{args.host}"))
         finally:
             engine.stop()

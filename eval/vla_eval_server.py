@@ -22,6 +22,7 @@ try:
 except ImportError as error:
     sys.exit(f"error: {error}: this needs vla-eval as well: pip install vla-eval==0.8.0")
 
+from vla0_trl.execution_arguments import ExecutionArguments
 from vla0_trl.policy.execution import ChunkExecutor
 from vla0_trl.policy.policy import VLAPolicy, resolve_device
 from vla0_trl.serving.vla_eval import observation_params, read_observation
@@ -49,10 +50,8 @@ class VLA0Server(PredictModelServer):
         max_batch_size: int = 8,
     ):
         self.policy = VLAPolicy.from_pretrained(model_name_or_path, *resolve_device(device, dtype))
-        changes = {"n_action_steps": n_action_steps, "ensemble_size": ensemble_size}
-        self.policy.config = self.policy.config.replace(
-            **{name: value for name, value in changes.items() if value is not None}
-        )
+        asked = ExecutionArguments(n_action_steps=n_action_steps, ensemble_size=ensemble_size)
+        self.policy.config = asked.execution_of(self.policy.config)
         # An ensemble's single actions pass vla-eval's buffer of chunks by; it executes the others.
         self.averages = self.policy.config.ensemble_size > 1
         super().__init__(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from vla0_trl.command_line import option
-from vla0_trl.config import ENSEMBLE_WEIGHTS
+from vla0_trl.config import ENSEMBLE_WEIGHTS, VLAConfig
 
 
 @dataclass
@@ -22,3 +22,16 @@ class ExecutionArguments:
         "instead: a plain mean; or VLA-0's released weights: 0.5 for all but the newest (v1), 0.5^age (v2)",
         choices=ENSEMBLE_WEIGHTS,
     )
+
+    def execution_of(self, config: VLAConfig) -> VLAConfig:
+        """The config with the execution that the flags ask for; `ValueError` if there is none such.
+
+        Steps of a chunk and ensembling exclude each other: asking for one replaces the config's other.
+        """
+        names = [field.name for field in fields(ExecutionArguments)]
+        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if "n_action_steps" in changes:
+            changes.setdefault("ensemble_size", 1)
+        elif changes.get("ensemble_size", 1) > 1:
+            changes["n_action_steps"] = None
+        return config.replace(**changes)

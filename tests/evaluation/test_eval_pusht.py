@@ -11,7 +11,7 @@ from support.pusht_evaluation import results_of, rows_of, save_checkpoint
 from vla0_trl.command_line import parse
 from vla0_trl.config import VLAConfig
 from vla0_trl.evaluation.arguments import EvaluationArguments, LiberoArguments
-from vla0_trl.evaluation.driver import execution_config, execution_protocol
+from vla0_trl.evaluation.driver import execution_protocol
 from vla0_trl.internals import FallbackWarning
 from vla0_trl.policy.speculative.tree_forward import TreeForward
 
@@ -39,7 +39,7 @@ def test_an_evaluation_leaves_episodes_results_and_videos(evaluate, checkpoint, 
     }
     assert results["versions"].keys() == {"python", "torch", "transformers", "gym-pusht", "pymunk", "numpy"}
     table = capsys.readouterr().out
-    assert "success %" in table and "0.0 – 49.0" in table and str(folder) in table
+    assert "revision" in table and "success %" in table and "0.0 – 49.0" in table and str(folder) in table
 
 
 def test_with_a_broken_decoder_an_evaluation_finishes_and_says_so(evaluate, monkeypatch, tmp_path):
@@ -99,9 +99,9 @@ def test_flags_replace_the_checkpoints_way_to_execute_chunks(arguments, saved, f
     args = parse(arguments, "", ["--model_name_or_path", "m", "--output_dir", "o", *flags.split()])
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
-            execution_config(VLAConfig(**saved), args)
+            args.execution_of(VLAConfig(**saved))
         return
-    config = execution_config(VLAConfig(**saved), args)
+    config = args.execution_of(VLAConfig(**saved))
     names = ("n_action_steps", "ensemble_size", "ensemble_decay", "ensemble_weights")
     assert tuple(getattr(config, name) for name in names) == expected
     protocol = execution_protocol(config)

@@ -8,6 +8,8 @@ from support.general import REPOSITORY, load_script
 from support.random_policies import build_policy
 from support.serving import served
 
+from vla0_trl.config import VLAConfig
+
 SERVE, CHECK = load_script("eval/serve.py"), load_script("eval/check_server.py")
 
 
@@ -85,3 +87,13 @@ def test_a_robots_computer_needs_no_torch():
         "assert not {'torch', 'transformers', 'trl', 'PIL', 'yaml', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, timeout=60)
+
+
+def test_a_server_decodes_and_executes_as_an_evaluation_does():
+    config = VLAConfig(chunk_size=8, n_action_steps=5)
+    assert arguments(ensemble_size=4, ensemble_weights="vla0_v2").execution_of(config).ensemble_weights == "vla0_v2"
+    assert (
+        arguments(n_action_steps=3).execution_of(config.replace(n_action_steps=None, ensemble_size=4)).n_action_steps
+        == 3
+    )
+    assert arguments(decoding="parallel", refine=2).decoding_options(config).refine == 2

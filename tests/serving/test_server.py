@@ -7,6 +7,7 @@ import ssl
 import subprocess
 import threading
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -150,6 +151,33 @@ def test_pings_are_answered_while_the_model_computes(policy, monkeypatch):
         assert isinstance(connection.recv(), bytes)
 
 
+def test_a_server_that_stops_answers_what_it_computes_and_refuses_what_waits(policy, monkeypatch):
+    entered, release, stack = threading.Event(), threading.Event(), ExitStack()
+    predict = policy.predict_action_chunk
+
+    def slow(*arguments):
+        entered.set()
+        assert release.wait(30)
+        return predict(*arguments)
+
+    server = stack.enter_context(served(policy))
+    monkeypatch.setattr(policy, "predict_action_chunk", slow)
+    with open_connection(server) as connection:
+        connection.recv()
+        for episode in range(2):
+            connection.send(pack(plain_message(observations(1)[0]) | {"episode": episode}))
+            assert entered.wait(30)
+        stopping = threading.Thread(target=stack.close)
+        stopping.start()
+        time.sleep(0.2)
+        release.set()
+        assert unpack(connection.recv(timeout=30))["actions"].shape == (4, 2)
+        assert "the server is stopping" in connection.recv(timeout=30)
+        with pytest.raises(ConnectionClosed):
+            connection.recv(timeout=30)
+    stopping.join(30)
+
+
 def test_the_first_request_is_no_slower_than_others(server):
     (observation,) = observations(1)
     seconds = []
@@ -223,7 +251,7 @@ def test_connections_are_counted(policy):
             assert refused(server) == 503
         for _ in range(50):  # until the server has seen it leave
             time.sleep(0.1)
-            if not server._connections:
+            if not server._replies:
                 break
         with open_connection(server) as connection:
             assert connection.recv()

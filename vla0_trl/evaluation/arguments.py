@@ -49,7 +49,14 @@ class DecodingArguments(ModelArguments):
 
 
 @dataclass(kw_only=True)
-class EvaluationArguments(ExecutionArguments, DecodingArguments):
+class PolicyArguments(ExecutionArguments, DecodingArguments):
+    """How a checkpoint acts: what evaluations measure, and servers serve."""
+
+    load_in_4bit: bool = option(False, "weights as NF4, with bitsandbytes: less memory, other answers")
+
+
+@dataclass(kw_only=True)
+class EvaluationArguments(PolicyArguments):
     """What every simulator's evaluation can be told; a script adds its own fields, and the defaults that suit it.
 
     `rank`, `num_processes`, `launch` and `store` are not flags: `driver.join_launch` sets them.
@@ -68,7 +75,6 @@ class EvaluationArguments(ExecutionArguments, DecodingArguments):
     num_videos: int = option(
         1, "film the first N episodes, in LIBERO of each task (default: %(default)s)", metavar="N"
     )
-    load_in_4bit: bool = option(False, "weights as NF4, with bitsandbytes: less memory, other answers")
     overwrite: bool = option(False, "delete the evaluation in --output_dir and start anew")
 
     rank: int = field(init=False, default=0)

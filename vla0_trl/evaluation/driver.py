@@ -103,7 +103,7 @@ def evaluate(
     join_launch(args)
     with user_errors():
         source = policy_source(args)
-        simulation = prepare(execution_config(source.config, args))
+        simulation = prepare(args.execution_of(source.config))
 
     policy, crashed, complete = None, [], True
     for run in simulation.runs:
@@ -145,20 +145,6 @@ def leave(status: int, message: str) -> NoReturn:
     """End the program with a line on stderr."""
     print(message, file=sys.stderr)
     sys.exit(status)
-
-
-def execution_config(config: VLAConfig, args: EvaluationArguments) -> VLAConfig:
-    """The checkpoint's config with the execution that the flags ask for; `ValueError` if that is impossible.
-
-    Steps of a chunk and ensembling exclude each other: asking for one replaces the checkpoint's other.
-    """
-    names = ("n_action_steps", "ensemble_size", "ensemble_decay", "ensemble_weights")
-    changes = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
-    if "n_action_steps" in changes:
-        changes.setdefault("ensemble_size", 1)
-    elif changes.get("ensemble_size", 1) > 1:
-        changes["n_action_steps"] = None
-    return config.replace(**changes)
 
 
 def simulator_version(*packages: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vla0_trl.config import VLAConfig
-from vla0_trl.evaluation.arguments import EvaluationArguments
+from vla0_trl.evaluation.arguments import PolicyArguments
 from vla0_trl.evaluation.env_runner import Seed
 from vla0_trl.evaluation.rollout import Policy
 from vla0_trl.internals import PARALLEL
@@ -51,7 +51,7 @@ class PolicySource:
     load: Callable[[VLAConfig], EvaluatedPolicy]
 
 
-def checkpoint_policy(args: EvaluationArguments) -> PolicySource:
+def checkpoint_policy(args: PolicyArguments) -> PolicySource:
     """The checkpoint that `args` name; `ValueError` if there is no such checkpoint, device or type."""
     device, dtype = resolve_device(args.device, args.dtype)
     folder = checkpoint_folder(args.model_name_or_path)

@@ -31,6 +31,7 @@ PROTOCOL = 1  # of what our metadata and options mean; openpi's own messages hav
 HEALTH = "/healthz"
 MAX_UNANSWERED = 16  # requests of one connection that are read ahead of their replies
 HANDSHAKE_S = 10.0
+GOODBYE_S = 5.0  # for the last replies, to clients that read slowly
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ def _is_loopback(host: str) -> bool:
 
 
 class PolicyServer:
-    """An engine on the network. `async with PolicyServer(…) as server:` listens until the block ends.
+    """An engine on the network. `async with PolicyServer(…) as server:` listens until the block ends, which stops
+    the engine.
 
     Args:
         engine ([`Engine`]): warm, and started.
@@ -88,7 +90,8 @@ class PolicyServer:
 
     def __init__(self, engine: Engine, reader: RequestReader, options: ServerOptions, revision: str = ""):
         self.engine, self.reader, self.options, self.revision = engine, reader, options, revision
-        self._connections, self._numbers = 0, itertools.count()
+        self._replies: set[asyncio.Queue] = set()  # one of each connection
+        self._numbers = itertools.count()
         self._server: Server | None = None
 
     async def __aenter__(self) -> PolicyServer:
@@ -110,6 +113,10 @@ class PolicyServer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        # What is being computed is answered, what waits is refused, and both are told before connections close.
+        await asyncio.to_thread(self.engine.stop)
+        if told := [asyncio.create_task(replies.join()) for replies in self._replies]:
+            await asyncio.wait(told, timeout=GOODBYE_S)
         self._server.close()
         await self._server.wait_closed()
 
@@ -142,14 +149,14 @@ class PolicyServer:
             given = ", ".join(request.headers.get_all("Authorization"))
             if not hmac.compare_digest(given.encode(errors="replace"), f"Api-Key {self.options.api_key}".encode()):
                 return connection.respond(HTTPStatus.UNAUTHORIZED, "send Authorization: Api-Key KEY\n")
-        if self._connections >= self.options.max_connections:
+        if len(self._replies) >= self.options.max_connections:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "all connections are taken\n")
         return None
 
     async def _converse(self, connection: ServerConnection) -> None:
         """One client, until it leaves: requests are read ahead, replies come in their order."""
-        self._connections += 1
         number, replies = next(self._numbers), asyncio.Queue(MAX_UNANSWERED)
+        self._replies.add(replies)
         sender = asyncio.create_task(self._send(connection, replies))
         try:
             await connection.send(pack(self.metadata()))
@@ -159,7 +166,7 @@ class PolicyServer:
         except ConnectionClosed as closed:
             logger.info("a client left: %s", closed)
         finally:
-            self._connections -= 1
+            self._replies.remove(replies)
             sender.cancel()
             while not replies.empty():
                 _, reply = replies.get_nowait()
@@ -207,4 +214,5 @@ class PolicyServer:
                 await connection.send(answer)
             except ConnectionClosed:
                 return
+            replies.task_done()
             total = time.perf_counter() - arrived

@@ -110,13 +110,16 @@ def _read_offline(path: Path) -> dict[str, Any]:
 
 
 def summary_table(runs: list[tuple[str, dict[str, Any]]]) -> Table:
-    """One row per run, from (name, `metrics.aggregate`'s numbers)."""
+    """One row per run, from (name, `metrics.aggregate`'s numbers); with the revision where they are a whole run's."""
     with_coverage = all("mean_max_coverage" in run for _, run in runs)
     middle = ["max coverage", "95 %"] if with_coverage else ["steps"]
-    header = ["run", "episodes", "success %", "95 %", *middle, "s/episode", "ms/chunk"]
+    whole = all("checkpoint_hash" in run for _, run in runs)
+    names = ["run", "revision"] if whole else ["run"]
+    header = [*names, "episodes", "success %", "95 %", *middle, "s/episode", "ms/chunk"]
     rows = []
     for name, run in runs:
-        row = [name, str(run["num_episodes"]), *success_cells(run)]
+        row = [name, run["checkpoint_hash"][:8]] if whole else [name]
+        row += [str(run["num_episodes"]), *success_cells(run)]
         if with_coverage:
             coverage = run["mean_max_coverage_interval"]
             row += [f"{run['mean_max_coverage']:.3f}", f"{coverage[0]:.3f} – {coverage[1]:.3f}"]
