@@ -290,11 +290,12 @@ def test_losses_equal_plain_trl(dot_dataset, tiny_nano, tmp_path):
         trainer.train()
         history.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     np.testing.assert_allclose(*history, rtol=1e-5)
-    # While it trains, the host waits for the device at TRL's metrics, five times, and where a lost run is noticed.
+    # While it trains, the host waits for the device at TRL's metrics, five times, where a lost run is noticed, and
+    # twice where the answers' positions are chosen: on GPUs, TRL itself does that.
     syncs = []
     for trainer in (plain, ours):
         batch = next(iter(trainer.get_train_dataloader()))
         with HostSyncs() as counter:
             trainer.training_step(trainer.model, batch)
         syncs.append(counter.count)
-    assert syncs[1] == 6 + ONE_MORE < syncs[0]
+    assert syncs[1] == 8 + ONE_MORE < syncs[0]
