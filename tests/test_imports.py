@@ -48,6 +48,12 @@ def test_rooms_import_in_one_direction():
             assert imported == room or FLOOR[imported] < FLOOR[room], f"{path} ({room}) imports from {imported}"
 
 
+def test_what_the_lerobot_plugin_carries_needs_nothing_of_the_package():
+    for name in ("client", "codec", "safety"):
+        path = PACKAGE / "serving" / f"{name}.py"
+        assert not imports_of(path), f"{path} is in eval/lerobot_plugin, too, where vla0_trl is not"
+
+
 def test_scripts_never_import_scripts_and_tests_never_import_tests():
     for folder in ("data_prep", "eval", "recipes", "tests"):
         for path in (PACKAGE.parent / folder).rglob("*.py"):

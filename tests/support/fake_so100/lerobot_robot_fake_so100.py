@@ -93,7 +93,7 @@ class FakeSO100(Robot):
             end = x + length * math.cos(math.radians(angle)), y - length * math.sin(math.radians(angle))
             draw.line((x, y, *end), fill=(245, 200, 40), width=width)
             x, y = end
-        radius = 3 + self._joints[5] / 12
+        radius = max(1.0, 3 + self._joints[5] / 12)
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=(20, 20, 20), width=3)
         return np.asarray(image)
 
