@@ -8,13 +8,12 @@ are the ones that evaluation uses: leave some out, to test on what was not train
 """
 
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-from vla0_trl import __version__
 from vla0_trl.command_line import option, parse
 from vla0_trl.data.arguments import ConversionArguments, command_line_errors
-from vla0_trl.data.episodes import Episode, SourceInfo
+from vla0_trl.data.episodes import Episode
+from vla0_trl.data.libero_rows import simulated
 from vla0_trl.data.staging import ConversionError
 from vla0_trl.envs.libero import protocol
 from vla0_trl.envs.libero.env import LiberoTasks
@@ -44,19 +43,12 @@ class LiberoExpertEpisodes:
         suite = episodes[0].suite
         self.names = task_names(suite)
         self._tasks: LiberoTasks | None = None
-        self.info = SourceInfo(
-            source=f"{suite}, scripted expert",
-            revision=f"vla0_trl {__version__}, hf-libero {version('hf-libero')}, mujoco {version('mujoco')}",
-            license="apache-2.0",
-            robot="Franka Panda in LIBERO (robosuite, OSC_POSE)",
-            fps=protocol.CONTROL_FREQUENCY,
-            how=(
-                f"Recorded in the LIBERO simulator by vla0_trl's scripted expert, from the suite's own initial states "
-                f"{episodes[0].seed} to {episodes[-1].seed} of each task; only successful episodes are kept. Both "
-                f"cameras are rotated by 180°, as in evaluation. Assets: {assets_dir.name}."
-            ),
-            options={"episodes": [list(episode) for episode in episodes]},
-            units=protocol.UNITS,
+        self.info = simulated(
+            f"{suite}, scripted expert",
+            f"Recorded in the LIBERO simulator by vla0_trl's scripted expert, from the suite's own initial states "
+            f"{episodes[0].seed} to {episodes[-1].seed} of each task; only successful episodes are kept.",
+            assets_dir,
+            {"episodes": [list(episode) for episode in episodes]},
         )
 
     def __len__(self) -> int:

@@ -9,13 +9,10 @@ About 70 rows an episode; 5 s of CPU.
 
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 
-from vla0_trl import __version__
 from vla0_trl.command_line import option, parse
 from vla0_trl.data.arguments import ConversionArguments, command_line_errors
-from vla0_trl.data.episodes import SourceInfo
-from vla0_trl.data.libero_rows import EVERY, TeacherEpisodes
+from vla0_trl.data.libero_rows import EVERY, TeacherEpisodes, simulated
 from vla0_trl.data.staging import ConversionError
 from vla0_trl.envs.libero import protocol
 from vla0_trl.envs.libero.setup import find_assets
@@ -51,21 +48,13 @@ def main() -> None:
             "seed": args.seed,
             "every": args.every,
         }
-        info = SourceInfo(
-            source=f"{SUITE}, states labelled by a teacher",
-            revision=f"vla0_trl {__version__}, hf-libero {version('hf-libero')}, mujoco {version('mujoco')}",
-            license="apache-2.0",
-            robot="Franka Panda in LIBERO (robosuite, OSC_POSE)",
-            fps=protocol.CONTROL_FREQUENCY,
-            how=(
-                f"{args.episodes_per_task} episodes of each task in the LIBERO simulator, of vla0_trl's teacher, "
-                f"disturbed by noise; one frame in {args.every} is kept, each with the teacher's own next actions. "
-                f"Objects are placed by the task's sampler, in half of the episodes all moved by up to "
-                f"{100 * MOST_SHIFTED:.0f} cm. Both cameras are rotated by 180°, as in evaluation. "
-                f"Assets: {assets.name}."
-            ),
-            options=options | settings,
-            units=protocol.UNITS,
+        info = simulated(
+            f"{SUITE}, states labelled by a teacher",
+            f"{args.episodes_per_task} episodes of each task in the LIBERO simulator, of vla0_trl's teacher, disturbed"
+            f" by noise; one frame in {args.every} is kept, each with the teacher's own next actions. Objects are"
+            f" placed by the task's sampler, in half of the episodes all moved by up to {100 * MOST_SHIFTED:.0f} cm.",
+            assets,
+            options | settings,
         )
         make_env = partial(TeachingEnv, tasks, assets_dir=assets, **settings)
         source = TeacherEpisodes(

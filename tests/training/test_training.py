@@ -49,12 +49,8 @@ def test_every_checkpoint_is_self_sufficient(full_run):
     final = predicts(full_run)
     assert final.shape == (1, 4, 2)
     assert np.array_equal(predicts(full_run / "checkpoint-4"), final)
-    assert all(moved(full_run / "checkpoint-2", full_run).values()) and predicts(full_run / "checkpoint-2").shape == (
-        1,
-        4,
-        2,
-    )
-    assert predicts(full_run / "initial").shape == (1, 4, 2)
+    assert all(moved(full_run / "checkpoint-2", full_run).values())
+    assert predicts(full_run / "checkpoint-2").shape == predicts(full_run / "initial").shape == (1, 4, 2)
     assert not list(full_run.rglob("*.bin.index.json")) and not list(full_run.rglob("pytorch_model*"))
 
 

@@ -7,18 +7,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vla0_trl import __version__
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.episodes import Episode, SourceInfo, action_windows, raw_rows
-from vla0_trl.envs.libero.protocol import ACTION_DIM, STATE_DIM
+from vla0_trl.envs.libero.protocol import ACTION_DIM, CONTROL_FREQUENCY, STATE_DIM, UNITS
 from vla0_trl.envs.libero.setup import instruction, task_names
 from vla0_trl.envs.libero.teacher import SUITE, TeachingEnv, drive_with_noise, split_states
 
 EVERY = 2  # steps between frames: neighbours look alike, and drawing takes most of the time
 CHUNK_SIZE = 8  # a recipe may ask for shorter ones
+
+
+def simulated(source: str, how: str, assets_dir: Path, options: dict[str, Any]) -> SourceInfo:
+    """What the card says of episodes from the LIBERO simulator: who acted, and how."""
+    return SourceInfo(
+        source=source,
+        revision=f"vla0_trl {__version__}, hf-libero {version('hf-libero')}, mujoco {version('mujoco')}",
+        license="apache-2.0",
+        robot="Franka Panda in LIBERO (robosuite, OSC_POSE)",
+        fps=CONTROL_FREQUENCY,
+        how=f"{how} Both cameras are rotated by 180°, as in evaluation. Assets: {assets_dir.name}.",
+        options=options,
+        units=UNITS,
+    )
 
 
 def labelled_frames(states: np.ndarray, env: TeachingEnv, chunk_size: int, every: int = EVERY) -> list[Episode]:

@@ -2,8 +2,7 @@
 
 An episode depends on its task and initial state alone, not on the episodes before it in the same process. What a
 policy sees is what a plain loop around LIBERO's own environment gives, bit by bit where no fixture stands open (a test
-compares them); an open drawer or door may stand up to 1.3 cm elsewhere, because in LIBERO's own loop its place depends
-on what ran before. It is drawn only when somebody looks: on a CPU, drawing takes nine tenths of the time.
+compares them). An open drawer or door may be up to 1.3 cm off: in LIBERO's own loop that depends on what ran before.
 """
 
 from __future__ import annotations
