@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vla0_trl.config import CONFIG_NAME
 from vla0_trl.models.fingerprint import weight_files
@@ -71,7 +72,7 @@ def check_config(name_or_path: str | Path, revision: str | None = None) -> None:
             if is_number(part[field]) and part[field] > _MOST_LAYERS:
                 raise ValueError(f"{name_or_path}: config.json: {field} is {part[field]}, wanted up to {_MOST_LAYERS}")
     stored = sum(file.stat().st_size for file in weight_files(name_or_path)) if Path(name_or_path).is_dir() else 0
-    if not stored:
+    if not stored or is_deepspeed_zero3_enabled():  # ZeRO-3 fills every model that is built, also one on "meta"
         return
     with sound(name_or_path), torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name_or_path))
