@@ -27,6 +27,7 @@ def load_whole(name_or_path: str | Path, revision: str | None, **options: Any) -
         ValueError: weights are missing, of another shape or not finite; or, in a checkpoint of ours, unexpected.
     """
     check_config(name_or_path, revision)
+    _check_size(name_or_path)
     with sound(name_or_path):
         model, info = AutoModelForImageTextToText.from_pretrained(
             name_or_path, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -60,10 +61,7 @@ def not_loaded(name_or_path: str | Path, error: Exception) -> ValueError:
 
 
 def check_config(name_or_path: str | Path, revision: str | None = None) -> None:
-    """`ValueError` for a config.json that would take minutes or fill memory before transformers finds a mistake.
-
-    A folder's model may have at most `_NUMBERS_PER_BYTE` numbers for each byte of its weight files.
-    """
+    """`ValueError` for a config.json that transformers would read for minutes before it finds the mistake."""
     with sound(name_or_path):
         found, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
         parts = [found, *(value for value in found.values() if isinstance(value, dict))]
@@ -71,6 +69,13 @@ def check_config(name_or_path: str | Path, revision: str | None = None) -> None:
         for field in _LAYERS & part.keys():
             if is_number(part[field]) and part[field] > _MOST_LAYERS:
                 raise ValueError(f"{name_or_path}: config.json: {field} is {part[field]}, wanted up to {_MOST_LAYERS}")
+
+
+def _check_size(name_or_path: str | Path) -> None:
+    """`ValueError` for a folder whose config.json is of a model that its weight files are far too small for.
+
+    transformers would fill memory with what is missing.
+    """
     stored = sum(file.stat().st_size for file in weight_files(name_or_path)) if Path(name_or_path).is_dir() else 0
     if not stored or is_deepspeed_zero3_enabled():  # ZeRO-3 fills every model that is built, also one on "meta"
         return

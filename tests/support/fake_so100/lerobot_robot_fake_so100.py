@@ -32,29 +32,11 @@ def in_units(degrees: np.ndarray, use_degrees: bool) -> np.ndarray:
     return np.append(body if use_degrees else body.clip(-100, 100), degrees[5])
 
 
-@RobotConfig.register_subclass("fake_so100")
-@dataclass
-class FakeSO100Config(RobotConfig):
-    use_degrees: bool = True
-    place: float = 0.5
-    speed: float = 0.35  # part of the way to its target that a servo goes in a tick
-    log: str | None = None
+class _Arm:
+    """What both arms have: joints, and a connection that is a word."""
 
-
-class FakeSO100(Robot):
-    config_class = FakeSO100Config
-    name = "so100_follower"
-
-    def __init__(self, config: FakeSO100Config):
-        super().__init__(config)
-        self.config, self._connected = config, False
-        self._joints = in_units(REST, config.use_degrees)
-        self._target = self._joints
-        self._log = open(config.log, "a", buffering=1) if config.log else None  # noqa: SIM115
-
+    _connected = False
     action_features = property(lambda self: {f"{joint}.pos": float for joint in JOINTS})
-    observation_features = property(lambda self: self.action_features | {"front": (240, 320, 3)})
-    cameras = property(lambda self: {"front": None})
     is_connected = property(lambda self: self._connected)
     is_calibrated = True
 
@@ -69,6 +51,30 @@ class FakeSO100(Robot):
 
     def configure(self) -> None:
         """It is."""
+
+
+@RobotConfig.register_subclass("fake_so100")
+@dataclass
+class FakeSO100Config(RobotConfig):
+    use_degrees: bool = True
+    place: float = 0.5
+    speed: float = 0.35  # part of the way to its target that a servo goes in a tick
+    log: str | None = None
+
+
+class FakeSO100(_Arm, Robot):
+    config_class = FakeSO100Config
+    name = "so100_follower"
+
+    def __init__(self, config: FakeSO100Config):
+        super().__init__(config)
+        self.config = config
+        self._joints = in_units(REST, config.use_degrees)
+        self._target = self._joints
+        self._log = open(config.log, "a", buffering=1) if config.log else None  # noqa: SIM115
+
+    observation_features = property(lambda self: self.action_features | {"front": (240, 320, 3)})
+    cameras = property(lambda self: {"front": None})
 
     def get_observation(self) -> dict:
         self._joints = self._joints + self.config.speed * (self._target - self._joints)
@@ -105,7 +111,7 @@ class FakeLeaderConfig(TeleoperatorConfig):
     place: float = 0.5
 
 
-class FakeLeader(Teleoperator):
+class FakeLeader(_Arm, Teleoperator):
     """A hand that goes to the block and back, over and over."""
 
     config_class = FakeLeaderConfig
@@ -113,24 +119,9 @@ class FakeLeader(Teleoperator):
 
     def __init__(self, config: FakeLeaderConfig):
         super().__init__(config)
-        self.config, self._tick, self._connected = config, 0, False
+        self.config, self._tick = config, 0
 
-    action_features = property(lambda self: {f"{joint}.pos": float for joint in JOINTS})
     feedback_features = property(lambda self: {})
-    is_connected = property(lambda self: self._connected)
-    is_calibrated = True
-
-    def connect(self, calibrate: bool = True) -> None:
-        self._connected = True
-
-    def disconnect(self) -> None:
-        self._connected = False
-
-    def calibrate(self) -> None:
-        """It is."""
-
-    def configure(self) -> None:
-        """It is."""
 
     def send_feedback(self, feedback: dict) -> None:
         """It feels nothing."""
