@@ -68,7 +68,8 @@ async def listen(server, url: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with server:
-        print(f"serving on {url}:{server.port}, latency {server.engine.percentiles()} ms; Ctrl-C stops", flush=True)
+        latency = ", ".join(f"{name} {ms:.0f} ms" for name, ms in server.engine.percentiles().items())
+        print(f"serving on {url}:{server.port}, latency {latency}; Ctrl-C stops", flush=True)
         await stop.wait()
 
 
