@@ -5,8 +5,7 @@ import torch
 from trl import ModelConfig
 
 from vla0_trl.training.arguments import DataArguments, VLASFTConfig
-from vla0_trl.training.precision import PRECISION_ADVICE, without_bfloat16
-from vla0_trl.training.settings import check_together
+from vla0_trl.training.settings import PRECISION_ADVICE, check_together, without_bfloat16
 
 
 @pytest.fixture

@@ -17,8 +17,13 @@ from vla0_trl.command_line import option
 from vla0_trl.config import VLAConfig
 from vla0_trl.execution_arguments import ExecutionArguments
 from vla0_trl.training.muon import MUON
-from vla0_trl.training.precision import PRECISION_ADVICE, without_bfloat16
-from vla0_trl.training.settings import NEEDS, check_cotraining, check_settings
+from vla0_trl.training.settings import (
+    NEEDS,
+    PRECISION_ADVICE,
+    check_cotraining,
+    check_settings,
+    without_bfloat16,
+)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Which of TRL's settings a recipe honours: a setting that would do nothing raises, and says what to use instead.
 
-Each field of TRL's `SFTConfig` and `ModelConfig`, and of [`VLASFTConfig`], is in one of four tables. A test holds them
-against the installed TRL, so that a new field is noticed.
+Here are the fields of TRL's `SFTConfig` and `ModelConfig`, and of [`VLASFTConfig`], that may do nothing. The test of
+this module lists all others, and so notices a new field of TRL's.
 """
 
 from __future__ import annotations
@@ -17,34 +17,12 @@ import torch
 from torch.optim import SGD
 from transformers import get_scheduler
 
-from vla0_trl.training.precision import PRECISION_ADVICE, without_bfloat16
-
-HONOURED = """
-    output_dir per_device_train_batch_size num_train_epochs max_steps gradient_accumulation_steps learning_rate
-    lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules weight_decay adam_beta1
-    adam_beta2 adam_epsilon max_grad_norm average_tokens_across_devices label_smoothing_factor loss_type
-    neftune_noise_alpha router_aux_loss_coef bf16 fp16 bf16_full_eval fp16_full_eval tf32 use_cpu
-    gradient_checkpointing activation_checkpointing activation_offloading torch_compile torch_compile_backend
-    torch_compile_mode torch_empty_cache_steps auto_find_batch_size use_liger_kernel pad_to_multiple_of
-    seed data_seed full_determinism train_sampling_strategy
-
-    logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node log_level
-    log_level_replica include_num_input_tokens_seen skip_memory_metrics debug disable_tqdm report_to run_name
-    eval_strategy eval_on_start load_best_model_at_end metric_for_best_model greater_is_better
-    save_strategy save_steps save_total_limit save_only_model save_on_each_node resume_from_checkpoint
-    ignore_data_skip restore_callback_states_from_checkpoint push_to_hub
-
-    accelerator_config parallelism_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
-    ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed
-    dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
-    dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
-
-    model_name_or_path model_revision dtype attn_implementation use_peft load_in_8bit load_in_4bit
-
-    muon_adamw_learning_rate mask_max mask_skip mask_full mask_branches mask_labels mask_unit label_smoothing_bins
-    rows_in_memory freeze_vision nano save_initial stop_at_token_accuracy rollout_steps dagger_steps probe_steps
-    log_energy overwrite cotrain_dataset_name
-"""
+_FIRST_WITH_BFLOAT16 = (8, 0)  # compute capability: Ampere (A100, RTX 30) and later; T4 and RTX 20 have 7.5
+PRECISION_ADVICE = (
+    "float16 does not help: in it, VLA-0-Smol's training diverged. Train in float32 with LoRA (use_peft=true, "
+    "dtype=float32, bf16=false), slower and with more memory, or take a card that has "
+    "bfloat16: RTX 30 or newer, A10, L4, A100"
+)
 
 # By the switch without which they do nothing.
 NEEDS = {
@@ -84,24 +62,8 @@ REFUSED = {
     "a recipe trains; eval/ evaluates": "do_predict",
 }
 
-IRRELEVANT = {
-    "says how, where another setting says whether (eval_strategy, rollout_steps, report_to). What is learnt does not "
-    "change, and a recipe's YAML keeps its value when a command line switches that off": (
-        "eval_steps eval_delay per_device_eval_batch_size rollout_episodes project trackio_space_id "
-        "trackio_bucket_id trackio_static_space_id"
-    ),
-    "true is what happens, and false is refused": "completion_only_loss",
-    "a recipe always trains, and evaluates where eval_strategy says so; transformers sets them": "do_train do_eval",
-    "launchers set it": "local_rank",
-}
-
 _WITHOUT_ADAM = ("sgd", "adafactor", "adagrad", "rmsprop")
 _LOW_RANK = ("galore", "apollo")
-
-
-def by_name(table: dict[str, str]) -> dict[str, str]:
-    """A table's fields, each with what it is listed under."""
-    return {name: heading for heading, names in table.items() for name in names.split()}
 
 
 def check_settings(settings: Any) -> None:
@@ -162,6 +124,13 @@ def _silenced(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if values["mask_skip"] == 1 or values["mask_max"] == values["mask_full"] == 0:
         names = "mask_max mask_full mask_labels mask_unit" if values["mask_skip"] == 1 else "mask_labels mask_unit"
         yield names, "no value is ever hidden (mask_skip=1, or mask_max=0 and mask_full=0); leave it out"
+
+
+def without_bfloat16() -> str | None:
+    """The GPU's name if it has no units for bfloat16; torch's own question says yes, since it emulates it, slowly."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= _FIRST_WITH_BFLOAT16:
+        return None
+    return torch.cuda.get_device_name()
 
 
 def check_cotraining(training: Any) -> None:
