@@ -138,7 +138,7 @@ def test_frame_shows_the_last_action():
     env = PushTEnv()
     env.reset(0)
     env.step(np.array([480.0, 32.0]))
-    frame = env.frame(256)
+    frame = env.frame()
     assert frame.shape == (256, 256, 3)
     assert frame[16, 240].tolist() == [255, 0, 0]
 

@@ -228,7 +228,7 @@ def test_aggregate():
     assert summary["seconds_per_episode"] == 2.0
     assert summary["ms_per_chunk"] == 300
     assert (summary["model_seconds"], summary["environment_seconds"], summary["model_calls"]) == (6, 2, 20)
-    assert metrics.aggregate_tasks([*rows, rows[0] | {"task": "lift"}])["lift"]["num_episodes"] == 1
+    assert metrics.aggregate_by(metrics.task_label, [*rows, rows[0] | {"task": "lift"}])["lift"]["num_episodes"] == 1
 
 
 def test_checkpoint_hash_covers_all_that_decides_an_answer_and_no_more(tmp_path):

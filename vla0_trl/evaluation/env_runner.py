@@ -28,8 +28,8 @@ class Environment(Protocol):
     def step(self, action: np.ndarray) -> bool:
         """Execute float32[D] in environment units; True when the episode is over."""
 
-    def frame(self, size: int = 256) -> np.ndarray:
-        """uint8[size, size, 3] for a video."""
+    def frame(self) -> np.ndarray:
+        """uint8[256, 256, 3] for a video."""
 
     def result(self) -> dict[str, Any]:
         """The episode's numbers, `success` and `steps` among them."""

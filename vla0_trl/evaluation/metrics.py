@@ -68,17 +68,13 @@ def aggregate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def aggregate_tasks(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`aggregate` for each task of `rows`, by its label, in the tasks' order."""
-    return _aggregate_by(rows, task_label)
+def suite_of(row: dict[str, Any]) -> str:
+    """LIBERO's suite that a line is of."""
+    return row["suite"]
 
 
-def aggregate_suites(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`aggregate` for each suite of LIBERO in `rows`."""
-    return _aggregate_by(rows, lambda row: row["suite"])
-
-
-def _aggregate_by(rows: list[dict[str, Any]], label: Callable[[dict[str, Any]], str]) -> dict[str, dict[str, Any]]:
+def aggregate_by(label: Callable[[dict[str, Any]], str], rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`aggregate` for each group of rows with one label, such as `task_label` or `suite_of`, in the tasks' order."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: (*identity(row)[:-1], row["task"])):
         groups.setdefault(label(row), []).append(row)

@@ -1,4 +1,4 @@
-"""The LIBERO simulator (Liu et al. 2023), as evaluation and recording both use it, by the rules of `libero_protocol`.
+"""The LIBERO simulator (Liu et al. 2023), as evaluation and recording both use it, by the rules of `protocol.py`.
 
 An episode depends on its task and initial state alone, not on the episodes before it in the same process. What a
 policy sees is what a plain loop around LIBERO's own environment gives, bit by bit where no fixture stands open (a test
@@ -15,19 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from vla0_trl.envs.libero.protocol import (
-    ACTION_DIM,
-    CAMERAS,
-    CONTROL_FREQUENCY,
-    DEFAULT_CAMERAS,
-    IMAGE_SIZE,
-    MAX_STEPS,
-    ROTATION,
-    SEED,
-    SETTLING_ACTION,
-    SETTLING_STEPS,
-    LiberoEpisode,
-)
+from vla0_trl.envs.libero import protocol
+from vla0_trl.envs.libero.perturb import Perturbation
 from vla0_trl.envs.libero.setup import (
     LiberoError,
     initial_states,
@@ -38,32 +27,14 @@ from vla0_trl.envs.libero.setup import (
 )
 
 
-class Perturbation:
-    """What a test of robustness changes, deterministically (see `libero_perturb`); this one changes nothing."""
-
-    def task(self, suite: str, task_id: int, task: str) -> str:
-        """What the policy is told instead."""
-        return task
-
-    def change_model(self, model: Any) -> None:
-        """Change robosuite's `MjModel`, once."""
-
-    def change_state(self, env: LiberoEnv, rng: np.random.Generator) -> None:
-        """Change the scene of an episode, before objects settle."""
-
-    def image(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """uint8[H, W, 3], upright -> what the policy sees."""
-        return image
-
-
 class LiberoEnv:
     """One task. Only one of these may be open in a process: under OSMesa, two draw into each other's pictures.
 
     Args:
         suite (`str`), task_id (`int`): which task.
-        cameras (`Sequence[str]`): which to give, by the names in `libero_protocol.CAMERAS`.
+        cameras (`Sequence[str]`): which to give, by the names in `protocol.CAMERAS`.
         max_steps (`int`, *optional*): limit of an episode, without the settling; by default the suite's.
-        assets_dir (`str`, *optional*): see [`libero_setup.find_assets`].
+        assets_dir (`str`, *optional*): see [`setup.find_assets`].
         perturbation ([`Perturbation`], *optional*): what to change.
         render_size (`int`, *optional*, defaults to `IMAGE_SIZE`): px; at 128, LIBERO's own, drawing takes a third.
         sampled (`bool`, *optional*): begin where the task's own sampler places objects, drawn with the episode's
@@ -78,24 +49,24 @@ class LiberoEnv:
         self,
         suite: str,
         task_id: int,
-        cameras: Sequence[str] = DEFAULT_CAMERAS,
+        cameras: Sequence[str] = protocol.DEFAULT_CAMERAS,
         max_steps: int | None = None,
         assets_dir: str | Path | None = None,
         perturbation: Perturbation | None = None,
-        render_size: int = IMAGE_SIZE,
+        render_size: int = protocol.IMAGE_SIZE,
         sampled: bool = False,
     ):
         names = task_names(suite)
         if not 0 <= task_id < len(names):
             raise ValueError(f"{suite} has tasks 0 to {len(names) - 1}, not {task_id}")
-        unknown = set(cameras) - CAMERAS.keys()
+        unknown = set(cameras) - protocol.CAMERAS.keys()
         if unknown:
-            raise ValueError(f"LIBERO has no cameras {sorted(unknown)}: they are called {sorted(CAMERAS)}")
+            raise ValueError(f"LIBERO has no cameras {sorted(unknown)}: they are called {sorted(protocol.CAMERAS)}")
         prepare_simulator(assets_dir)
         from libero.libero.envs import OffScreenRenderEnv
 
         self.suite, self.task_id, self.cameras = suite, task_id, tuple(cameras)
-        self.max_steps = max_steps or MAX_STEPS[suite]
+        self.max_steps = max_steps or protocol.MAX_STEPS[suite]
         self.render_size, self.sampled = render_size, sampled
         self.perturbation = perturbation or Perturbation()
         self.task = self.perturbation.task(suite, task_id, instruction(names[task_id]))
@@ -104,12 +75,12 @@ class LiberoEnv:
         try:
             self.simulator = OffScreenRenderEnv(
                 bddl_file_name=str(package_folder() / "bddl_files" / suite / f"{names[task_id]}.bddl"),
-                control_freq=CONTROL_FREQUENCY,
+                control_freq=protocol.CONTROL_FREQUENCY,
                 use_camera_obs=False,
                 # The same model again instead of a new one from XML: seconds less an episode. What robosuite then
                 # forgets to reset, `reset` does.
                 hard_reset=False,
-                horizon=self.max_steps + SETTLING_STEPS + 1,
+                horizon=self.max_steps + protocol.SETTLING_STEPS + 1,
             ).env
         except FileNotFoundError as error:
             raise LiberoError(
@@ -139,7 +110,7 @@ class LiberoEnv:
             self._drawn: dict[str, np.ndarray] = {}
             return np.zeros(1)
 
-        self.simulator.add_observable(Observable("snapshot", snapshot, sampling_rate=CONTROL_FREQUENCY))
+        self.simulator.add_observable(Observable("snapshot", snapshot, sampling_rate=protocol.CONTROL_FREQUENCY))
 
     def reset(self, seed: int) -> None:
         """Begin at the task's initial state of this index, after the objects have settled."""
@@ -148,7 +119,7 @@ class LiberoEnv:
         if not self.sampled and not 0 <= seed < len(self._states):
             raise ValueError(f"{self.suite} task {self.task_id} has initial states 0 to {len(self._states) - 1}")
         self.seed = seed
-        np.random.seed(SEED + seed)  # where fixtures stand; robosuite draws from the global generator
+        np.random.seed(protocol.SEED + seed)  # where fixtures stand; robosuite draws from the global generator
         while True:
             try:
                 self.simulator.reset()
@@ -158,8 +129,8 @@ class LiberoEnv:
         for robot in self.simulator.robots:
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
         self._set_state(self.simulator.sim.get_state().flatten() if self.sampled else self._states[seed])
-        for _ in range(SETTLING_STEPS):
-            self._observed, *_ = self.simulator.step(SETTLING_ACTION)
+        for _ in range(protocol.SETTLING_STEPS):
+            self._observed, *_ = self.simulator.step(protocol.SETTLING_ACTION)
         self.steps = 0
         self.success = self._done = False
 
@@ -167,7 +138,7 @@ class LiberoEnv:
         """As ControlEnv.regenerate_obs_from_state does it, with the perturbation in between."""
         sim = self.simulator.sim
         sim.set_state_from_flattened(state)
-        self.perturbation.change_state(self, np.random.default_rng([SEED, self.seed]))
+        self.perturbation.change_state(self, np.random.default_rng([protocol.SEED, self.seed]))
         sim.forward()
         self.simulator._post_process()
         self.simulator._update_observables(force=True)
@@ -205,7 +176,7 @@ class LiberoEnv:
 
     def pictures(self) -> dict[str, np.ndarray]:
         """uint8[render_size, render_size, 3] of each camera, as `observe` gives them."""
-        return {name: self._draw(CAMERAS[name]) for name in self.cameras}
+        return {name: self._draw(protocol.CAMERAS[name]) for name in self.cameras}
 
     def step(self, action: np.ndarray) -> bool:
         """Execute float[7]; True when the episode is over, by success or by the limit.
@@ -217,31 +188,28 @@ class LiberoEnv:
         if self._done:
             raise RuntimeError("the episode is over: call reset(seed) before step")
         action = np.asarray(action, dtype=np.float64)
-        if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
-            raise ValueError(f"the action of step {self.steps} is {action}; it must be {ACTION_DIM} finite numbers")
+        if action.shape != (protocol.ACTION_DIM,) or not np.isfinite(action).all():
+            wanted = f"it must be {protocol.ACTION_DIM} finite numbers"
+            raise ValueError(f"the action of step {self.steps} is {action}; {wanted}")
         self._observed, _, done, _ = self.simulator.step(action)
         self.steps += 1
         self.success = bool(done)
         self._done = self.success or self.steps >= self.max_steps
         return self._done
 
-    def frame(self, size: int = IMAGE_SIZE) -> np.ndarray:
-        """uint8[size, size, 3] for a video: the camera that looks at the scene, as the policy would see it."""
-        if size != IMAGE_SIZE:
-            raise ValueError(f"LIBERO draws {IMAGE_SIZE} px, not {size}")
-        return (
-            self._draw(CAMERAS["image"])
-            .repeat(IMAGE_SIZE // self.render_size, 0)
-            .repeat(IMAGE_SIZE // self.render_size, 1)
-        )
+    def frame(self) -> np.ndarray:
+        """uint8[256, 256, 3] for a video: the camera that looks at the scene, as the policy would see it."""
+        scale = protocol.IMAGE_SIZE // self.render_size
+        return self._draw(protocol.CAMERAS["image"]).repeat(scale, 0).repeat(scale, 1)
 
     def _draw(self, camera: str) -> np.ndarray:
         if camera not in self._drawn:
             sim = self.simulator.sim
             picture = sim.render(camera_name=camera, width=self.render_size, height=self.render_size)
             # of this picture alone: noise must not depend on how many others were drawn, for a video perhaps
-            rng = np.random.default_rng([SEED, self.seed, self.steps, list(CAMERAS.values()).index(camera)])
-            self._drawn[camera] = self.perturbation.image(np.ascontiguousarray(picture[ROTATION]), rng)
+            number = list(protocol.CAMERAS.values()).index(camera)
+            rng = np.random.default_rng([protocol.SEED, self.seed, self.steps, number])
+            self._drawn[camera] = self.perturbation.image(np.ascontiguousarray(picture[protocol.ROTATION]), rng)
         return self._drawn[camera]
 
     def result(self) -> dict[str, Any]:
@@ -278,7 +246,7 @@ class LiberoTasks:
             self._env = LiberoEnv(suite, task_id, **self._settings)
         return self._env
 
-    def reset(self, seed: LiberoEpisode) -> None:
+    def reset(self, seed: protocol.LiberoEpisode) -> None:
         """Start this episode."""
         self.open(seed.suite, seed.task_id).reset(seed.seed)
 
@@ -288,8 +256,8 @@ class LiberoTasks:
     def step(self, action: np.ndarray) -> bool:
         return self._env.step(action)
 
-    def frame(self, size: int = IMAGE_SIZE) -> np.ndarray:
-        return self._env.frame(size)
+    def frame(self) -> np.ndarray:
+        return self._env.frame()
 
     def result(self) -> dict[str, Any]:
         return self._env.result()

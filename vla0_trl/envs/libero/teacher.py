@@ -14,7 +14,7 @@ import numpy as np
 
 from vla0_trl.envs.libero.env import LiberoEnv, LiberoTasks
 from vla0_trl.envs.libero.expert import Hand, grip_points, surrounding_box
-from vla0_trl.envs.libero.perturb import OBJECT_SHIFT, ShiftObjects
+from vla0_trl.envs.libero.perturb import OBJECT_SHIFT, Perturbation
 from vla0_trl.envs.libero.protocol import (
     ACTION_DIM,
     DEFAULT_CAMERAS,
@@ -118,7 +118,8 @@ class TeachingEnv:
 
     def reset(self, seed: int) -> None:
         self.env = self.open(seed)
-        self.env.perturbation = ShiftObjects(MOST_SHIFTED / OBJECT_SHIFT * max(0.0, drawn(seed).uniform(-1, 1)))
+        shift = MOST_SHIFTED / OBJECT_SHIFT * max(0.0, drawn(seed).uniform(-1, 1))
+        self.env.perturbation = Perturbation(objects=shift)
         self.env.reset(seed)
         self.teacher = LiberoTeacher(self.env)
         self.action = self.teacher.action()

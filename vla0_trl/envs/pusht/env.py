@@ -141,9 +141,9 @@ class PushTEnv:
         self._done = self.success or self.steps >= self.max_episode_steps
         return self._done
 
-    def frame(self, size: int = 256) -> np.ndarray:
-        """uint8[size, size, 3]: the scene for a video, with a red cross at the last action, as gym-pusht draws it."""
-        return self._env._get_img(self._env._draw(), size, size, render_action=True)
+    def frame(self) -> np.ndarray:
+        """uint8[256, 256, 3]: the scene for a video, with a red cross at the last action, as gym-pusht draws it."""
+        return self._env._get_img(self._env._draw(), 256, 256, render_action=True)
 
     def result(self) -> dict:
         """The episode so far: `{"success": bool, "max_coverage": float, "return": float, "steps": int}`.

@@ -5,10 +5,9 @@ What is drawn depends on the seed and the step alone, so that a stopped fit goes
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -118,21 +117,14 @@ class TeacherFit:
         tensors |= {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
         for index, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
-        metadata = {"done": str(self.done), "settings": json.dumps(asdict(self.settings))}
         with whole_file(path) as partial:
-            save_file(tensors, partial, metadata)
+            save_file(tensors, partial, {"done": str(self.done)})
 
     def load(self, path: Path) -> None:
-        """Go on from what `save` wrote; `ValueError` if it was fitted with other settings."""
+        """Go on from what `save` wrote, of a fit with the same settings."""
         with safe_open(path, "pt") as file:
-            metadata = file.metadata()
+            self.done = int(file.metadata()["done"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
-        saved, wanted = json.loads(metadata["settings"]), asdict(self.settings)
-        for name, value in wanted.items():
-            if saved.get(name) != value:
-                raise ValueError(
-                    f"{path} was fitted with {name}={saved.get(name)}, not {value}: choose another folder"
-                )
 
         def part(prefix: str) -> dict[str, torch.Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -142,4 +134,3 @@ class TeacherFit:
         optimizer = self._optimizer.state_dict()
         optimizer["state"] = {index: part(f"optimizer.{index}.") for index in optimizer["param_groups"][0]["params"]}
         self._optimizer.load_state_dict(optimizer)
-        self.done = int(metadata["done"])

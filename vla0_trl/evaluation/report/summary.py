@@ -6,7 +6,7 @@ from typing import Any
 
 from vla0_trl.envs.libero.protocol import COLUMNS
 from vla0_trl.evaluation.episode_log import EPISODES, RESULTS, VIDEOS, read_episodes, video_name
-from vla0_trl.evaluation.metrics import aggregate_suites, aggregate_tasks, identity, mean_rate
+from vla0_trl.evaluation.metrics import aggregate_by, identity, mean_rate, suite_of, task_label
 from vla0_trl.run_files import read_energy, read_state
 from vla0_trl.schema import checked, each, items, mapping, number, optional, read_record, share, text, warn_once, whole
 
@@ -139,7 +139,7 @@ def suite_table(runs: list[Run]) -> Table | None:
 
     "Avg" is the mean of the papers' four suites, or of those of them that were run; "90" does not enter it.
     """
-    by_run = [aggregate_suites(run.episodes) for run in runs if "suite" in run.episodes[0]]
+    by_run = [aggregate_by(suite_of, run.episodes) for run in runs if "suite" in run.episodes[0]]
     if len(by_run) < len(runs):
         return None
     suites = [suite for suite in COLUMNS if any(suite in numbers for numbers in by_run)]
@@ -169,13 +169,13 @@ def tasks(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
 
     told = {key(row): row["task"] for row in runs[0].episodes}
     named = [[row | {"task": told.get(key(row), row["task"])} for row in run.episodes] for run in runs]
-    return _shared([aggregate_tasks(rows) for rows in named])
+    return _shared([aggregate_by(task_label, rows) for rows in named])
 
 
 def suites(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
     """The same for LIBERO's suites; none for other simulators."""
     libero = all("suite" in run.episodes[0] for run in runs)
-    return _shared([aggregate_suites(run.episodes) for run in runs]) if libero else {}
+    return _shared([aggregate_by(suite_of, run.episodes) for run in runs]) if libero else {}
 
 
 def _shared(by_run: list[dict[str, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
