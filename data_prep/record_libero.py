@@ -14,7 +14,6 @@ from vla0_trl.command_line import option, parse
 from vla0_trl.data.arguments import ConversionArguments, command_line_errors
 from vla0_trl.data.episodes import Episode
 from vla0_trl.data.libero_rows import simulated
-from vla0_trl.data.staging import ConversionError
 from vla0_trl.envs.libero import protocol
 from vla0_trl.envs.libero.env import LiberoTasks
 from vla0_trl.envs.libero.expert import SUITES, record_episode
@@ -78,11 +77,8 @@ class LiberoExpertEpisodes:
 def main() -> None:
     args = parse(Arguments, __doc__)
     with command_line_errors(args):
-        try:
-            end = args.first_init_state + args.episodes_per_task
-            episodes = protocol.select_episodes(args.suite, args.task_ids, end)
-        except ValueError as error:
-            raise ConversionError(str(error)) from error
+        end = args.first_init_state + args.episodes_per_task
+        episodes = protocol.select_episodes(args.suite, args.task_ids, end)
         episodes = [episode for episode in episodes if episode.seed >= args.first_init_state]
         source = LiberoExpertEpisodes(episodes, find_assets(args.assets_dir))
         config = args.config(

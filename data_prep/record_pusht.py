@@ -25,7 +25,6 @@ from vla0_trl.command_line import option, parse
 from vla0_trl.data.arguments import command_line_errors
 from vla0_trl.data.episodes import Episode, SourceInfo
 from vla0_trl.data.pusht import PushTArguments
-from vla0_trl.data.staging import ConversionError
 from vla0_trl.envs.pusht.env import CAMERA, FPS, MAX_EPISODE_STEPS, STATE_MODES, TASK, UNITS, check_speaks_pusht
 from vla0_trl.envs.pusht.expert import record_episode
 
@@ -111,11 +110,7 @@ class PushTExpertEpisodes:
 def main() -> None:
     args = parse(Arguments, __doc__)
     with command_line_errors(args):
-        try:
-            source = PushTExpertEpisodes(args)
-        except ValueError as error:
-            raise ConversionError(str(error)) from error
-        args.convert(source, args.pusht_config())
+        args.convert(PushTExpertEpisodes(args), args.pusht_config())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from functools import partial
 from vla0_trl.command_line import option, parse
 from vla0_trl.data.arguments import ConversionArguments, command_line_errors
 from vla0_trl.data.libero_rows import EVERY, TeacherEpisodes, simulated
-from vla0_trl.data.staging import ConversionError
 from vla0_trl.envs.libero import protocol
 from vla0_trl.envs.libero.setup import find_assets
 from vla0_trl.envs.libero.teacher import MOST_SHIFTED, SUITE, TeachingEnv
@@ -36,10 +35,7 @@ class Arguments(ConversionArguments):
 def main() -> None:
     args = parse(Arguments, __doc__)
     with command_line_errors(args):
-        try:
-            tasks = [episode.task_id for episode in protocol.select_episodes(SUITE, args.task_ids, 1)]
-        except ValueError as error:
-            raise ConversionError(str(error)) from error
+        tasks = [episode.task_id for episode in protocol.select_episodes(SUITE, args.task_ids, 1)]
         assets = find_assets(args.assets_dir)
         settings = {"cameras": args.cameras.split(","), "render_size": args.render_size}
         options = {

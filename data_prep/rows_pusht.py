@@ -18,7 +18,6 @@ from vla0_trl.command_line import option, parse
 from vla0_trl.data.arguments import command_line_errors
 from vla0_trl.data.episodes import SourceInfo
 from vla0_trl.data.pusht import PushTArguments
-from vla0_trl.data.staging import ConversionError
 from vla0_trl.envs.pusht.env import FPS, UNITS
 
 
@@ -37,10 +36,7 @@ def main() -> None:
 
     with command_line_errors(args):
         path = args.teacher / "teacher.safetensors"
-        try:
-            teacher, pool = PushTTeacher.load(path), state_pool(args.teacher)
-        except ValueError as error:
-            raise ConversionError(str(error)) from error
+        teacher, pool = PushTTeacher.load(path), state_pool(args.teacher)
         digest = hashlib.sha256(path.read_bytes() + pool.tobytes()).hexdigest()
         info = SourceInfo(
             source="PushT, states labelled by a teacher",

@@ -152,7 +152,7 @@ def test_a_teacher_from_nothing_that_was_stopped(tmp_path, monkeypatch):
         assert torch.equal(value, resumed.state_dict()[name]), name
     assert len(state_pool(tmp_path / "whole")) == len(state_pool(tmp_path / "stopped"))
 
-    with pytest.raises(ValueError, match="was begun with num_episodes=2, not 3: choose another folder"):
+    with pytest.raises(ValueError, match=r"other settings \(num_episodes: 2 there, 3 here\): choose another folder"):
         teach(tmp_path / "whole", TeachSettings(num_episodes=3, rounds=[20], round_episodes=1, fit=SMALL))
 
 

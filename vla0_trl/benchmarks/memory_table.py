@@ -26,13 +26,3 @@ def load_table() -> dict[str, dict[str, float]]:
 def checkpoint_gib(figures: dict[str, float]) -> float:
     """A checkpoint's size: the weights that are trained, which are as large as their gradients, and Adam's state."""
     return figures["gradients_gib"] + figures["optimizer_gib"]
-
-
-def markdown(table: dict[str, dict[str, float]]) -> str:
-    """The table as a README shows it, in GiB."""
-    columns = [*PARTS, "peak"]
-    lines = [f"| recipe | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-    for name, figures in table.items():
-        cells = [f"{figures[f'{column}_gib']:.1f}" for column in columns]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return "\n".join(lines)

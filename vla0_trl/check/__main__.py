@@ -17,30 +17,17 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
 from vla0_trl import __version__
 from vla0_trl.check.checks import CHECKS
-from vla0_trl.check.process import FAILURE, OK, WARNING, run_probe
+from vla0_trl.check.process import FAILURE, OK, WARNING, Finding, run_probe
 from vla0_trl.streams import prepare_streams
 
 _COLORS = {OK: "32", WARNING: "33", FAILURE: "31"}  # ANSI: green, yellow, red
 _INDENT = " " * 9  # of a status and a space
 _WIDTH = 119
-
-
-@dataclass(frozen=True)
-class Result:
-    """A check's outcome: `status` is "ok", "warning" or "failure"; `fix` says how to mend it, empty if all is well."""
-
-    name: str
-    title: str
-    status: str
-    text: str
-    fix: str
-    seconds: float
 
 
 def main() -> None:
@@ -61,41 +48,34 @@ def main() -> None:
         parser.error(f"there is no check {unknown[0]!r}; there are {', '.join(CHECKS)}")
     stream = sys.stderr if args.json else sys.stdout
     print(f"vla0_trl {__version__}, Python {sys.version.split()[0]}", file=stream, flush=True)
-    results = []
+    color, results = stream.isatty() and "NO_COLOR" not in os.environ, []
     try:
         for name in args.names or CHECKS:
-            with progress(CHECKS[name].title, stream):
-                result = run_check(name, args.output_dir, args.timeout)
-            if result is not None:
-                print(line(result, stream.isatty() and "NO_COLOR" not in os.environ), file=stream, flush=True)
-                results.append(result)
+            check, begin = CHECKS[name], time.perf_counter()
+            with progress(check.title, stream):
+                found = run_probe(name, check.fix, args.output_dir, args.timeout)
+            if found is not None:
+                print(line(check.title, found, color), file=stream, flush=True)
+                seconds = round(time.perf_counter() - begin, 2)
+                results.append({"name": name, "title": check.title, **found._asdict(), "seconds": seconds})
     except KeyboardInterrupt:
         sys.exit(130)
-    counts = {status: sum(result.status == status for result in results) for status in _COLORS}
+    counts = {status: sum(result["status"] == status for result in results) for status in _COLORS}
     print(", ".join(f"{status} {count}" for status, count in counts.items()), file=stream)
     if args.json:
-        print(json.dumps({"ok": not counts[FAILURE], "version": __version__, "checks": list(map(asdict, results))}))
+        print(json.dumps({"ok": not counts[FAILURE], "version": __version__, "checks": results}))
     sys.exit(1 if counts[FAILURE] else 0)
 
 
-def run_check(name: str, output_dir: Path, timeout: float) -> Result | None:
-    """One check; None if there is nothing to check, because an optional part isn't installed."""
-    check, begin = CHECKS[name], time.perf_counter()
-    finding = run_probe(name, check.fix, output_dir, timeout)
-    if finding is None:
-        return None
-    return Result(name, check.title, *finding, round(time.perf_counter() - begin, 2))
-
-
-def line(result: Result, color: bool) -> str:
-    """The line of a result, and below it what to do."""
-    status = f"{result.status:8}"
+def line(title: str, found: Finding, color: bool) -> str:
+    """The line of a check, and below it what to do."""
+    status = f"{found.status:8}"
     if color:
-        status = f"\033[{_COLORS[result.status]}m{status}\033[0m"
-    text = [f"{status} {result.title}: {result.text}"]
-    if result.fix:
+        status = f"\033[{_COLORS[found.status]}m{status}\033[0m"
+    text = [f"{status} {title}: {found.text}"]
+    if found.fix:
         text += textwrap.wrap(
-            f"→ {result.fix}",
+            f"→ {found.fix}",
             _WIDTH,
             initial_indent=_INDENT,
             subsequent_indent=f"{_INDENT}  ",

@@ -18,11 +18,10 @@ from vla0_trl.command_line import as_flags, option, user_errors
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import check_loadable
 from vla0_trl.data.convert import Selection, Source, convert
-from vla0_trl.data.episodes import EpisodeError, ImageFormat
+from vla0_trl.data.episodes import ImageFormat
 from vla0_trl.data.staging import ConversionError
 from vla0_trl.hub import address, open_repository, upload
 from vla0_trl.manifest import claimed
-from vla0_trl.run_folder import FolderError
 from vla0_trl.stats import check_range
 from vla0_trl.stopping import Stopped, raising_stopped
 
@@ -147,7 +146,7 @@ def command_line_errors(args: ConversionArguments) -> Iterator[None]:
             yield
     except BrokenPipeError:  # see `streams`
         raise
-    except (ConversionError, EpisodeError, FolderError, OSError) as error:
+    except (ConversionError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except Stopped as stopped:
         print(

@@ -92,12 +92,14 @@ class ActionGrammar:
 
         Plain syntax (classes, groups, alternatives, {n}), to be matched from the first character to the last.
         """
-        number = "(" + "|".join("".join(map(_as_regex, digits)) for digits in _digit_ranges(self.num_bins)) + ")"
+        number = "(" + "|".join("".join(map(_spelled, digits)) for digits in _digit_ranges(self.num_bins)) + ")"
         return self.prefix + number + f"( {number}){{{self.num_values - 1}}}" * (self.num_values > 1)
 
     def gbnf(self) -> str:
         """The answers, without the end of the turn, in GBNF, for llama.cpp and others that read its grammars."""
-        numbers = " | ".join(" ".join(map(_as_gbnf, digits)) for digits in _digit_ranges(self.num_bins))
+        numbers = " | ".join(
+            " ".join(_spelled(digit, '"') for digit in digits) for digits in _digit_ranges(self.num_bins)
+        )
         prefix = '" " ' if self.prefix else ""
         more = f' (" " number){{{self.num_values - 1}}}' if self.num_values > 1 else ""
         return f"root ::= {prefix}number{more}\nnumber ::= {numbers}\n"
@@ -249,12 +251,9 @@ def _digit_ranges(largest: int) -> list[list[tuple[int, int]]]:
     return alternatives
 
 
-def _as_regex(digits: tuple[int, int]) -> str:
-    return str(digits[0]) if digits[0] == digits[1] else f"[{digits[0]}-{digits[1]}]"
-
-
-def _as_gbnf(digits: tuple[int, int]) -> str:
-    return f'"{digits[0]}"' if digits[0] == digits[1] else f"[{digits[0]}-{digits[1]}]"
+def _spelled(digits: tuple[int, int], quote: str = "") -> str:
+    low, high = digits
+    return f"{quote}{low}{quote}" if low == high else f"[{low}-{high}]"
 
 
 def _numeric_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

@@ -28,6 +28,7 @@ from vla0_trl.envs.pusht.fitting import FitSettings, TeacherData, TeacherFit
 from vla0_trl.envs.pusht.teacher import PushTTeacher, through_waypoints
 from vla0_trl.files import whole_file, write_whole
 from vla0_trl.process_pool import ProcessPool
+from vla0_trl.run_folder import differences
 
 SEEDS_PER_FILE = 50
 # Seeds of episodes, so that none is in two of them; the fit's own seed times SEED_STRIDE is added to the first two.
@@ -188,12 +189,8 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / "settings.json"
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        found = json.loads(path.read_text())
-        for name, value in settings.items():
-            if found.get(name) != value:
-                raise ValueError(
-                    f"{folder} was begun with {name}={found.get(name)}, not {value}: choose another folder"
-                )
+        for changed in differences(json.loads(path.read_text()), settings):
+            raise ValueError(f"{folder} was begun with other settings ({changed}): choose another folder")
     write_whole(path, json.dumps(settings, indent=1) + "\n")
 
 

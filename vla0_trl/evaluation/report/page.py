@@ -44,6 +44,9 @@ def write_report(path: Path, runs: list[Run], title: str, commands: list[str] | 
         commands (`list[str]`, *optional*): what was run to get here; by default what the results recorded.
     """
     names = list(dict.fromkeys(episode["task"] for episode in runs[0].episodes))
+    if commands is None:
+        parts = [part for run in runs for part in (run.results, run.offline) if part is not None]
+        commands = list(dict.fromkeys(part["command"] for part in parts))
     page = render(
         "report.html",
         title=title,
@@ -53,7 +56,7 @@ def write_report(path: Path, runs: list[Run], title: str, commands: list[str] | 
         open_loop=_open_loop(runs),
         training=_training(runs),
         videos=[video for index, run in enumerate(runs) for video in _videos(run, charts.color(index))],
-        commands=_recorded_commands(runs) if commands is None else commands,
+        commands=commands,
         provenance=_provenance(runs),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,11 +108,6 @@ def _videos(run: Run, color: str) -> list[dict[str, Any]]:
 def _merit(episode: dict[str, Any]) -> tuple[float, int]:
     """The better the larger: coverage where there is one, else success, and that soon."""
     return episode.get("max_coverage", float(episode["success"])), -episode["steps"]
-
-
-def _recorded_commands(runs: list[Run]) -> list[str]:
-    recorded = [part["command"] for run in runs for part in (run.results, run.offline) if part is not None]
-    return list(dict.fromkeys(recorded))
 
 
 def _provenance(runs: list[Run]) -> Table:
