@@ -101,8 +101,7 @@ class ActionTokenizer:
     def decode(self, text: str, state: np.ndarray | None = None) -> np.ndarray:
         """Text -> float32 (chunk_size, action_dim) in environment units.
 
-        Raises:
-            ActionParseError: for anything but exactly num_values canonical integers in 0…num_bins.
+        `ActionParseError` for anything but exactly num_values canonical integers in 0…num_bins.
         """
         return self.from_integers(parse_integers(text, self.num_values, self.num_bins), state)
 
@@ -114,11 +113,7 @@ class ActionTokenizer:
         return self.quantizer.encode(actions[self.written_steps] - self._reference(state)).ravel()
 
     def from_integers(self, integers: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
-        """The inverse of `to_integers`: integers (…, num_values) and, if `relative`, one state.
-
-        Raises:
-            ValueError: the state is not finite, so that the actions would not be.
-        """
+        """The inverse of `to_integers`: integers (…, num_values) and, if `relative`, one finite state."""
         integers = np.asarray(integers)
         steps = (len(self.written_steps), self.action_dim)
         written = self.quantizer.decode(integers.reshape(*integers.shape[:-1], *steps))
@@ -161,8 +156,7 @@ def join_integers(integers: Iterable[int]) -> str:
 def parse_integers(text: str, count: int, num_bins: int) -> np.ndarray:
     """The strict inverse of `join_integers`: int64 (count,). White space around the text is ignored.
 
-    Raises:
-        ActionParseError: says what is wrong, and quotes it.
+    [`ActionParseError`] says what is wrong, and quotes it.
     """
     words = text.strip().split(" ")
     if len(words) != count or not text.strip():

@@ -32,9 +32,6 @@ class RowsInMemory(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
-
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """What `DataLoader` asks for: the rows of a batch."""
         missing = [index for index in indices if self._rows[index] is None]

@@ -26,8 +26,7 @@ from vla0_trl.evaluation.workers import worker_pool
 def prepare(config: VLAConfig, args: LiberoArguments) -> Simulation:
     """The benchmark's episodes, in clean environments and in each of the perturbed ones that `args` ask for.
 
-    Raises:
-        ValueError: the policy can't act in LIBERO, or a flag has a wrong value; FileNotFoundError: no assets.
+    `ValueError` if the policy can't act in LIBERO or a flag has a wrong value, `LiberoError` without assets.
     """
     unknown = [name for name in config.cameras if name not in protocol.CAMERAS]
     if unknown or config.action_dim != protocol.ACTION_DIM or config.state_dim not in (0, protocol.STATE_DIM):

@@ -25,8 +25,7 @@ def drive(
 ) -> tuple[float, float]:
     """Let the model in training act, once per seed, in `num_envs` environments side by side.
 
-    Returns:
-        `tuple[float, float]`: success rate and mean of the largest coverage, which is success where there is none.
+    Returns the success rate and the mean of the largest coverage, which is success where there is none.
     """
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     policy = VLAPolicy(model, trainer.processing_class, trainer.vla_config)

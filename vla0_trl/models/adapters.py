@@ -15,10 +15,9 @@ from vla0_trl.schema import one_line
 
 
 def load_adapter(base: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:
-    """The adapter in `folder` on its base model; PEFT itself leaves what is missing at its initial value.
+    """The adapter in `folder` on its base model. PEFT itself leaves what is missing at its initial value.
 
-    Raises:
-        ValueError: weights are missing, unexpected, or do not fit the base model.
+    `ValueError` if weights are missing, unexpected, or do not fit the base model.
     """
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():

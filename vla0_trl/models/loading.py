@@ -82,10 +82,8 @@ def set_image_size(processor: ProcessorMixin, backbone: PreTrainedConfig, config
     """Let the processor make `config.image_size`² inputs, so that its own call and `images.model_inputs` agree.
 
     Resizing is bicubic: SmolVLM's Lanczos does not exist on GPUs (transformers falls back to bicubic there), and a
-    policy trained on one device must see the same pixels on another.
-
-    Raises:
-        ValueError: the backbone's patches don't fit the size, or can't show tiled cameras.
+    policy trained on one device must see the same pixels on another. `ValueError` if the backbone's patches don't fit
+    the size, or can't show tiled cameras.
     """
     side, vision = config.image_size, backbone.vision_config
     processor.image_processor.resample = Image.Resampling.BICUBIC

@@ -21,10 +21,9 @@ _NUMBERS_PER_BYTE = 8  # four times what 4-bit weights have
 
 
 def load_whole(name_or_path: str | Path, revision: str | None, **options: Any) -> PreTrainedModel:
-    """A backbone or a whole checkpoint; transformers itself fills gaps with random numbers and a warning.
+    """A backbone or a whole checkpoint. transformers itself fills gaps with random numbers and a warning.
 
-    Raises:
-        ValueError: weights are missing, of another shape or not finite; or, in a checkpoint of ours, unexpected.
+    `ValueError` if weights are missing, of another shape or not finite; or, in a checkpoint of ours, unexpected.
     """
     check_config(name_or_path, revision)
     _check_size(name_or_path)

@@ -23,8 +23,7 @@ _PLAIN_MODES = ("RGB", "L")  # of PIL images, whose arrays are what they show
 def check_observation(observation: Observation, config: VLAConfig) -> Observation:
     """The observation as the contract has it: the config's cameras as uint8 (H, W, 3), the state as an array or None.
 
-    Raises:
-        ValueError: something is missing, or not of one meaning; names the camera or the field, and the fix.
+    `ValueError`, with camera or field and the fix, if something is missing or could mean two things.
     """
     images, task, state = observation.get("images"), observation.get("task"), observation.get("state")
     if not isinstance(images, dict):
@@ -44,8 +43,7 @@ def check_observation(observation: Observation, config: VLAConfig) -> Observatio
 def check_prefixes(prefixes: Sequence[np.ndarray | None] | None, count: int, config: VLAConfig) -> list[np.ndarray]:
     """Actions that chunks shall begin with, float32 (d, action_dim) per observation; (0, action_dim) for None.
 
-    Raises:
-        ValueError: not as many as observations, of another shape, not finite, or with nothing left to predict.
+    `ValueError` if they are not as many as observations, of another shape, not finite, or leave nothing to predict.
     """
     none = np.zeros((0, config.action_dim), np.float32)
     if prefixes is None:

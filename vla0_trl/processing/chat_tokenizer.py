@@ -196,8 +196,7 @@ class ChatTokenizer:
             messages: with content parts, as TRL's `prepare_multimodal_messages` gives them.
             targets_from (`int`): turns before this one are no targets.
 
-        Raises:
-            ValueError: the template writes what came before an answer in another way once the answer is there.
+        `ValueError` if the template writes what came before an answer in another way once the answer is there.
         """
         ids: list[int] = []
         labels: list[int] = []

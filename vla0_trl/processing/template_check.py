@@ -62,13 +62,8 @@ def chat_frame(processor: ProcessorMixin, config: VLAConfig, num_images: int) ->
 def within_limits(render: Callable[[], list[str]], name: str) -> list[str]:
     """What `render` returns, computed in a fork of this process that may take `SECONDS` and `BYTES` more.
 
-    Transformers' sandbox keeps a template from files and from Python, not from looping forever.
-
-    Args:
-        name (`str`): of the model that the template is from, for messages.
-
-    Raises:
-        ValueError: it ran into a limit, or raised.
+    Transformers' sandbox keeps a template from files and from Python, not from looping forever. `ValueError` if it ran
+    into a limit, or raised; `name` is the model's, for that message.
     """
     result, answer = os.pipe()
     child = os.fork()

@@ -39,9 +39,6 @@ class GrowingRows(TorchDataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
-
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """The rows of one batch, as `DataLoader` asks for them."""
         rows, step = self.dataset.__getitems__(indices), self._first + self._batches // self.batches_per_step

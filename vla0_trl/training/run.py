@@ -125,8 +125,7 @@ def prepare(data: DataArguments, training: VLASFTConfig, model_args: ModelConfig
 def train(run: Run, in_simulator: SimulatorCallbacks | None = None) -> None:
     """Fine-tune and save the policy in `output_dir`, from the last whole checkpoint if there is one.
 
-    Raises:
-        Stopped: Ctrl-C or SIGTERM came; there is a checkpoint to go on from.
+    [`Stopped`] after Ctrl-C or SIGTERM, when there is a checkpoint to go on from.
     """
     try:
         _train(run, in_simulator)
@@ -269,9 +268,7 @@ def lora_config(model_args: ModelConfig, training: VLASFTConfig) -> PeftConfig |
     """PEFT's config for `use_peft`, with a frozen image encoder left out; None for a model that is an adapter already.
 
     Without `lora_target_modules`, it is on all linear layers of language model, connector and image encoder.
-
-    Raises:
-        ValueError: `model_name_or_path` is an adapter, which is trained further, and the settings are of another one.
+    `ValueError` if that adapter, which is trained further, has other settings.
     """
     peft_config, name = get_peft_config(model_args), model_args.model_name_or_path
     if is_adapter(name):

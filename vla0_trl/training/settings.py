@@ -67,10 +67,9 @@ _LOW_RANK = ("galore", "apollo")
 
 
 def check_settings(settings: Any) -> None:
-    """Check one dataclass of settings, as they were given: before `__post_init__` fills some of them in.
+    """`ValueError` for the first setting that is not its default, and would do nothing; says what to use instead.
 
-    Raises:
-        ValueError: a setting is not its default, and would do nothing; names it, and what to use instead.
+    The settings are as they were given: before `__post_init__` fills some of them in.
     """
     values = {f.name: _plain(getattr(settings, f.name)) for f in fields(settings)}
     for f in fields(settings):

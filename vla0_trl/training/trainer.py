@@ -225,8 +225,7 @@ class VLATrainer(CheckpointingTrainer):
 def attend_to_branches(forward: TrainingForward) -> None:
     """Give batches with branches, see [`VLADataCollator`], their attention mask when they reach the model.
 
-    Raises:
-        ValueError: its attention takes no such mask.
+    `ValueError` if its attention takes no such mask.
     """
     if not forward.sdpa:
         raise ValueError("mask_branches needs attention that takes any mask: set attn_implementation=sdpa")

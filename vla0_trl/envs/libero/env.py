@@ -179,12 +179,7 @@ class LiberoEnv:
         return {name: self._draw(protocol.CAMERAS[name]) for name in self.cameras}
 
     def step(self, action: np.ndarray) -> bool:
-        """Execute float[7]; True when the episode is over, by success or by the limit.
-
-        Raises:
-            ValueError: the action is not seven finite numbers.
-            RuntimeError: the episode is over, or none was started.
-        """
+        """Execute float[7], all finite; True when the episode is over, by success or by the limit."""
         if self._done:
             raise RuntimeError("the episode is over: call reset(seed) before step")
         action = np.asarray(action, dtype=np.float64)

@@ -90,11 +90,7 @@ class Perturbation:
 
 
 def parse_perturbation(text: str) -> Perturbation:
-    """`"rotate:90"`, `"noise:3"`, `"no_task"`, … as `--perturb` takes them; the severity is 3 if it is left out.
-
-    Raises:
-        ValueError: there is none such.
-    """
+    """`"rotate:90"`, `"noise:3"`, `"no_task"`, … as `--perturb` takes them; without a number, the severity is 3."""
     name, colon, value = text.partition(":")
     if name in _INSTRUCTIONS and not colon:
         return Perturbation(instruction=name)

@@ -72,11 +72,7 @@ class LiberoEpisode(NamedTuple):
 
 
 def select_episodes(suites: str, task_ids: str | None, num_episodes_per_task: int) -> list[LiberoEpisode]:
-    """The episodes that `--suites a,b --task_ids 0,3 --num_episodes_per_task 50` name, task by task.
-
-    Raises:
-        ValueError: there is no such suite, task or initial state.
-    """
+    """The episodes that `--suites a,b --task_ids 0,3 --num_episodes_per_task 50` name; else `ValueError`."""
     if num_episodes_per_task > NUM_INIT_STATES:
         raise ValueError(
             f"--num_episodes_per_task {num_episodes_per_task}: a task has {NUM_INIT_STATES} initial states, "

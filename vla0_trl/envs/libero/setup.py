@@ -59,11 +59,7 @@ def package_folder() -> Path:
 def find_assets(assets_dir: str | Path | None = None, download: bool = True) -> Path:
     """The folder of meshes and textures: `assets_dir`, else `$LIBERO_ASSETS`, else the Hub's (cached) download.
 
-    Args:
-        download: if not, what was downloaded before.
-
-    Raises:
-        LiberoError: it is not one, or there is none.
+    `LiberoError` if it is another folder, or there is none. Without `download`, only an earlier download counts.
     """
     given = assets_dir or os.environ.get(ASSETS_VARIABLE)
     if given:
@@ -95,11 +91,7 @@ def assets_fingerprint(folder: Path) -> str:
 
 
 def choose_renderer() -> str:
-    """`$MUJOCO_GL`, else egl where there is an NVIDIA driver, else osmesa.
-
-    Raises:
-        LiberoError: nothing renders here.
-    """
+    """`$MUJOCO_GL`, else egl where there is an NVIDIA driver, else osmesa; `LiberoError` if nothing renders here."""
     if os.environ.get("MUJOCO_GL"):
         return os.environ["MUJOCO_GL"]
     if (DEVICES / "nvidiactl").exists() and ctypes.util.find_library("EGL"):
@@ -132,10 +124,9 @@ def _gpus_by_uuid() -> dict[str, str]:
 
 
 def prepare_simulator(assets_dir: str | Path | None = None) -> None:
-    """Make this process ready to build LIBERO environments; may be called again, before any of them exists or after.
+    """Make this process ready to build LIBERO environments, at any time and any number of times.
 
-    Raises:
-        LiberoError: see [`find_assets`], [`choose_renderer`] and [`package_folder`].
+    `LiberoError`: see [`find_assets`], [`choose_renderer`] and [`package_folder`].
     """
     assets = find_assets(assets_dir)
     package_folder()

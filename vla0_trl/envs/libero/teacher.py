@@ -137,11 +137,7 @@ class TeachingEnv:
 
 
 def tasks_of_teacher(name: str) -> list[int]:
-    """`"libero_object/3"` -> [3]; `"libero_object"` -> all of its tasks.
-
-    Raises:
-        ValueError: it names no task that the teacher can do.
-    """
+    """`"libero_object/3"` -> [3]; `"libero_object"` -> all of its tasks; `ValueError` for other tasks."""
     suite, slash, task_ids = name.partition("/")
     if suite != SUITE:
         raise ValueError(f"dagger_teacher={name} must be {SUITE}, or {SUITE}/0,3 for some of its tasks")
