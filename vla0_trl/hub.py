@@ -21,13 +21,11 @@ def open_repository(repo_id: str, repo_type: str, private: bool = True, token: s
     """Make sure that a repository is there and that this token may write to it; returns its full id, with the owner.
 
     Called before hours of work: a new repository is empty until they are done. One that exists keeps its visibility.
+    `HubError`: no token, one without rights, somebody else's repository, no connection.
 
     Args:
         repo_id (`str`): "USER/NAME", or "NAME" for the token's own user.
         repo_type (`str`): "dataset" or "model".
-
-    Raises:
-        HubError: no token, one without rights, somebody else's repository, no connection.
     """
     api = HfApi(token=token)
     with hub_errors(f"{repo_type} repository {repo_id!r} can't be written to", api):
@@ -46,10 +44,8 @@ def upload(
 ) -> str:
     """One commit with these files; returns its hash. Files that the repository has already are not sent again.
 
-    Large files arrive one by one and stay: after a broken upload, only those are sent that are still missing.
-
-    Args:
-        files (`Mapping`): name in the repository -> file, or its content.
+    `files` are by their names in the repository: paths, or what they hold. Large files arrive one by one and stay:
+    after a broken upload, only those are sent that are still missing.
     """
     api = HfApi(token=token)
     operations = [CommitOperationAdd(name, path) for name, path in files.items()]

@@ -67,9 +67,7 @@ def read_episodes(folder: Path, seeds: dict[str, list[int]] | None = None) -> li
     """The finished episodes of an output folder, each once, in order.
 
     A half line left by a kill is not an episode, and neither is a damaged one, with a warning; both are run again.
-
-    Args:
-        seeds (`dict`, *optional*): only those in what [`seed_ranges`] gave.
+    With `seeds`, which [`seed_ranges`] gives, only those.
     """
     rows: dict[tuple, dict[str, Any]] = {}
     for path in [*sorted(folder.glob(_SHARDS)), folder / EPISODES]:
@@ -133,8 +131,7 @@ class EpisodeLog:
         launch (`str`, *optional*), rank (`int`, *optional*): a word that several processes share, and which of them
             this is: each has a file of its own.
 
-    Raises:
-        `FolderError`: the folder holds another run, or another command is writing to it.
+    `FolderError` if the folder holds another run, or another command is writing to it.
     """
 
     def __init__(

@@ -122,8 +122,7 @@ def rollout(
         group (`Callable`, *optional*): what a seed has in common with others that are cheap to run after it in the
             same environment: its task.
 
-    Raises:
-        `EpisodeCrash`: an episode crashed twice before any has finished; later, such a one comes without a `result`.
+    `EpisodeCrash` if an episode crashed twice before any has finished; later, such a one comes without a `result`.
     """
     env_runners = (env if isinstance(env, EnvRunner) else EnvRunner(env) for env in envs)
     runners = [EpisodeRunner(env_runner, policy.config) for env_runner in env_runners]

@@ -126,11 +126,8 @@ def load_model(
 ) -> PreTrainedModel | PeftModel:
     """A backbone, a fully trained checkpoint, or an adapter on the base model that it names.
 
-    Args:
-        trainable: let an adapter be trained further; whole models always can.
-
-    Raises:
-        ValueError: weights are missing, unexpected, of another shape or not finite, or it is another base model.
+    `trainable` lets an adapter be trained further, as whole models always can. `ValueError` if weights are missing,
+    unexpected, of another shape or not finite, or if the base model is another one.
     """
     options = {"dtype": dtype, "attn_implementation": attn_implementation, "quantization_config": quantization_config}
     options = {key: value for key, value in options.items() if value is not None}

@@ -16,9 +16,8 @@ VLA0_OLDER_WEIGHT = 0.5  # in VLA-0's released evaluation, of version 1, and per
 class ChunkExecutor:
     """What one robot, or one episode, executes of its chunks.
 
-    Args:
-        config ([`VLAConfig`]): its `n_action_steps`, or `ensemble_size` with `ensemble_decay` or `ensemble_weights`;
-            and how actions are postprocessed.
+    By the config's `n_action_steps`, or its `ensemble_size` with `ensemble_decay` or `ensemble_weights`; `gripper`
+    says how actions are postprocessed.
     """
 
     def __init__(self, config: VLAConfig):
@@ -61,8 +60,7 @@ class TemporalEnsembler:
         weights (`str`, *optional*): named weights instead of a decay: `"uniform"`; `"vla0_v1"`: 1 for the newest, 0.5
             for each older one; `"vla0_v2"`: 0.5^age.
 
-    Raises:
-        `ValueError`: for an impossible `ensemble_size`, and for a weighting that would do nothing.
+    `ValueError` for an impossible `ensemble_size`, and for weights that would do nothing.
     """
 
     def __init__(self, chunk_size: int, ensemble_size: int, decay: float | None = None, weights: str | None = None):

@@ -19,11 +19,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 def merge(name_or_path: str, output_dir: Path, dtype: torch.dtype, revision: str | None = None) -> None:
-    """Write base model and adapter as one checkpoint.
+    """Write base model and adapter as one checkpoint into a new folder.
 
-    Raises:
-        ValueError: that is not an adapter, its base model is another one now, or the merged model answers differently.
-        FileExistsError: something is in `output_dir`.
+    `ValueError` if it is no adapter, its base model is another one now, or the merged model answers differently.
     """
     folder = checkpoint_folder(name_or_path, revision)
     if not is_adapter(folder):

@@ -86,21 +86,35 @@ class VLADataCollator:
             raise ValueError(f"mask_unit={mask_unit!r} must be one of {MASK_UNITS}")
         if mask_labels not in MASK_LABELS:
             raise ValueError(f"mask_labels={mask_labels!r} must be one of {MASK_LABELS}")
+        if label_smoothing_bins < 0:
+            raise ValueError(f"label_smoothing_bins={label_smoothing_bins} must not be negative")
         self.processor, self.config = processor, config
         self.mask_max, self.mask_skip, self.mask_full, self.mask_unit = mask_max, mask_skip, mask_full, mask_unit
         self.keep_labels, self.label_smoothing_bins = mask_labels == "keep", label_smoothing_bins
-        if label_smoothing_bins < 0:
-            raise ValueError(f"label_smoothing_bins={label_smoothing_bins} must not be negative")
+        self.chat_tokenizer = ChatTokenizer(processor, config)
+        self._check_tokens(mask_branches)
         self.mask_branches = mask_branches if train else 0.0
         self.train, self.seed, self.defer_images = train, seed, defer_images
         self.stored_cameras = list(stored_cameras or config.cameras)
-        self.chat_tokenizer = ChatTokenizer(processor, config)
-        if self.keep_labels and (mask_unit != "value" or not self.chat_tokenizer.can_keep_labels):
+        self.branched = BranchedAnswer(self.chat_tokenizer)
+        self.action_tokenizer = config.action_tokenizer()
+        self.state_quantizer = config.state_quantizer()
+        self._multiple = pad_to_multiple_of or 1
+        self._min_length = max(map(self.longest_text, static_tasks), default=0)
+        if static_tasks and self.mask_branches:
+            longest = max(len(self.branched.branch(1, number)) for number in range(config.num_bins + 1))
+            self._min_length += config.num_values * longest + 1
+        # Shared memory: the trainer turns the epoch while worker processes live on.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def _check_tokens(self, mask_branches: float) -> None:
+        """`ValueError` for a kind of masking that this tokenizer or this model can't do."""
+        if self.keep_labels and (self.mask_unit != "value" or not self.chat_tokenizer.can_keep_labels):
             raise ValueError(
                 "mask_labels='keep' needs whole values of one token each, for one mask token stands in a value's "
                 "place: with digit tokens, or mask_unit='character', use mask_labels='ignore'"
             )
-        if label_smoothing_bins and not self.chat_tokenizer.can_keep_labels:
+        if self.label_smoothing_bins and not self.chat_tokenizer.can_keep_labels:
             raise ValueError(
                 "label_smoothing_bins needs numbers of one token each, whose neighbours fit in their place: use 0"
             )
@@ -114,16 +128,6 @@ class VLADataCollator:
                 f"mask_branches={mask_branches}: this model takes positions or attention from "
                 f"{', '.join(sorted(self.chat_tokenizer.extra_keys))}, which branches don't have: use 0, or SmolVLM"
             )
-        self.branched = BranchedAnswer(self.chat_tokenizer)
-        self.action_tokenizer = config.action_tokenizer()
-        self.state_quantizer = config.state_quantizer()
-        self._multiple = pad_to_multiple_of or 1
-        self._min_length = max(map(self.longest_text, static_tasks), default=0)
-        if static_tasks and self.mask_branches:
-            longest = max(len(self.branched.branch(1, number)) for number in range(config.num_bins + 1))
-            self._min_length += config.num_values * longest + 1
-        # Shared memory: the trainer turns the epoch while worker processes live on.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other crops and masks from now on, in worker processes, too."""

@@ -20,13 +20,12 @@ from vla0_trl.evaluation.policy_source import PolicyError
 from vla0_trl.policy.observation import Observation
 from vla0_trl.schema import one_line
 from vla0_trl.serving.codec import CodecError, pack, unpack, unpack_array
+from vla0_trl.serving.vla_eval import AXIS_ANGLE, LIBERO_STATE_DIM
 
 SCHEME = "vla-eval://"
 VERSION = 1
 # A simulator's camera -> their name, and what of `observation_params` asks for it.
 CAMERAS = {"image": ("agentview", None), "wrist_image": ("wrist", "send_wrist_image")}
-AXIS_ANGLE = slice(3, 6)
-LIBERO_STATE_DIM = 8
 
 
 class _Session:

@@ -39,20 +39,14 @@ class MixedOrder(Sampler[int]):
     depends on seed and epoch alone, and a step's rows not on how many processes and accumulated batches share them.
 
     Args:
-        num_rows (`int`): of the policy.
-        num_chats (`int`): rows of the other dataset.
-        step_size (`int`): rows of an optimizer step, of all processes.
-        chats_per_step (`int`): of them, at most half.
-        seed (`int`): of the order.
+        num_rows, num_chats (`int`): of the policy, and of the other dataset.
+        step_size, chats_per_step (`int`): rows of an optimizer step, of all processes; at most half are chats.
         shuffle (`bool`): `False`: both as they are stored.
-
-    Attributes:
-        epoch (`int`): to be set before an epoch begins.
     """
 
     def __init__(self, num_rows: int, num_chats: int, step_size: int, chats_per_step: int, seed: int, shuffle: bool):
         self.num_rows, self.num_chats, self.seed, self.shuffle = num_rows, num_chats, seed, shuffle
-        self.epoch = 0
+        self.epoch = 0  # to be set before an epoch begins
         is_chat = np.arange(step_size) * chats_per_step % step_size < chats_per_step
         steps, rest = divmod(num_rows - 1, step_size - chats_per_step)
         # An epoch ends with a row of the policy.
@@ -78,10 +72,7 @@ class MixedOrder(Sampler[int]):
 def losses_apart(log_probs: torch.Tensor, label_mask: torch.Tensor, episodes: torch.Tensor) -> torch.Tensor:
     """Sums of a batch's losses and numbers of its targets, of actions and of chats: float32 (2, 2).
 
-    Args:
-        log_probs: (B, L), 0 where there is no target.
-        label_mask: (B, L), where targets are.
-        episodes: (B,) the rows' episodes.
+    `log_probs` (B, L) are 0 where `label_mask` (B, L) says that there is no target; `episodes` (B,) are the rows'.
     """
     sums = torch.stack([-log_probs.detach().float().sum(1), label_mask.sum(1).float()])
     chats = episodes == CHAT_EPISODE

@@ -27,10 +27,9 @@ _JOULES_PER_KWH = 3.6e6
 
 
 def describe_run(trainer: SFTTrainer, collator: VLADataCollator) -> str:
-    """What is about to be trained: a line each for model, sample, batch and duration.
+    """What is about to be trained: one line each for model, sample, batch and duration.
 
-    Args:
-        collator ([`VLADataCollator`]): without masking, so that all tokens of an answer count.
+    `collator` is without masking, so that all tokens of an answer count.
     """
     args, model, rows = trainer.args, trainer.model, len(trainer.train_dataset)
     chats = round(args.cotrain_fraction * global_batch_size(args)) if args.cotrain_dataset_name else 0

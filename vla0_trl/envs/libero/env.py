@@ -40,9 +40,7 @@ class LiberoEnv:
         sampled (`bool`, *optional*): begin where the task's own sampler places objects, drawn with the episode's
             seed, instead of at one of the 50 initial states: for training on other placements than evaluation's.
 
-    Raises:
-        ValueError: no such suite, task or camera.
-        LiberoError: LIBERO can't run here.
+    `ValueError`: there is no such suite, task or camera. `LiberoError`: LIBERO can't run here.
     """
 
     def __init__(
@@ -223,11 +221,7 @@ class LiberoEnv:
 
 
 class LiberoTasks:
-    """Any task of any suite, one after another: what a worker process of an evaluation holds.
-
-    Args:
-        settings: of every [`LiberoEnv`].
-    """
+    """Any task of any suite, one after another, each a [`LiberoEnv`] with these settings: what a worker holds."""
 
     def __init__(self, **settings: Any):
         self._settings = settings

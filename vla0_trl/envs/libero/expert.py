@@ -90,11 +90,7 @@ def find_actions(env: LiberoEnv, seed: int) -> list[np.ndarray] | None:
 
 
 def pick_and_place(env: LiberoEnv, grip: np.ndarray) -> Iterator[np.ndarray]:
-    """The script, one float32[7] after another; the environment is stepped in between by who asks for them.
-
-    Args:
-        grip (`np.ndarray`): (3,), where to take hold.
-    """
+    """The script with `grip` (3,) as the place to take hold: one float32[7] after another; the caller steps `env`."""
     thing, target = env.simulator.obj_of_interest
     hand = Hand(env)
     yield from hand.move(np.append(grip[:2], grip[2] + _ABOVE), GRIPPER_OPEN)

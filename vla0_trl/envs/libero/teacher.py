@@ -40,11 +40,7 @@ _PARTS = (ACTION_DIM, ACTION_DIM + STATE_DIM)
 
 
 class LiberoTeacher:
-    """Answers for the state in which its environment is; to be made anew after every reset.
-
-    Args:
-        env ([`LiberoEnv`]): at the start of an episode, the hand upright.
-    """
+    """Answers for the state in which its environment is. Made anew after every reset, while the hand is upright."""
 
     def __init__(self, env: LiberoEnv):
         self.env, self.hand = env, Hand(env)

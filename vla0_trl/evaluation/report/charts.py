@@ -49,11 +49,7 @@ def success_bars(groups: dict[str, Sequence[dict[str, Any]]], names: Sequence[st
 def beside_published(
     names: Sequence[str], ours: Sequence[dict[str, Any] | None], published: Sequence[dict[str, Any] | None]
 ) -> Figure:
-    """Success rates as bars, others' as rings below them, with their intervals; None for a run without.
-
-    Args:
-        ours, published (`list[dict | None]`): `success_rate` and `success_rate_interval`, one per name.
-    """
+    """Success rates as bars, others' as rings below them, with their intervals: one per name; None: there is none."""
     figure, axes = _figure(height=1.2 + 0.42 * max(2, len(names)))
     for label, runs, shift, shade in (("here", ours, -0.12, color(0)), ("published", published, 0.24, color(1))):
         shown = [(y + shift, run) for y, run in enumerate(runs) if run is not None]
@@ -91,8 +87,7 @@ def coverage_strip(coverages: Sequence[Sequence[float]], names: Sequence[str], t
 def training_curve(logs: dict[str, list[dict[str, Any]]], key: str, label: str) -> Figure:
     """A metric over optimizer steps: a line for training, dots for evaluation (`eval_` + key) where there is one.
 
-    Args:
-        logs (`dict[str, list[dict]]`): run -> the trainer's `log_history`; every run, so that colors stay the same.
+    `logs` has the trainer's `log_history` of every run, so that colors stay the same.
     """
     figure, axes = _figure(height=2.7, grid="y")
     for index, (name, history) in enumerate(logs.items()):
