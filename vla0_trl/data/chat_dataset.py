@@ -73,14 +73,12 @@ def chat_rows(raw: pa.Table, config: VLAConfig) -> pa.Table:
     return pa.table(columns, SCHEMA)
 
 
-def load_chat_dataset(
-    name_or_path: str | Path, split: str = "train", revision: str | None = None
-) -> tuple[Dataset, VLAConfig]:
+def load_chat_dataset(name_or_path: str | Path, revision: str | None = None) -> tuple[Dataset, VLAConfig]:
     """A chat dataset and its config, from a local folder or the Hub; all columns of the contract are there."""
     config = VLAConfig.from_pretrained(name_or_path, repo_type="dataset", revision=revision)
     check_loadable(name_or_path)
     _check_cache(Path(datasets_config.HF_DATASETS_CACHE))
-    dataset = load_dataset(str(name_or_path), split=split, revision=revision)
+    dataset = load_dataset(str(name_or_path), split="train", revision=revision)
     missing = FEATURES.keys() - set(dataset.column_names)
     if missing:
         raise ValueError(

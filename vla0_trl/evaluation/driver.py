@@ -40,8 +40,8 @@ from vla0_trl.evaluation.episode_log import (
     write_video,
 )
 from vla0_trl.evaluation.metrics import aggregate
-from vla0_trl.evaluation.policy_source import EvaluatedPolicy, PolicyError, PolicySource, checkpoint_policy
-from vla0_trl.evaluation.rollout import EpisodeResult, rollout
+from vla0_trl.evaluation.policy_source import PolicyError, PolicySource, checkpoint_policy
+from vla0_trl.evaluation.rollout import EpisodeResult, Policy, rollout
 from vla0_trl.manifest import read_json
 from vla0_trl.run_folder import FolderError
 from vla0_trl.stopping import Stopped, raising_stopped
@@ -171,12 +171,8 @@ def open_log(run: Run, simulation: Simulation, source: PolicySource, args: Evalu
 
 def execution_protocol(config: VLAConfig) -> dict[str, Any]:
     """How chunks are executed, for a run's protocol."""
-    return {
-        "n_action_steps": config.n_action_steps,
-        "ensemble_size": config.ensemble_size,
-        "ensemble_decay": config.ensemble_decay,
-        **({"ensemble_weights": config.ensemble_weights} if config.ensemble_weights else {}),
-    }
+    weights = {"ensemble_weights": config.ensemble_weights} if config.ensemble_weights else {}
+    return {name: getattr(config, name) for name in ("n_action_steps", "ensemble_size", "ensemble_decay")} | weights
 
 
 def missing_share(log: EpisodeLog, seeds: Sequence[Seed], args: EvaluationArguments) -> list[Seed]:
@@ -188,7 +184,7 @@ def missing_share(log: EpisodeLog, seeds: Sequence[Seed], args: EvaluationArgume
 
 
 def run_episodes(
-    policy: EvaluatedPolicy,
+    policy: Policy,
     log: EpisodeLog,
     envs: Sequence[Environment | EnvRunner],
     seeds: Sequence[Seed],

@@ -94,7 +94,7 @@ def suite_results(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class StandStill:
-    """A policy that costs nothing, to see what environments cost."""
+    """A policy that costs nothing, to see what environments cost; what it lacks of one is not asked for."""
 
     def __init__(self, config: VLAConfig):
         self.config = config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.evaluation.arguments import PolicyArguments
@@ -16,15 +16,6 @@ from vla0_trl.manifest import trained_on
 from vla0_trl.models.fingerprint import checkpoint_hash
 from vla0_trl.models.loading import checkpoint_folder
 from vla0_trl.policy.policy import VLAPolicy, resolve_device
-
-
-class EvaluatedPolicy(Policy, Protocol):
-    """A policy that evaluations measure: [`VLAPolicy`], or anything else that answers like it."""
-
-    decoding: str  # how its answers come about, noted in each episode's line
-
-    def reset(self) -> None:
-        """Forget all earlier observations: a run begins. Episodes are told apart by an observation's `"episode"`."""
 
 
 class PolicyError(RuntimeError):
@@ -48,7 +39,7 @@ class PolicySource:
     protocol: dict[str, Any]
     device: str
     trained_on: set[Seed]
-    load: Callable[[VLAConfig], EvaluatedPolicy]
+    load: Callable[[VLAConfig], Policy]
 
 
 def checkpoint_policy(args: PolicyArguments) -> PolicySource:

@@ -28,9 +28,13 @@ class Policy(Protocol):
     """What is evaluated: [`VLAPolicy`], or anything else that answers like it."""
 
     config: VLAConfig
+    decoding: str  # how its answers come about, noted in each episode's line
 
     def predict_action_chunk(self, observations: list[Observation]) -> np.ndarray:
         """float32[B, chunk_size, action_dim] in environment units."""
+
+    def reset(self) -> None:
+        """Forget all earlier observations: a run begins. Episodes are told apart by an observation's `"episode"`."""
 
 
 @dataclass
