@@ -1,4 +1,4 @@
-"""Tell what will work on this machine, and how to mend what won't. Exit status 1 if anything fails.
+"""Tell what will work on this machine, and how to fix what won't. Exit status 1 if anything fails.
 
     python -m vla0_trl.check                         # everything, in about a minute
     python -m vla0_trl.check gpu disk                # only these

@@ -157,7 +157,7 @@ def _no_gpu(cuda: str | None, smallest: float) -> Finding:
         fix = "update the driver, or install a torch for its CUDA version (nvidia-smi names it)"
         return Finding(FAILURE, f"there is an NVIDIA driver, but torch (CUDA {cuda}) can't use it", fix)
     text = "none: of the recipes, pusht/policy.yaml, pusht/nano.yaml and libero/debug.yaml are for a CPU"
-    fix = f"nothing to mend for `make demo`; to fine-tune SmolVLM2, take a GPU with {smallest:.1f} GiB free or more"
+    fix = f"nothing to fix for `make demo`; to fine-tune SmolVLM2, take a GPU with {smallest:.1f} GiB free or more"
     return Finding(WARNING, text, fix)
 
 

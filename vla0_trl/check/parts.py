@@ -100,7 +100,7 @@ def _libero_frame(renderer: str, fix: str) -> Finding | None:
     except LiberoError:
         needed = "osmesa"
     if needed != renderer:
-        unexpected_end_means(WARNING, f"nothing to mend while {needed} draws; else {fix}")
+        unexpected_end_means(WARNING, f"nothing to fix while {needed} draws; else {fix}")
     os.environ |= {"MUJOCO_GL": renderer, "PYOPENGL_PLATFORM": renderer}
     env = LiberoEnv("libero_object", 0, cameras=("image",), assets_dir=assets)
     env.reset(seed=0)

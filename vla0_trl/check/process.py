@@ -23,7 +23,7 @@ _answers = 1  # file descriptor, in a probe's process; its stdout goes to stderr
 
 
 class Finding(NamedTuple):
-    """What a probe found: `OK`, `WARNING` or `FAILURE`; one line; how to mend it, empty if nothing is to mend."""
+    """What a probe found: `OK`, `WARNING` or `FAILURE`; one line; how to fix it, empty if nothing is to fix."""
 
     status: str
     text: str
@@ -31,7 +31,7 @@ class Finding(NamedTuple):
 
 
 class Check(NamedTuple):
-    """A check: its name in the output, its probe, and how to mend it if the probe ends in an unexpected way.
+    """A check: its name in the output, its probe, and how to fix it if the probe ends in an unexpected way.
 
     A probe takes the folder for checkpoints. It returns None if what it is about isn't installed.
     """
