@@ -23,7 +23,7 @@ _answers = 1  # file descriptor, in a probe's process; its stdout goes to stderr
 
 
 class Finding(NamedTuple):
-    """What a probe found: `OK`, `WARNING` or `FAILURE`; one line; how to fix it, empty if nothing is to fix."""
+    """What a probe found: `OK`, `WARNING` or `FAILURE`; one line; how to fix it, or an empty text."""
 
     status: str
     text: str

@@ -2,8 +2,8 @@
 
 The LeRobot plugin (eval/lerobot_plugin) takes these two files and `safety.py` with it: hence the relative import.
 
-[`ChunkStream`] decides, without clock or network: when to ask, what the robot is committed to while it waits, and what
-of a reply is still to be executed. [`RobotClient`] gives it both, for a loop that runs at the robot's rate:
+Without clock or network, [`ChunkStream`] decides when to ask, what the robot is committed to while it waits, and which
+actions of a reply to execute. [`RobotClient`] adds clock and network, for a loop that runs at the robot's rate:
 
     with RobotClient("ws://gpu-machine:8000", api_key=KEY) as client:
         while running:  # metadata["fps"] times per second
@@ -28,9 +28,9 @@ from websockets.sync.client import ClientConnection, connect
 from .codec import CodecError, pack, unpack
 
 KEPT_LATENCIES = 50
-MARGIN = 1  # steps: a request is sent that much earlier than the latency asks for
-RETRY_S = 1.0  # between attempts to connect again
-_SAME = ("revision", "units", "fps", "n_action_steps")  # of the metadata, when it has connected again
+MARGIN = 1  # steps by which a request is sent earlier than the latency requires
+RETRY_S = 1.0  # seconds between attempts to connect again
+_SAME = ("revision", "units", "fps", "n_action_steps")  # metadata that must be equal after connecting again
 
 
 Message = dict[str, Any] | Callable[[], dict[str, Any]]
@@ -53,7 +53,7 @@ class PolicyConnection:
         closed (`bool`): it can't be asked any more.
 
     Raises:
-        ServerError: there is no server, or it did not let us in.
+        ServerError: there is no server, or it refused the connection.
     """
 
     def __init__(self, url: str, api_key: str | None = None, timeout_s: float = 10.0):
@@ -72,8 +72,8 @@ class PolicyConnection:
         """The reply, a map with `actions`.
 
         Raises:
-            ServerError: the server says what is wrong with the message; the connection lives. Or it did not answer in
-                time, or has gone; the connection is closed, so that a late reply is never taken for the next one's.
+            ServerError: the server says what is wrong with the message; the connection stays open. Or it did not
+                answer in time, or has gone; the connection is closed, so that no late reply is taken for the next one.
         """
         return self.ask_all([message])[0]
 
@@ -93,7 +93,7 @@ class PolicyConnection:
 
     def close(self) -> None:
         self.closed = True
-        self._socket.close_timeout = 0.1  # a server that is busy or gone does not hold the robot up
+        self._socket.close_timeout = 0.1  # a server that is busy or gone must not delay the robot
         self._stack.close()
 
 
@@ -104,8 +104,8 @@ class ChunkStream:
         chunk_size, n_action_steps (`int`): actions in a reply; and how many are executed, at most, once it is there.
         prefetch (`bool`): ask while actions remain; otherwise the robot stops and waits.
         use_prefix (`bool`): send the actions that are executed meanwhile, for the chunk to begin with: no jump where
-            old and new actions meet. A policy that catches up at that place is kept from it, such as the shipped one
-            in PushT (eval/README.md): measure before.
+            old and new actions meet. But a policy that catches up at that point can't do so any more, such as the
+            shipped one in PushT (eval/README.md): measure first.
 
     Attributes:
         executed (`int`): actions given by `next_action` so far.
@@ -169,10 +169,10 @@ class ChunkStream:
 class RobotClient:
     """A robot that acts while its server thinks; `step` never waits for the network.
 
-    Requests are sent by a thread, as soon as the actions left are no more than the 95th percentile of the latencies
-    takes, and one. When the server is lost, or does not answer in time, nothing that was planned is executed any more:
-    the robot holds its position until it has connected again, to the same policy, and a reply to a newer observation
-    comes.
+    A thread sends a request as soon as the remaining actions last no longer than the 95th percentile of the latencies,
+    plus one step. When the server is lost, or does not answer in time, nothing that was planned is executed any more:
+    the robot holds its position until it has connected to the same policy again, and has a reply to a newer
+    observation.
 
     Args:
         url, api_key, timeout_s: see [`PolicyConnection`].
@@ -180,7 +180,7 @@ class RobotClient:
 
     Attributes:
         metadata (`dict`): the server's.
-        last_error (`str` or `None`): why the newest request failed; None after one that did not.
+        last_error (`str` or `None`): why the newest request failed; None if it succeeded.
         latencies_s (`deque[float]`): of the newest replies; the first is what the server said of itself.
         losses (`int`): how often the server was lost.
     """
@@ -233,7 +233,8 @@ class RobotClient:
         """The current observation -> the action of this step, float32 (action_dim,); None: hold the position.
 
         Args:
-            message: or what makes it, which the thread calls if it is sent: compressing pictures takes time.
+            message: or a function that makes it. The thread calls it only for a message that is sent: compressing
+                pictures takes time.
         """
         with self._changed:
             if self.stream.is_due(self.delay_steps):
@@ -267,7 +268,7 @@ class RobotClient:
                     self._connection = None
                     self.losses += 1
                     self.stream.hold()
-                # A server that is starting again is not asked at once; and then about what is seen then.
+                # A server that is restarting is not asked at once; the next request has a newer observation.
                 self._changed.wait_for(lambda: self._closed, timeout=RETRY_S)
                 self._request = None
                 self.stream.give_up()

@@ -2,8 +2,8 @@
 
 An array is a map with the *bytes* keys `__ndarray__, data, dtype, shape`, a scalar one with `__npgeneric__, data,
 dtype`. openpi's own reader hands `dtype` and `shape` to NumPy as they come: `"|O"` makes pointers of the sender's
-bytes. This one takes booleans, integers and floats of 1 to 8 bytes whose size is that of their bytes, and bounds what
-a message can make of memory. Needs msgpack and NumPy alone, as it is carried by the LeRobot plugin.
+bytes. This one takes booleans, integers and floats of 1 to 8 bytes whose size is that of their bytes, and bounds how
+much memory a message can take. Needs msgpack and NumPy alone, because the LeRobot plugin contains a copy.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from vla0_trl.schema import one_line
 from vla0_trl.serving.requests import Request
 
 MAX_SESSIONS = 4096  # whose executors are remembered; the one that has been silent for longest is forgotten
-RECENT_S = 10.0  # a session that asked within this time may ask again soon: others wait a moment for its company
+RECENT_S = 10.0  # a session that asked within this time may ask again soon: others wait a moment to share its batch
 KEPT_LATENCIES = 1000
 WARM_ROUNDS = 5
 
@@ -55,7 +55,7 @@ class _Waiting:
     reply: Future[Reply] = field(default_factory=Future)
 
     def refuse(self, why: str) -> None:
-        """Unless its client has gone."""
+        """Answer by this error, unless the client has gone."""
         if self.reply.set_running_or_notify_cancel():
             self.reply.set_exception(NotAnswered(f"not answered: {why}"))
 
@@ -66,7 +66,7 @@ class Engine:
     Args:
         policy ([`VLAPolicy`]): used by the engine's thread alone from now on.
         max_batch (`int`): sessions in one call of the policy, at most.
-        window_s (`float`): how long a request waits for company, where other sessions have asked recently.
+        window_s (`float`): how long a request waits for others to share its batch, if they have asked recently.
     """
 
     def __init__(self, policy: VLAPolicy, max_batch: int = 8, window_s: float = 0.005):

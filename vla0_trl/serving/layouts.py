@@ -25,7 +25,7 @@ class Layout:
         images (`dict[str, list[str]]` or `str`): key -> the names that this camera may have in a checkpoint; or one
             key for any camera, such as "observation/{camera}".
         state (`list[str]`): keys whose numbers, joined in this order, are the state.
-        task (`str`), default_task (`str`, *optional*): the instruction's key; what counts where it is absent.
+        task (`str`), default_task (`str`, *optional*): the instruction's key; the instruction if the key is absent.
         chunk_size (`int`, *optional*): actions that the client executes of each reply, which gets that many.
         needs_units (`bool`): the joints may be in degrees or in −100…100, and server and requests must say which.
         state_names, action_names (`list[str]`, *optional*): of each dimension, for the metadata.

@@ -20,7 +20,7 @@ from vla0_trl.serving.vla_eval_client import SCHEME, VlaEvalPolicy
 # Of simulators, for servers whose metadata tell nothing; keys are those of openpi's LIBERO client.
 PUSHT = VLAConfig(cameras=["image"], action_dim=2, state_dim=2, use_state=True)
 LIBERO = VLAConfig(cameras=["image", "wrist_image"], action_dim=7, state_dim=8, use_state=True, gripper="sign")
-TIMEOUT_S = 600.0  # a first chunk may be compiled first
+TIMEOUT_S = 600.0  # the first chunk may wait for compilation
 
 
 class RemotePolicy:
@@ -80,13 +80,13 @@ class RemotePolicy:
 
 
 def remote_policy(args: EvaluationArguments, simulator: VLAConfig) -> PolicySource:
-    """The policy at `args.policy`, ws://… or vla-eval://…; asks openpi's once, to know its chunk.
+    """The policy at `args.policy`, ws://… or vla-eval://…; a server of openpi's is asked once, to learn its chunk.
 
     Args:
-        simulator ([`VLAConfig`]): `PUSHT` or `LIBERO`: what a server is shown that does not say what it wants to see.
+        simulator ([`VLAConfig`]): `PUSHT` or `LIBERO`: what is sent to servers that do not say what they need.
 
     Raises:
-        ValueError: nobody answers there, or it is for another robot; or flags that a server can't be given.
+        ValueError: no server answers there, it is for another robot, or there are flags that it can't be given.
     """
     useless = {"device": None, "dtype": None, "load_in_4bit": False, "decoding": "exact", "refine": 0}
     if given := [name for name, default in useless.items() if vars(args)[name] != default]:

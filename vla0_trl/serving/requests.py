@@ -29,7 +29,7 @@ class Request:
     Attributes:
         episode: the client's name of its episode, if it gave one.
         prefix: float32 (d, action_dim), actions that the robot executes meanwhile; None without.
-        deadline_s: after how many seconds the answer is of no use; None: never.
+        deadline_s: seconds after which the answer is useless; None: never.
     """
 
     observation: Observation

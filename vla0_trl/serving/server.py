@@ -1,6 +1,6 @@
 """openpi's websocket protocol: the server speaks first (metadata), then answers each request by actions or one line.
 
-An error is a text frame of one line, which openpi's client raises as `RuntimeError`; the connection lives.
+An error is a text frame of one line, which openpi's client raises as `RuntimeError`; the connection stays open.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class ServerOptions:
-    """Where the server listens, and whom it lets in.
+    """Where the server listens, and who may connect.
 
     Args:
         host, port: port 0 takes a free one.
@@ -46,7 +46,7 @@ class ServerOptions:
         tls ([`ssl.SSLContext`], *optional*): for wss://.
         insecure (`bool`): listen beyond this machine without a key.
         max_mb (`int`): MiB of a message.
-        max_connections (`int`): at the same time; more are refused by 503.
+        max_connections (`int`): at the same time; more are refused with status 503.
 
     Raises:
         ValueError: the address is not of this machine alone, and there is no key.

@@ -58,7 +58,7 @@ class _Session:
 
 
 class VlaEvalPolicy:
-    """A model server of vla-eval: asked at every step of every episode, and shown what it asked for.
+    """A model server of vla-eval: asked at every step of every episode, and sent what it asked for.
 
     Args:
         url (`str`): vla-eval://HOST:PORT.
@@ -85,7 +85,7 @@ class VlaEvalPolicy:
         """Nothing is remembered here; episodes are told apart by their names."""
 
     def predict_action_chunk(self, observations: list[Observation]) -> np.ndarray:
-        """B observations of different episodes, all that are under way -> float32 (B, 1, action_dim).
+        """B observations of different episodes, all that are not finished -> float32 (B, 1, action_dim).
 
         Raises:
             PolicyError: the server says that something is wrong, or has gone, or its actions have another shape.

@@ -1,6 +1,6 @@
 """LIBERO made to run unattended: renderer, assets, its first-import question, tasks and initial states.
 
-hf-libero is used as installed; what it can't be told otherwise is set from outside, here and nowhere else:
+hf-libero is used as installed. What has no setting there is changed from outside, only here:
 
 - `MUJOCO_GL` and `PYOPENGL_PLATFORM` before mujoco is imported: EGL with an NVIDIA driver, OSMesa without.
 - `LIBERO_CONFIG_PATH` at its first import: a config file there keeps it from asking a question on stdin. We read tasks
@@ -102,9 +102,9 @@ def choose_renderer() -> str:
 
 
 def egl_device() -> str:
-    """The GPU to draw on: of several processes of a launcher, each its own; robosuite takes the first for all.
+    """The GPU to draw on: each process of a launcher gets another one, where robosuite takes the first for all.
 
-    The first of EGL's devices, which is Mesa's, where there is no NVIDIA driver.
+    Without an NVIDIA driver, the first of EGL's devices, which is Mesa's.
     """
     gpus = sorted((path.name.removeprefix("nvidia") for path in DEVICES.glob("nvidia[0-9]*")), key=int)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -139,7 +139,7 @@ def prepare_simulator(assets_dir: str | Path | None = None) -> None:
     # robosuite tells every process that it found no file with private settings; that is how it is meant to be
     logging.getLogger("robosuite_logs").addFilter(lambda record: "macro" not in record.getMessage())
     if os.environ["MUJOCO_GL"] == "egl":
-        with _variable("CUDA_VISIBLE_DEVICES", ""):  # it refuses a device that is not spelt in there, as of a UUID
+        with _variable("CUDA_VISIBLE_DEVICES", ""):  # robosuite refuses a device that is not in it
             import robosuite.utils.binding_utils  # noqa: F401
     with tempfile.TemporaryDirectory() as folder, _variable("LIBERO_CONFIG_PATH", folder):
         (Path(folder) / "config.yaml").write_text("{}\n")
@@ -149,7 +149,7 @@ def prepare_simulator(assets_dir: str | Path | None = None) -> None:
 
 @contextmanager
 def _variable(name: str, value: str) -> Iterator[None]:
-    """An environment variable, for a moment."""
+    """Set an environment variable within the block."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -186,7 +186,7 @@ def task_names(suite: str) -> list[str]:
 def instruction(name: str) -> str:
     """What a policy is told, in training as in evaluation: a task's name in words, without the scene.
 
-    So have it LIBERO's benchmark and all datasets on the Hub. The BDDL files, and with them `problem_info` in LIBERO's
+    LIBERO's benchmark and all datasets on the Hub do so. The BDDL files, and with them `problem_info` in LIBERO's
     HDF5 files, word 25 of the 40 tasks differently ("Pick the akita black bowl …").
     """
     words = name.split("_")

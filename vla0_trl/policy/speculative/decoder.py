@@ -2,16 +2,16 @@
 
 Answers have a known form. Five methods use it, none of them changes a token, and each can be switched off:
 
-- *forced tokens*: a token without alternative needs no pass (a space after a number of full width);
+- *forced tokens*: a token without an alternative needs no pass (a space after a number of full width);
 - *small head*: logits only for the dozen tokens that the grammar ever allows, not for 49k to 152k;
-- *candidates*: all that may be the next token, mostly ten digits, and what these force, are read in the pass that
+- *candidates*: all tokens that may come next, mostly ten digits, and those that they force, are read in the pass that
   chooses among them, so it also gives the logits after the chosen one: two tokens per pass over the weights;
 - *drafts*: a guess of the whole answer is read in one pass, with the prompt, and its correct first part becomes the
   answer's. A row that left its draft rejoins it at the next number. Without a draft, a step is guessed to equal the
   step before it. (Speculative decoding, Leviathan et al. 2023; from the text itself: prompt lookup, Saxena 2023.)
 - *own drafts*: the draft is the model's own answer with all numbers hidden from each other, see [`parallel`].
 
-With `mode="parallel"` that answer is taken as it is: other tokens, in the fewest passes.
+With `mode="parallel"` that answer is not verified: other tokens, in the fewest passes.
 
 Exact means: each token is the argmax over what the grammar allows, of logits that are mathematically those of stock
 greedy decoding. In floating point a pass over several tokens rounds differently from a pass over one, as a batch
@@ -91,7 +91,7 @@ class ChunkDecoder:
         self.options.check_rounds(grammar.num_values)
         self.stats = DecodingStats()
         self.reading: Reading | None = None
-        # Separately where there is a draft at hand, and where there is none.
+        # One for answers with an available draft, one for those without.
         self._choices = {True: DraftChoice(), False: DraftChoice()}
         self._speller = Speller(grammar, self.options.forced_tokens)
         self.kept_batch_sizes = 1

@@ -172,7 +172,7 @@ class DraftState:
         return tree
 
     def follow(self, tree: Tree, logits: np.ndarray) -> None:
-        """Choose tokens as far as the pass gives logits for them.
+        """Choose tokens while the pass has logits for them.
 
         A guess that was right stays in the cache. A candidate's cache slot is not its own, so it is read once more.
 

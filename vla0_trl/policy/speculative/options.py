@@ -1,4 +1,4 @@
-"""What can be asked of the decoder, and what it counts. Nothing here imports torch."""
+"""The options of the decoder, and what it counts. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PromptError(ValueError):
 
 @dataclass
 class DecodingOptions:
-    """How answers are decoded. But for `mode="parallel"`, nothing here changes a token.
+    """How answers are decoded. No option but `mode="parallel"` changes a token.
 
     Args:
         mode (`str`): `"exact"` writes the tokens of greedy decoding. `"parallel"` takes the answers of
@@ -28,7 +28,7 @@ class DecodingOptions:
             or if ours raises, then or later: `"fall_back"` warns and continues with stock, `"raise"` raises an error;
             `"skip"` compares nothing.
         forced_tokens, small_head, candidates, drafts (`bool`): see [`decoder`].
-        own_drafts (`bool`): where that was cheaper lately, the draft is a parallel reading.
+        own_drafts (`bool`): the draft is a parallel reading where that made recent answers cheaper.
         reuse_prefix (`bool`): compute keys and values of the prompt up to the first image only once. Applies to frozen
             weights only; switch it off where an adapter is enabled and disabled between chunks.
         graphs (`bool`): CUDA graphs, on a GPU.
@@ -56,7 +56,7 @@ class DecodingOptions:
             )
 
     def check_rounds(self, num_values: int) -> None:
-        """`ValueError` if an answer of so many numbers has fewer rounds: each asks fewer numbers than the last."""
+        """`ValueError` if an answer of that many numbers has fewer rounds: each asks fewer numbers than the last."""
         if self.refine >= num_values:
             raise ValueError(
                 f"refine={self.refine}: an answer of {num_values} numbers has at most {num_values - 1} rounds"
@@ -87,9 +87,9 @@ class DecodingStats:
 
 
 class DraftChoice:
-    """Which draft was cheaper lately: the one at hand, which costs nothing, or the policy's own, which takes passes.
+    """Which draft made recent answers cheaper: the available one, which is free, or the policy's own, a few passes.
 
-    The mean cost of recent answers is kept for each. The dearer one is tried again now and then: scenes change.
+    The mean cost of recent answers is kept for each. The other one is tried again from time to time: scenes change.
     """
 
     TRY_AGAIN = 32  # answers
@@ -100,7 +100,7 @@ class DraftChoice:
         self._asked = 0
 
     def own(self) -> bool:
-        """Whether the next answer shall have a draft of its own."""
+        """Whether the policy drafts the next answer itself."""
         self._asked += 1
         for own in (True, False):
             if own not in self._cost:

@@ -17,8 +17,8 @@ has two digits at most. Say both numbers begin with "1". The second pass reads
 and chooses a second digit for each, or that the number ends there. After "12" nothing may follow: it is whole.
 
 In further rounds the numbers that the model is least sure of are hidden and asked again, and see the others before
-them (mask-predict, Ghazvininejad et al. 2019): with k rounds k of k + 1 parts of all numbers, then k − 1, at last one.
-How sure it is: the probability of the number among all that the grammar allows.
+them (mask-predict, Ghazvininejad et al. 2019): with k rounds k of k + 1 parts of all numbers, then k − 1, and
+finally one. How sure it is: the probability of the number among all that the grammar allows.
 
 A branch only writes the spelling that training showed, and ends where the model prefers a token that begins the next
 number, or the end of the turn. So every answer is one that the grammar allows.

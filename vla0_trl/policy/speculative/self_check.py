@@ -2,9 +2,9 @@
 
 Parallel decoding, which writes other answers, is compared with a plain forward pass over rows as in training.
 
-Our decoder uses transformers' inside (see [`vla0_trl.internals`]); a release that changes it must not stop a robot, or
-move it wrongly. The check costs one stock chunk per model and process; its outcome is shared by all policies of
-that model object, such as those that roll out during training.
+Our decoder uses private parts of transformers (see [`vla0_trl.internals`]). A release that changes them must not stop
+a robot, or move it wrongly. The check costs one stock chunk per model and process. All policies of one model object
+share its outcome, such as those that roll out during training.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def decode(
     drafts: list[list[int] | None] | None = None,
     beginnings: list[list[int]] | None = None,
 ) -> torch.Tensor:
-    """(B, A) answers, padded on the right: ours where it has proved itself, else those of stock `generate()`.
+    """(B, A) answers, padded on the right: ours after its check was passed, else those of stock `generate()`.
 
     Args:
         inputs: of `generate`: prompts padded on the left, images.
@@ -60,7 +60,7 @@ def decode(
 
     Raises:
         PromptError: prompt and answer don't fit the model's positions.
-        SelfCheckError: ours failed, and its options insist on it.
+        SelfCheckError: ours failed, and its options ask for this error.
     """
     begin = [_Beginnings(inputs["input_ids"].shape[1], beginnings)] if beginnings else []
     if way_of_decoding(model, decoder) == STOCK:
@@ -126,7 +126,7 @@ class _Beginnings(LogitsProcessor):
 
 
 class _Scores(LogitsProcessor):
-    """What stock decoding thought of each token that the grammar allowed; changes nothing."""
+    """The scores that stock decoding gave to each token that the grammar allows; changes nothing."""
 
     def __init__(self, model: PreTrainedModel, grammar: ActionGrammar):
         self.head, self.end = model.get_output_embeddings(), grammar.end_of_turn_id

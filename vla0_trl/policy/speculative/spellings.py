@@ -1,4 +1,4 @@
-"""How numbers are written, as tables: one step of many numbers at once is a few look-ups."""
+"""The spellings of numbers as tables, so that one step for many numbers takes a few look-ups."""
 
 from __future__ import annotations
 
