@@ -2,8 +2,8 @@
 
     python data_prep/record_pusht.py --num_episodes 200 --seed 0 --output_dir data/pusht --num_proc 2
 
-Tries the seeds seed … seed + num_episodes − 1, keeps those that succeed and counts the others. About a second of CPU
-an episode, ten with --replan. Episodes depend on their seed alone: any --num_proc records the same dataset.
+Tries the seeds seed … seed + num_episodes − 1, keeps those that succeed and counts the others. About one second of
+CPU per episode, ten with --replan. Episodes depend on their seed alone: any --num_proc records the same dataset.
 
 DAgger: a policy drives, and every state that it comes to is labelled with what the expert would do there. Failed
 episodes are kept: they show where the policy goes wrong.
@@ -35,7 +35,8 @@ class Arguments(PushTArguments):
     action_noise: float = option(0.0, "noise on the executed actions, in pixels (default: %(default)s)")
     noise_fraction: float = option(1.0, "share of episodes with noise (default: %(default)s)")
     replan: bool = option(
-        False, "the expert plans anew at every step, so that its action follows from the state alone; on with --policy"
+        False,
+        "the expert makes a new plan at every step, so its action depends on the state alone; on with --policy",
     )
     policy: str | None = option(None, "checkpoint that drives while the expert labels: a folder or a Hub id")
     expert_mix: float = option(0.0, "share of steps that the expert drives (default: %(default)s)")

@@ -4,7 +4,7 @@
 
 A teacher picks and places while noise pushes the hand about; every second frame becomes a row, with the actions that
 bring the hand back. Objects stand where the task's own sampler puts them: evaluation's 50 initial states are not used.
-About 70 rows an episode; 5 s of CPU.
+About 70 rows and 5 s of CPU per episode.
 """
 
 from dataclasses import dataclass

@@ -12,7 +12,7 @@ What comes after -- goes to every training, e.g. a smaller budget for a first lo
         --output_dir runs/ablation_small -- --max_steps 200
 
 Stopped at any moment, the same command goes on where it was: finished arms are not run again. An arm that fails is
-named in the table and does not keep the others from running. Writes ablation.md, .json and .png, after every arm anew.
+named in the table, and the others still run. Writes ablation.md, .json and .png, again after every arm.
 """
 
 import sys

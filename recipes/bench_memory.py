@@ -3,7 +3,7 @@
     python recipes/bench_memory.py recipes/libero/*12gb.yaml recipes/pusht/*12gb.yaml
     python recipes/bench_memory.py recipes/libero/lora_12gb.yaml --json memory.json --per_device_train_batch_size 16
 
-The table that READMEs show is vla0_trl/benchmarks/memory_table.json: give that as --json to measure it anew.
+The table that READMEs show is vla0_trl/benchmarks/memory_table.json: give that as --json to measure it again.
 
 Rows are synthetic, of the true shape of `libero` or `pusht`, whichever folder the recipe is in. On a larger card, the
 process gets 12 GiB minus the CUDA context: what runs, fits. Without a GPU it prints an estimate, made of what models

@@ -40,8 +40,8 @@ install()
 # Threads of torch's that wait for each other sleep instead of spinning, if torch is not imported yet: beside other
 # programs, spinning takes their cores away (recipes/measurements.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Where HOME can't be written, matplotlib takes a temporary folder and says so; nobody has to do anything about it.
+# Where HOME can't be written, matplotlib uses a temporary folder and says so, which is no problem.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 # PEFT imports bitsandbytes where it is installed, which then warns that the package `kernels` is missing. That is only
-# a faster 4-bit product on CPUs; without it everything works. Here, because every import of ours comes by.
+# a faster 4-bit product on CPUs; without it everything works. Here, because every import of the package passes here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit" not in record.getMessage())

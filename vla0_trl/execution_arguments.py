@@ -24,7 +24,7 @@ class ExecutionArguments:
     )
 
     def execution_of(self, config: VLAConfig) -> VLAConfig:
-        """The config with the execution that the flags ask for; `ValueError` if there is none such.
+        """The config with the execution that the flags ask for; `ValueError` if that is impossible.
 
         Steps of a chunk and ensembling exclude each other: asking for one replaces the config's other.
         """

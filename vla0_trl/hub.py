@@ -57,7 +57,7 @@ def upload(
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether this reads as "USER/NAME" and is not a path here; nobody is asked."""
+    """Whether this reads as "USER/NAME" and is not a path here; the Hub is not asked."""
     return bool(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 

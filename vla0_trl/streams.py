@@ -1,4 +1,4 @@
-"""What a program reads and prints is UTF-8, and nobody has to read it to the end."""
+"""What a program reads and prints is UTF-8, and readers of its output may stop before its end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 _STDOUT = 1
-_ended_by: list[BaseException] = []  # the write that nobody read
+_ended_by: list[BaseException] = []  # writes whose reader had gone
 
 
 def prepare_streams() -> None:

@@ -1,7 +1,7 @@
 """Pages and cards from the templates in `templates/`: one engine, one style sheet.
 
 All that an HTML page shows is escaped, because names and commands come from files; what is HTML already (a drawn
-figure) says so as `markupsafe.Markup`. A value that a template names and nobody gives is an error.
+figure) says so as `markupsafe.Markup`. A value that a template names but that is not given is an error.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How much memory each recipe needs: the table that recipes/README.md and `vla0_trl.check` show.
 
-`memory_table.json` is what `recipes/bench_memory.py … --json` wrote. Measure anew with it and nothing else changes.
+`memory_table.json` is what `recipes/bench_memory.py … --json` wrote; measure again with the same command.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class EvaluationArguments(PolicyArguments):
     num_videos: int = option(
         1, "film the first N episodes, in LIBERO of each task (default: %(default)s)", metavar="N"
     )
-    overwrite: bool = option(False, "delete the evaluation in --output_dir and start anew")
+    overwrite: bool = option(False, "delete the evaluation in --output_dir and start again")
 
     rank: int = field(init=False, default=0)
     num_processes: int = field(init=False, default=1)

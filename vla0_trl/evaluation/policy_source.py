@@ -29,7 +29,7 @@ class PolicySource:
     Attributes:
         config ([`VLAConfig`]): what it observes and how its chunks are executed, unless flags say otherwise.
         protocol (`dict`): what of its running may change results, such as `dtype`.
-        trained_on (`set[Seed]`): the seeds that it has learnt from, as far as known.
+        trained_on (`set[Seed]`): the seeds that it has learnt from, where that is known.
         load (`Callable`): gives the policy, which executes as the config that it is called with.
     """
 
@@ -71,5 +71,5 @@ def checkpoint_policy(args: PolicyArguments) -> PolicySource:
 
 
 def seeds_trained_on(checkpoint: Path) -> set[Seed]:
-    """The simulator's seeds that a checkpoint's training data were recorded on, as far as it knows them."""
+    """The simulator's seeds that a checkpoint's training data were recorded on; empty if it does not know them."""
     return {tuple(seed) if isinstance(seed, list) else seed for seed in trained_on(checkpoint).get("seeds", ())}

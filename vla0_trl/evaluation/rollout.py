@@ -146,7 +146,7 @@ class _Queue:
         return sum(map(len, self.waiting.values()))
 
     def take(self, runner: EpisodeRunner) -> Seed:
-        """A seed of the runner's own group, else of one that nobody has begun, else of the one with most to do."""
+        """A seed of the runner's own group, else of one that has not begun, else of the one with most seeds left."""
         if not self.waiting.get(runner.group):
             longest = max(self.waiting, key=lambda group: len(self.waiting[group]))
             runner.group = self.untouched.popleft() if self.untouched else longest

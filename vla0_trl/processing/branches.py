@@ -115,7 +115,7 @@ class BranchedAnswer:
         return self.spelled[place][number][self.shared[place] :]
 
     def trunk(self, numbers: np.ndarray, hidden: np.ndarray) -> tuple[list[int], np.ndarray]:
-        """An answer (N,) in which some numbers, bool (N,), are hidden, as far as where the last number begins.
+        """An answer (N,) in which some numbers, bool (N,), are hidden, up to where the last number begins.
 
         Returns:
             its ids, and the roots (N,): the place of the token behind which each number begins.

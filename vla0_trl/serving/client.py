@@ -1,6 +1,6 @@
 """The robot's side: it acts while the server thinks. Needs websockets, msgpack and NumPy, and `codec.py` beside it.
 
-The LeRobot plugin (eval/lerobot_plugin) takes these two files and `safety.py` with it: hence the relative import.
+The LeRobot plugin (eval/lerobot_plugin) has copies of these two files and of `safety.py`: therefore the relative import.
 
 Without clock or network, [`ChunkStream`] decides when to ask, what the robot is committed to while it waits, and which
 actions of a reply to execute. [`RobotClient`] adds clock and network, for a loop that runs at the robot's rate:
@@ -155,7 +155,7 @@ class ChunkStream:
         self.waiting = False
 
     def hold(self) -> None:
-        """The server is lost: nobody would correct what is planned, so it is not executed."""
+        """The server is lost: no new answer would correct what is planned, so it is not executed."""
         self._actions.clear()
 
     def next_action(self) -> np.ndarray | None:

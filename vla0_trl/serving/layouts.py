@@ -53,7 +53,7 @@ LAYOUTS = {
         state_names=[*_POSE, "finger_left", "finger_right"],
         action_names=[*(f"delta_{name}" for name in _POSE), "gripper"],
     ),
-    # the keys of LIBERO's client, as openpi's issue tracker recommends for robots of one's own
+    # the keys of LIBERO's client, as openpi's issue tracker recommends for your own robot
     "pusht": Layout(
         {"observation/image": ["image"]},
         ["observation/state"],

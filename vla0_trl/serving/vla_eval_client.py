@@ -69,7 +69,7 @@ class VlaEvalPolicy:
         told (`dict`): the server's hello.
 
     Raises:
-        PolicyError: nobody answers there.
+        PolicyError: no server answers there.
     """
 
     decoding = "remote"

@@ -138,7 +138,7 @@ class VLASFTConfig(SFTConfig):
         0,
         "Every this many steps, log the loss on the first action, by how much the loss rises when images "
         "and states are another sample's (observation_gap: near 0, the policy does not look), and the error of "
-        "the policy's answers beside that of staying; 0: never.",
+        "the policy's answers, with that of staying in place; 0: never.",
     )
     log_energy: bool = option(False, "Measure the energy of the run with codecarbon, into output_dir/energy.json.")
     overwrite: bool = option(False, "Start again in an output_dir that another run has used.")

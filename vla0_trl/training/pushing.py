@@ -1,4 +1,4 @@
-"""A training's uploads to the Hub: each checkpoint while it goes on, the policy in the end."""
+"""A training's uploads to the Hub: each checkpoint during the training, and the policy at the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vla0_trl.training.arguments import VLASFTConfig
 
 # Files of a checkpoint that only a training needs, by how their names begin.
 FOR_RESUMING = ("optimizer", "scheduler", "scaler", "rng_state", "latest", "zero_to_fp32")
-# Of no use to a policy's users, and the first one is pickled: nobody should have to unpickle what a stranger uploaded.
+# Useless to a policy's users, and the first one is pickled: users should not have to unpickle a stranger's upload.
 _STAYS = ("training_args.bin", "trainer_state.json")
 
 

@@ -17,7 +17,7 @@ from vla0_trl.envs.libero.protocol import GRIPPER_CLOSED, GRIPPER_OPEN
 
 SUITES = ("libero_object", "libero_spatial")
 _STEP = 0.05  # m that an action of 1 asks for; robosuite: osc_pose.json, output_max
-_TURN = 0.5  # rad, likewise
+_TURN = 0.5  # rad, from the same file
 _GAIN = 1.6  # of the distance, asked for at once: the controller reaches about half of what it is asked for
 _ABOVE = 0.12  # m
 _CLOSING_STEPS, _OPENING_STEPS = 14, 20  # the fingers take most of them

@@ -32,7 +32,7 @@ _PALM = 0.03  # m from the hand up to its palm, which rests on tall things
 _OPENED = 0.072  # m between open fingers, or more
 _OVER = 0.025  # m to the side of the place at which the thing may be let go
 _CLEAR = 0.03  # m below the travelling height at which the hand may go to the side
-# Noise of an episode, drawn anew for each stretch of steps: how often, how long, and how large (of actions in [-1, 1])
+# Noise of an episode, drawn for each stretch of steps: how often, how long, and how large (of actions in [-1, 1])
 _NOISY_SHARE, _STRETCH, _NOISE, _WRONG_GRIPPER = 0.5, (3, 14), 0.6, 0.1
 MOST_SHIFTED = 0.03  # m, of all objects together, in half of the episodes less; in the others they are not
 _SEED = 18

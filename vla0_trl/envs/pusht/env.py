@@ -57,7 +57,7 @@ def _shrunk(scene) -> np.ndarray:
 
 
 class PushTEnv:
-    """One PushT episode after another, rendered only where somebody looks: drawing costs four times the physics.
+    """One PushT episode after another, rendered only on request: drawing costs four times the physics.
 
     Args:
         state (`str`, *optional*): what `observe` gives as state: `"agent"` (x, y) or `"full"` (agent x, y, block x, y,

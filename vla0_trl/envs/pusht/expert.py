@@ -31,8 +31,8 @@ def _within(point: np.ndarray, centre: np.ndarray, radius: float) -> np.ndarray:
 class PushTExpert:
     """Walks around the block, pushes straight, plans again, until the block covers the target.
 
-    It keeps a plan between calls but nobody has to follow it: any state is answered, with a new plan if the block or
-    the agent is elsewhere than expected. So it can label what another policy does (DAgger).
+    It keeps a plan between calls, but the caller need not follow it: any state is answered, with a new plan if the
+    block or the agent is elsewhere than expected. So it can label what another policy does (DAgger).
 
     Args:
         replan (`bool`, *optional*, defaults to `False`): keep nothing between calls: the action is a function of the
@@ -66,7 +66,7 @@ class PushTExpert:
         if self.replan:
             return _within(wanted, agent, MAX_DISTANCE).astype(np.float32)
         if self._target is None or np.linalg.norm(self._target - agent) > MAX_DISTANCE:
-            self._target = agent  # the episode begins, or somebody else moves the agent
+            self._target = agent  # the episode begins, or another policy moves the agent
         self._target = _within(_within(wanted, self._target, MAX_MOVE), agent, MAX_DISTANCE)
         return self._target.astype(np.float32)
 

@@ -38,7 +38,7 @@ DT = 0.01  # seconds
 CLEARANCE = 19.0  # px from the block's edge while it walks; it touches at 15
 CORNERS = np.array([(-80, -20), (80, -20), (80, 50), (35, 140), (-35, 140), (-80, 50)], float)  # where it turns
 APPROACH = 8.0  # px before touching: there a walk ends and a push begins
-SPEED = 18.0  # px a control step
+SPEED = 18.0  # px per control step
 PUSH_OVERHEAD = 6.0  # control steps that a push takes beyond its length, to stop before it and after it
 
 # The search
@@ -46,11 +46,14 @@ CONTACT_SPACING = 9.0  # px along the block's faces
 PUSH_STEP = 1.5  # px of agent motion between two recorded poses of a push
 MAX_PUSH = 120  # recorded poses of a push
 BRANCH_LENGTHS = np.unique(np.round(1.25 ** np.arange(22)).astype(int)) - 1  # push lengths that a next push may follow
-DEPTH = 3  # pushes a plan
-BEAM = 48  # plans kept a depth
+DEPTH = 3  # pushes per plan
+BEAM = 48  # plans kept at each depth
 SOLVED = 0.965  # predicted coverage at which a plan ends; 0.95 is needed
 BEYOND_SOLVED = 60.0  # control steps that a unit of coverage beyond is worth: the environment stops a push in time
-REST_OVERHEAD, REST_SPEED = 25.0, 0.8  # guess of what an unsolved plan leaves to do: control steps, px a control step
+REST_OVERHEAD, REST_SPEED = (
+    25.0,
+    0.8,
+)  # guess of what an unsolved plan leaves: control steps, px per control step
 MIN_PROGRESS = 0.3  # share of the distance that a plan must cut
 
 

@@ -1,6 +1,6 @@
 """A smooth teacher for PushT: a small MLP from the full state to a whole chunk of targets, in microseconds.
 
-The scripted expert decides anew at every push, so that its answers jump between neighbouring states and cloning them
+The scripted expert decides again at every push, so its answers jump between neighbouring states, and cloning them
 takes many samples. An MLP fitted to its episodes answers smoothly, and any policy learns faster from that. `fitting`
 makes one.
 """
