@@ -1,6 +1,6 @@
 """The robot's side: it acts while the server thinks. Needs websockets, msgpack and NumPy, and `codec.py` beside it.
 
-The LeRobot plugin (eval/lerobot_plugin) has copies of these two files and of `safety.py`: therefore the relative import.
+The LeRobot plugin (eval/lerobot_plugin) has copies of these files and of `safety.py`: therefore the relative import.
 
 Without clock or network, [`ChunkStream`] decides when to ask, what the robot is committed to while it waits, and which
 actions of a reply to execute. [`RobotClient`] adds clock and network, for a loop that runs at the robot's rate:
