@@ -23,8 +23,8 @@ from vla0_trl.manifest import CONVERSION_NAME, read_json
 from vla0_trl.processing.chat import completion_messages, prompt_messages
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
-# One row per frame. `prompt` and `completion` are TRL's own form of the text columns, for training with plain TRL;
-# the raw columns are in environment units, so that bins and the like can change without reading episodes again.
+# One row per frame. `prompt` and `completion` are TRL's own form of the text columns, for training with plain TRL. Our
+# collator writes its text from the raw columns, which are in environment units: bins and the like can still change.
 FEATURES = Features(
     {
         "images": List(Image()),
