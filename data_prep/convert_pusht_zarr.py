@@ -17,10 +17,10 @@ import numpy as np
 
 from vla0_trl.command_line import option, parse
 from vla0_trl.data.arguments import Subset, command_line_errors
-from vla0_trl.data.episodes import Episode, EpisodeError, SourceInfo, check_frame_size
-from vla0_trl.data.pusht import PushTArguments
+from vla0_trl.data.episodes import Episode, EpisodeError, check_frame_size
+from vla0_trl.data.pusht import PushTArguments, pusht_info
 from vla0_trl.data.staging import ConversionError
-from vla0_trl.envs.pusht.env import CAMERA, FPS, STATE_MODES, TASK, UNITS
+from vla0_trl.envs.pusht.env import CAMERA, STATE_MODES, TASK
 from vla0_trl.schema import one_line
 
 if TYPE_CHECKING:
@@ -74,19 +74,16 @@ class PushTZarr:
             )
         self._chunk: tuple[int, np.ndarray | None] = (-1, None)
         content = hashlib.sha256(b"".join(a.tobytes() for a in (self._states, self._actions)))
-        self.info = SourceInfo(
+        self.info = pusht_info(
             source=path.resolve().name,
             revision=f"sha256 of states and actions: {content.hexdigest()[:16]}",
             license="mit",
-            robot="PushT (a round finger in 2-D)",
-            fps=FPS,
             how=(
                 "Demonstrations by people with a mouse, recorded for Chi et al., "
                 "[Diffusion Policy](https://arxiv.org/abs/2303.04137) (2023). Actions are the finger's target in "
                 "pixels of a 512 × 512 workspace."
             ),
             options={"state": state},
-            units=UNITS,
         )
 
     def __len__(self) -> int:

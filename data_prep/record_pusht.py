@@ -23,9 +23,9 @@ import numpy as np
 from vla0_trl import __version__
 from vla0_trl.command_line import option, parse
 from vla0_trl.data.arguments import command_line_errors
-from vla0_trl.data.episodes import Episode, SourceInfo
-from vla0_trl.data.pusht import PushTArguments
-from vla0_trl.envs.pusht.env import CAMERA, FPS, MAX_EPISODE_STEPS, STATE_MODES, TASK, UNITS, check_speaks_pusht
+from vla0_trl.data.episodes import Episode
+from vla0_trl.data.pusht import PushTArguments, pusht_info
+from vla0_trl.envs.pusht.env import CAMERA, MAX_EPISODE_STEPS, STATE_MODES, TASK, check_speaks_pusht
 from vla0_trl.envs.pusht.expert import record_episode
 
 
@@ -68,12 +68,10 @@ class PushTExpertEpisodes:
         if options["replan"]:
             how += "; the expert planned anew at every step"
         self.options = options
-        self.info = SourceInfo(
+        self.info = pusht_info(
             source=source,
             revision=f"vla0_trl {__version__}, gym-pusht {version('gym-pusht')}, pymunk {version('pymunk')}",
             license="apache-2.0",
-            robot="PushT (a round finger in 2-D)",
-            fps=FPS,
             how=(
                 f"Recorded in the gym-pusht simulator by vla0_trl's scripted expert, seeds {args.seed} to "
                 f"{args.seed + args.num_episodes - 1}{noise if args.action_noise else ''}; {how}. Actions are the "
@@ -81,7 +79,6 @@ class PushTExpertEpisodes:
                 "seed."
             ),
             options=options,
-            units=UNITS,
         )
 
     def __len__(self) -> int:

@@ -16,9 +16,7 @@ from pathlib import Path
 from vla0_trl import __version__
 from vla0_trl.command_line import option, parse
 from vla0_trl.data.arguments import command_line_errors
-from vla0_trl.data.episodes import SourceInfo
-from vla0_trl.data.pusht import PushTArguments
-from vla0_trl.envs.pusht.env import FPS, UNITS
+from vla0_trl.data.pusht import PushTArguments, pusht_info
 
 
 @dataclass(kw_only=True)
@@ -38,12 +36,10 @@ def main() -> None:
         path = args.teacher / "teacher.safetensors"
         teacher, pool = PushTTeacher.load(path), state_pool(args.teacher)
         digest = hashlib.sha256(path.read_bytes() + pool.tobytes()).hexdigest()
-        info = SourceInfo(
+        info = pusht_info(
             source="PushT, states labelled by a teacher",
             revision=f"vla0_trl {__version__}, gym-pusht {version('gym-pusht')}, teacher sha256 {digest[:16]}",
             license="apache-2.0",
-            robot="PushT (a round finger in 2-D)",
-            fps=FPS,
             how=(
                 f"{args.num_rows} states around those of the scripted expert's and the teacher's episodes, drawn in "
                 "the gym-pusht simulator and labelled by vla0_trl's teacher, an MLP fitted to the expert. Frames of "
@@ -51,7 +47,6 @@ def main() -> None:
                 "in pixels of a 512 × 512 workspace."
             ),
             options={"num_rows": args.num_rows, "seed": args.seed, "state": args.state, "teacher": digest},
-            units=UNITS,
         )
         source = TeacherRows(teacher, pool, args.num_rows, args.seed, args.state, info)
         # whole chunks: executing half of each costs the teacher 4 to 7 points of success

@@ -1,14 +1,15 @@
-"""What the sources of PushT episodes share on the command line."""
+"""What the sources of PushT episodes share: their command line, and what a card says of all of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vla0_trl.command_line import option
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.arguments import ConversionArguments
-from vla0_trl.envs.pusht.env import CAMERA, STATE_MODES
+from vla0_trl.data.episodes import SourceInfo
+from vla0_trl.envs.pusht.env import CAMERA, FPS, STATE_MODES, UNITS
 
 
 @dataclass(kw_only=True)
@@ -32,3 +33,8 @@ class PushTArguments(ConversionArguments):
             n_action_steps=min(5, self.chunk_size),
             crop_ratio=0.875,  # 84 of 96 px, diffusion policy's crop
         )
+
+
+def pusht_info(**about: Any) -> SourceInfo:
+    """What the card says of PushT episodes: `source`, `revision`, `license`, `how`, `options`, and what all share."""
+    return SourceInfo(robot="PushT (a round finger in 2-D)", fps=FPS, units=UNITS, **about)

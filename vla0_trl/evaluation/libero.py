@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from vla0_trl.envs.libero.setup import assets_fingerprint, check_mujoco, choose_
 from vla0_trl.evaluation.arguments import LiberoArguments
 from vla0_trl.evaluation.driver import Run, Simulation, simulator_version
 from vla0_trl.evaluation.env_runner import EnvRunner
-from vla0_trl.evaluation.metrics import aggregate_by, mean_rate, suite_of, task_label
+from vla0_trl.evaluation.metrics import aggregate_by, mean_rate, task_label
 from vla0_trl.evaluation.rollout import rollout
 from vla0_trl.evaluation.workers import worker_pool
 
@@ -83,7 +84,7 @@ def task_of(episode: LiberoEpisode) -> tuple[str, int]:
 
 def suite_results(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What results.json says of LIBERO's suites and tasks."""
-    suites = aggregate_by(suite_of, rows)
+    suites = aggregate_by(itemgetter("suite"), rows)
     rate, interval = mean_rate([part for suite, part in suites.items() if suite != "libero_90"] or [*suites.values()])
     return {
         "average_success_rate": rate,

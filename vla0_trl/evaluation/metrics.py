@@ -68,13 +68,8 @@ def aggregate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def suite_of(row: dict[str, Any]) -> str:
-    """LIBERO's suite that a line is of."""
-    return row["suite"]
-
-
 def aggregate_by(label: Callable[[dict[str, Any]], str], rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`aggregate` for each group of rows with one label, such as `task_label` or `suite_of`, in the tasks' order."""
+    """`aggregate` for each group of rows with one label, such as `task_label`, in the tasks' order."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: (*identity(row)[:-1], row["task"])):
         groups.setdefault(label(row), []).append(row)

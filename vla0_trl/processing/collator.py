@@ -52,8 +52,8 @@ class VLADataCollator:
         train (`bool`, *optional*, defaults to `True`): `False` for evaluation: no masking, central crop.
         mask_unit (`str`, *optional*, defaults to `"value"`): `"character"` hides digits instead, as VLA-0 does.
         seed (`int`, *optional*, defaults to `0`): of crops and masks.
-        defer_images (`bool`, *optional*, defaults to `False`): leave images uint8 under `"images"`, 10 to 30 times fewer
-            bytes: [`VLATrainer.prepare_batch`] calls [`images.model_inputs`] on the training device.
+        defer_images (`bool`, *optional*, defaults to `False`): leave images uint8 under `"images"`, in a tenth of
+            the bytes: [`VLATrainer.prepare_batch`] calls [`images.model_inputs`] on the training device.
         stored_cameras (`list[str]`, *optional*): the cameras of the rows, if the config takes only some of them.
         pad_to_multiple_of (`int`, *optional*): round up the length of every batch.
         static_tasks (`list[str]`, *optional*): all tasks there are. Every batch is then as long as the longest text

@@ -43,6 +43,7 @@ def write_report(path: Path, runs: list[Run], title: str, commands: list[str] | 
         runs (`list[Run]`): in the order of showing.
         commands (`list[str]`, *optional*): what was run to get here; by default what the results recorded.
     """
+    sources = dict.fromkeys(f"episodes {o['episodes']} of {o['dataset']}" for o in (run.offline for run in runs) if o)
     names = list(dict.fromkeys(episode["task"] for episode in runs[0].episodes))
     if commands is None:
         parts = [part for run in runs for part in (run.results, run.offline) if part is not None]
@@ -53,7 +54,7 @@ def write_report(path: Path, runs: list[Run], title: str, commands: list[str] | 
         task=names[0] if len(names) == 1 else f"{len(names)} tasks",
         runs=[(run, charts.color(index)) for index, run in enumerate(runs)],
         simulator=_simulator(runs),
-        open_loop=_open_loop(runs),
+        open_loop={"table": offline_table(runs), "sources": sources},
         training=_training(runs),
         videos=[video for index, run in enumerate(runs) for video in _videos(run, charts.color(index))],
         commands=commands,
@@ -72,11 +73,6 @@ def _simulator(runs: list[Run]) -> dict[str, Any]:
         figures.append(charts.coverage_strip(coverages, [run.name for run in runs], threshold))
     tables = [suite_table(runs), summary_table([(run.name, run.results) for run in runs]), task_table(runs)]
     return {"figures": _drawn(*figures), "coverage": coverage, "tables": [table for table in tables if table]}
-
-
-def _open_loop(runs: list[Run]) -> dict[str, Any]:
-    sources = dict.fromkeys(f"episodes {o['episodes']} of {o['dataset']}" for o in (run.offline for run in runs) if o)
-    return {"table": offline_table(runs), "sources": sources}
 
 
 def _training(runs: list[Run]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Evaluations read back, and the tables that compare them."""
 
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from vla0_trl.envs.libero.protocol import COLUMNS
 from vla0_trl.evaluation.episode_log import EPISODES, RESULTS, VIDEOS, read_episodes, video_name
-from vla0_trl.evaluation.metrics import aggregate_by, identity, mean_rate, suite_of, task_label
+from vla0_trl.evaluation.metrics import aggregate_by, identity, mean_rate, task_label
 from vla0_trl.run_files import read_energy, read_state
 from vla0_trl.schema import checked, each, items, mapping, number, optional, read_record, share, text, warn_once, whole
 
@@ -139,7 +140,7 @@ def suite_table(runs: list[Run]) -> Table | None:
 
     "Avg" is the mean of the papers' four suites, or of those of them that were run; "90" does not enter it.
     """
-    by_run = [aggregate_by(suite_of, run.episodes) for run in runs if "suite" in run.episodes[0]]
+    by_run = [aggregate_by(itemgetter("suite"), run.episodes) for run in runs if "suite" in run.episodes[0]]
     if len(by_run) < len(runs):
         return None
     suites = [suite for suite in COLUMNS if any(suite in numbers for numbers in by_run)]
@@ -175,7 +176,7 @@ def tasks(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
 def suites(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
     """The same for LIBERO's suites; none for other simulators."""
     libero = all("suite" in run.episodes[0] for run in runs)
-    return _shared([aggregate_by(suite_of, run.episodes) for run in runs]) if libero else {}
+    return _shared([aggregate_by(itemgetter("suite"), run.episodes) for run in runs]) if libero else {}
 
 
 def _shared(by_run: list[dict[str, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
