@@ -4,7 +4,7 @@ gym-pusht has no friction and damps all velocity away. A push therefore depends 
 moves the block by the same amount in the block's own frame wherever the block lies. So all pushes are simulated once,
 in a pymunk space without pictures (`push_library`), and a plan is a composition of planar motions: array arithmetic.
 
-Poses, frames and units are those of [`pusht_geometry`]; time is in control steps.
+Poses, frames and units are those of [`geometry`]; time is in control steps.
 """
 
 from dataclasses import dataclass
