@@ -23,6 +23,16 @@ _NUMERIC = re.compile(r"(?:[0-9 Ġ▁]|<0x(?:20|3[0-9])>)+")
 BEFORE_PREFIX = -1
 
 
+class LogitsError(ValueError):
+    """The model's logits are NaN, so they choose no token."""
+
+    def __init__(self):
+        super().__init__(
+            "the model's logits are not numbers (NaN), so there is no answer: its numbers overflow, as they do in "
+            "float16 (use bfloat16 or float32), or its training diverged (take an earlier checkpoint)"
+        )
+
+
 class ActionGrammar:
     """Transition tables, shared by all sequences.
 
@@ -200,7 +210,7 @@ class ActionGrammarLogitsProcessor(LogitsProcessor):
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """`input_ids` (B, L), `scores` (B, vocabulary) -> scores with −inf outside the grammar."""
+        """`input_ids` (B, L), `scores` (B, vocabulary) -> scores with −inf outside the grammar; or `LogitsError`."""
         tables = self._on_device(scores)
         if self._length is None or input_ids.shape[1] != self._length + 1:
             rows = (len(input_ids),)
@@ -218,6 +228,8 @@ class ActionGrammarLogitsProcessor(LogitsProcessor):
         allowed &= tables["live"][reached, targets]
         # Clamped: a forbidden token must lose against an allowed one of score −inf, too.
         numeric = scores[:, tables["token_ids"]].clamp(min=torch.finfo(scores.dtype).min)
+        if numeric.isnan().any():
+            raise LogitsError
         forbidden = torch.full_like(scores, -torch.inf)
         forbidden[:, tables["token_ids"]] = numeric.masked_fill(~allowed, -torch.inf)
         return forbidden

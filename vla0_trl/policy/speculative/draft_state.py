@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vla0_trl.policy.grammar import ActionGrammar
+from vla0_trl.policy.grammar import ActionGrammar, LogitsError
 from vla0_trl.processing.branches import PassToken
 
 # Tokens guessed in one pass: from a draft, and from the answer's own last step, which is right less often.
@@ -119,6 +119,7 @@ class DraftState:
         self.period, self.written = period, Guess(speller)
         self.window = FIRST_WINDOW if draft is None else LARGEST_WINDOW
         self.accepted = 0
+        self.scores: list[tuple[int, np.ndarray]] = []  # place in the answer, and the logits that chose its token
         self._write_forced()
 
     @property
@@ -178,12 +179,18 @@ class DraftState:
 
         Args:
             logits: float32 (tokens of the tree, columns).
+
+        Raises:
+            LogitsError: they are NaN.
         """
         certain, node, reached, place = len(self.tokens), tree.last, tree.last, (self.count, self.state)
         while node is not None and not self.done:
             choices = self.grammar.choices(self.count, self.state)
             # Equal logits: the lowest id, as argmax over a vocabulary does.
             column: int | None = choices[int(logits[node][choices].argmax())]
+            if np.isnan(logits[node, column]):  # argmax finds NaN first
+                raise LogitsError
+            self.scores.append((len(self.tokens), logits[node]))
             while column is not None:  # the choice, then what it forces
                 self._write(column)
                 node = tree.children.get((node, column))

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vla0_trl.policy.grammar import ActionGrammar
+from vla0_trl.policy.grammar import ActionGrammar, LogitsError
 from vla0_trl.policy.speculative.spellings import Spellings
 from vla0_trl.policy.speculative.tree_forward import TreeForward
 from vla0_trl.processing.branches import BranchedAnswer, branch_tokens, text_tokens
@@ -170,6 +170,8 @@ class ParallelReader:
         depth = 0
         while True:
             node, whole, log_probs = self.step(node, logits)
+            if np.isnan(log_probs[open_]).any():
+                raise LogitsError
             reading.log_probs[open_] += log_probs[open_]
             reading.numbers[open_ & whole] = self.tree.number[node[open_ & whole]]
             open_ &= ~whole

@@ -9,11 +9,9 @@ share its outcome, such as those that roll out during training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import zip_longest
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
@@ -21,7 +19,8 @@ from vla0_trl.internals import FAST, PARALLEL, STOCK, disagreement, raised, warn
 from vla0_trl.policy.grammar import ActionGrammar, ActionGrammarLogitsProcessor
 from vla0_trl.policy.speculative.decoder import ChunkDecoder
 from vla0_trl.policy.speculative.options import PromptError
-from vla0_trl.policy.speculative.parallel_check import parallel_difference, rounding_share
+from vla0_trl.policy.speculative.parallel_check import parallel_difference
+from vla0_trl.policy.speculative.stock_logits import ForcedBeginnings, read_at_once, read_one_by_one, rounding
 
 # Models that were compared, in which mode: None where ours agreed, else what it did instead.
 _outcomes: WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = WeakKeyDictionary()
@@ -60,9 +59,10 @@ def decode(
 
     Raises:
         PromptError: prompt and answer don't fit the model's positions.
+        LogitsError: the model's logits are NaN.
         SelfCheckError: ours failed, and its options ask for this error.
     """
-    begin = [_Beginnings(inputs["input_ids"].shape[1], beginnings)] if beginnings else []
+    begin = [ForcedBeginnings(inputs["input_ids"].shape[1], beginnings)] if beginnings else []
     if way_of_decoding(model, decoder) == STOCK:
         return _stock(model, inputs, config, grammar, *begin)
     more = {"drafts": drafts} | ({"beginnings": beginnings} if beginnings else {})
@@ -75,28 +75,28 @@ def decode(
         if mode in outcomes and outcomes[mode] is None:
             return answers
         if mode == PARALLEL:
-            failure = parallel_difference(model, inputs, decoder.reader, decoder.reading)
+            failure = parallel_difference(model, inputs, config, decoder.reader, decoder.reading)
+        else:
+            expected = _stock(model, inputs, config, grammar, *begin)
+            failure = _difference(model, inputs, config, decoder, answers, expected)
     except PromptError:
         raise
     # Broad on purpose: what a changed library does to our code can't be told in advance, and stock decoding is right
     # without it. Mistakes of users don't get here: observations are checked before, prompts just above.
     except Exception as error:
         failure, cause = raised(error), error
-    if mode != PARALLEL:
-        scores = _Scores(model, grammar)
-        with scores.watching():
-            expected = _stock(model, inputs, config, grammar, *begin, scores)
-        failure = failure or scores.difference(answers, expected)
     if failure is None:
         outcomes[mode] = None
         return answers
+    if expected is None:
+        expected = _stock(model, inputs, config, grammar, *begin)  # raises where the model is at fault, not ours
     message = disagreement(f"{way_of_decoding(model, decoder)} decoding", model, failure, ("transformers", "torch"))
     if decoder.options.check == "raise":
         raise SelfCheckError(message) from cause
     outcomes[mode] = failure
     decoder.release()
     warn_fallback(message, "transformers' generate()")
-    return _stock(model, inputs, config, grammar, *begin) if expected is None else expected
+    return expected
 
 
 def _fast(model, inputs, config, decoder: ChunkDecoder, more: dict) -> torch.Tensor:
@@ -110,60 +110,28 @@ def _stock(model, inputs, config, grammar: ActionGrammar, *more: LogitsProcessor
     return output[:, inputs["input_ids"].shape[1] :]
 
 
-class _Beginnings(LogitsProcessor):
-    """Forces the first tokens of each row's answer, for stock decoding."""
+def _difference(
+    model, inputs, config, decoder: ChunkDecoder, answers: torch.Tensor, expected: torch.Tensor
+) -> str | None:
+    """Where (B, A) answers leave the expected ones for more than rounding; None if nowhere.
 
-    def __init__(self, prompt_length: int, beginnings: list[list[int]]):
-        self.prompt_length, self.beginnings = prompt_length, beginnings
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        place = input_ids.shape[1] - self.prompt_length
-        for row, tokens in enumerate(self.beginnings):
-            if place < len(tokens):
-                scores[row] = -torch.inf
-                scores[row, tokens[place]] = 0.0
-        return scores
-
-
-class _Scores(LogitsProcessor):
-    """The scores that stock decoding gave to each token that the grammar allows; changes nothing."""
-
-    def __init__(self, model: PreTrainedModel, grammar: ActionGrammar):
-        self.head, self.end = model.get_output_embeddings(), grammar.end_of_turn_id
-        self.token_ids = torch.as_tensor(grammar.token_ids)
-        self.steps: list[torch.Tensor] = []  # float32 (B, columns) each
-        self.weights_dtype, self.dtypes = model.dtype, set()
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.steps.append(scores[:, self.token_ids.to(scores.device)].float().cpu())
-        return scores
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Note in which dtype logits are computed: under autocast in training it is not that of the weights."""
-        hook = self.head.register_forward_hook(lambda module, args, logits: self.dtypes.add(logits.dtype))
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    def difference(self, answers: torch.Tensor, expected: torch.Tensor) -> str | None:
-        """Where (B, A) answers first leave the expected ones, unless rounding decided there; None if nowhere."""
-        column = {token: column for column, token in enumerate(self.token_ids.tolist())}
-        rounding = rounding_share(self.weights_dtype, self.dtypes)
-        for row, (ours, theirs) in enumerate(zip(answers.tolist(), expected.tolist(), strict=True)):
-            theirs = theirs[: theirs.index(self.end) + 1]
-            pairs = enumerate(zip_longest(ours[: len(theirs)], theirs))
-            place = next((place for place, (our, their) in pairs if our != their), None)
-            if place is None:
-                continue
-            our = ours[place] if place < len(ours) else None
-            scores = self.steps[place][row]
-            best, largest = scores.max().item(), scores[scores.isfinite()].abs().max().item()
-            other = scores[column[our]].item() if our in column else -torch.inf
-            if best - other > rounding * largest:
-                return (
-                    f"wrote token {our} where stock decoding wrote {theirs[place]} (row {row}, place {place}; logits "
-                    f"{other:.6g} and {best:.6g}, further apart than rounding explains)"
-                )
+    Where tokens differ, all logits that chose ours are compared with those of the stock model along our answer: a
+    fault shows in many of them, also where two tokens happen to be nearly equal.
+    """
+    grammar, end = decoder.grammar, decoder.grammar.end_of_turn_id
+    texts, theirs = ([row[: row.index(end)] for row in rows.tolist()] for rows in (answers, expected))
+    if texts == theirs:
         return None
+    logits = read_one_by_one(model, inputs, config, texts, grammar.token_ids)
+    apart = rounding(logits, read_at_once(model, inputs, texts, grammar.token_ids))
+    off, row, place = max(
+        (float(np.abs(chose - logits[row][place]).max()), row, place)
+        for row, scores in enumerate(decoder.scores)
+        for place, chose in scores
+    )
+    if off <= apart:
+        return None
+    return (
+        f"computed logits for token {place} of row {row} that are {off:.2g} off those of stock decoding, and rounding "
+        f"explains {apart:.2g}"
+    )
