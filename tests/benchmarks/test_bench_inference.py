@@ -9,7 +9,8 @@ import torch
 from support.backbones import QWEN
 from support.general import REPOSITORY, shared_path
 
-from vla0_trl.benchmarks.inference import DigitsAndSpaces, check_sources, random_policy
+from vla0_trl.benchmarks.inference import DigitsAndSpaces, bench, check_sources, random_policy
+from vla0_trl.policy.speculative.options import DecodingOptions
 
 
 @pytest.mark.slow
@@ -39,6 +40,16 @@ def test_a_model_whose_config_cannot_be_read_is_one_line_before_anything_is_time
     with pytest.raises(ValueError, match=r"^smolvlm2-500m needs .* --models_dir, or leave it out") as error:
         check_sources(["nano", "smolvlm2-500m"], tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_batches_are_timed_one_after_the_other_with_stock_decoding_alone():
+    """Answers of the second batch may be longer than those of the first."""
+    policy = random_policy("nano", None, torch.device("cpu"), torch.float32, max_gb=1.0)
+    policy.decoder.options = DecodingOptions(mode="stock")
+    for size in (1, 3):
+        table = bench(policy, size, chunks=1, warmup=0, jitter=2)
+        assert [row["variant"] for row in table if row["variant"] != "b"] == ["a"]
+        assert policy.generation_config.max_new_tokens == policy.grammar.max_new_tokens == 81
 
 
 def test_stock_may_write_any_digits_and_spaces_but_nothing_else():

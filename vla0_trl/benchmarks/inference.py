@@ -6,6 +6,7 @@ import functools
 import tempfile
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -153,9 +154,9 @@ def _speeds(seconds: list[float], size: int, chunk_size: int, floor: float) -> d
 def _timed(policy: VLAPolicy, observations, max_new_tokens: int, **options) -> tuple[torch.Tensor, float]:
     """Answers (B, A), and seconds from observations to tokens."""
     began = _clock(policy.model.device)
-    inputs = policy._inputs(observations)
-    policy.generation_config.max_new_tokens = max_new_tokens
-    output = policy.model.generate(**inputs, generation_config=policy.generation_config, **options)
+    inputs, config = policy._inputs(observations), deepcopy(policy.generation_config)
+    config.max_new_tokens = max_new_tokens
+    output = policy.model.generate(**inputs, generation_config=config, **options)
     return output[:, inputs["input_ids"].shape[1] :], _clock(policy.model.device) - began
 
 
