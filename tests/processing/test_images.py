@@ -41,6 +41,15 @@ def test_equals_the_processors_own_call(backbone):
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-6)
 
 
+def test_all_of_it_is_on_the_images_device(backbone):
+    """`meta` stands for a GPU: nothing may be left on the CPU, where the model would meet it."""
+    _, processor, config = backbone
+    inputs = model_inputs(
+        processor.image_processor, [torch.zeros(2, 3, 48, 48, dtype=torch.uint8, device="meta")], config
+    )
+    assert "pixel_values" in inputs and {value.device.type for value in inputs.values()} == {"meta"}
+
+
 def test_close_to_smolvlms_original_lanczos():
     """Bicubic stands in for Lanczos, on every device: what that costs on a smooth 256 px image."""
     folder = shared_path(f"data/models/{SMOLVLM}")

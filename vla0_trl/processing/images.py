@@ -129,5 +129,7 @@ def model_inputs(
     if others is not None:
         nested = [[*chain.from_iterable(nested), *others]]
     # All images have one size now: nothing to pad, and no per-image masks to build.
-    inputs = image_processor(nested, do_pad=False, return_tensors="pt", device=nested[0][0].device)
-    return {key: value for key, value in inputs.items() if key in image_processor.model_input_names}
+    device = nested[0][0].device
+    inputs = image_processor(nested, do_pad=False, return_tensors="pt", device=device)
+    # Qwen's processor makes its grids on the CPU.
+    return {key: value.to(device) for key, value in inputs.items() if key in image_processor.model_input_names}
