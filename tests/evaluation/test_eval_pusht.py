@@ -121,7 +121,7 @@ def test_a_checkpoint_with_the_full_state_gets_it(evaluate, tmp_path):
         (["--ensemble_size", "3"], "ensemble_size=3 must be between 1 and chunk_size=2"),
         (["--ensemble_size", "2", "--n_action_steps", "2"], "leave n_action_steps out"),
         (["--ensemble_decay", "0.1"], "ensemble_size=1 keeps only the newest"),
-        (["--model_name_or_path", "/nowhere"], "no folder '/nowhere'"),
+        (["--model_name_or_path", "/no/such/run"], "no folder '/no/such/run'"),
         (["--refine", "1"], "refine=1 with exact decoding"),
         (["--decoding", "parallel", "--refine", "4"], "an answer of 4 numbers has at most 3 rounds"),
         (["--num_envs", "0"], "--num_envs 0 must be at least 1"),

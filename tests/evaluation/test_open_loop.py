@@ -149,7 +149,7 @@ def test_another_decoding_is_that_of_the_policy_and_is_written_down(
     [
         (["--episodes", "6:8"], "no frames of episodes 6:8"),
         (["--episodes", "4"], "--episodes 4: expected from:to"),
-        (["--episodes", "4:6", "--dataset_name", "/nowhere"], "no folder '/nowhere'"),
+        (["--episodes", "4:6", "--dataset_name", "/no/such/data"], "no folder '/no/such/data'"),
         (["--episodes", "4:6", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
         (["--episodes", "4:6", "--refine", "1"], "refine=1 with exact decoding"),
     ],
