@@ -13,7 +13,7 @@ from vla0_trl import VLAPolicy
 from vla0_trl.internals import FallbackWarning
 from vla0_trl.models.nano import NanoConfig, build_nano
 from vla0_trl.policy.grammar import LogitsError
-from vla0_trl.policy.speculative.options import DecodingOptions
+from vla0_trl.policy.speculative.options import DecodingOptions, PromptError
 from vla0_trl.policy.speculative.self_check import SelfCheckError
 from vla0_trl.policy.speculative.tree_forward import TreeForward, cache_parameter
 from vla0_trl.processing.branches import PassToken
@@ -189,10 +189,11 @@ def test_logits_that_are_not_numbers_are_an_error_and_no_answer(example_config, 
 
 
 def test_a_users_mistake_stays_one(example_config):
-    policy = build(example_config)
-    policy.model.config.get_text_config().max_position_embeddings = 40
-    with pytest.raises(ValueError, match=r"answer of up to 25 don't fit into the model's 40 positions"):
-        policy.predict_action_chunk(observations(1))
+    for mode in ("stock", "parallel", "exact"):
+        policy = build(example_config, mode=mode)
+        policy.model.config.get_text_config().max_position_embeddings = 40
+        with pytest.raises(PromptError, match=r"answer of up to 25 don't fit into the model's 40 positions"):
+            policy.predict_action_chunk(observations(1))
     with pytest.raises(ValueError, match="2 dimensions"):
         policy.predict_action_chunk([{**observations(1)[0], "state": np.zeros(3)}])
     assert policy.decoding == "fast"

@@ -34,7 +34,13 @@ from transformers import Cache, PreTrainedModel
 from vla0_trl.internals import PARALLEL
 from vla0_trl.policy.grammar import ActionGrammar
 from vla0_trl.policy.speculative.draft_state import DraftState, Speller, Tree
-from vla0_trl.policy.speculative.options import DecodingOptions, DecodingStats, DraftChoice, PromptError
+from vla0_trl.policy.speculative.options import (
+    DecodingOptions,
+    DecodingStats,
+    DraftChoice,
+    PromptError,
+    check_length,
+)
 from vla0_trl.policy.speculative.parallel import ParallelReader, Reading
 from vla0_trl.policy.speculative.tree_forward import TreeForward
 
@@ -128,12 +134,7 @@ class ChunkDecoder:
         prompts, length = input_ids.shape
         if drafts is not None and len(drafts) != prompts:
             raise PromptError(f"{len(drafts)} drafts for {prompts} prompts")
-        limit = model.config.get_text_config().max_position_embeddings
-        if length + self.grammar.max_new_tokens > limit:
-            raise PromptError(
-                f"a prompt of {length} tokens and an answer of up to {self.grammar.max_new_tokens} don't fit into the "
-                f"model's {limit} positions: use fewer or smaller images, or shorter chunks"
-            )
+        check_length(length, self.grammar.max_new_tokens, model.config.get_text_config().max_position_embeddings)
         if drafts is None or not self.options.drafts:
             drafts = [None] * prompts
         pad = int(generation_config.pad_token_id)

@@ -15,6 +15,15 @@ class PromptError(ValueError):
     """The caller's mistake: what was asked for can't be decoded in any way."""
 
 
+def check_length(prompt: int, answer: int, limit: int) -> None:
+    """`PromptError` if a prompt of so many tokens and the longest answer don't fit the model's positions."""
+    if prompt + answer > limit:
+        raise PromptError(
+            f"a prompt of {prompt} tokens and an answer of up to {answer} don't fit into the model's {limit} "
+            "positions: use fewer or smaller images, or shorter chunks"
+        )
+
+
 @dataclass
 class DecodingOptions:
     """How answers are decoded. No option but `mode="parallel"` changes a token.

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from vla0_trl.internals import FAST, PARALLEL, STOCK, disagreement, raised, warn_fallback
 from vla0_trl.policy.grammar import ActionGrammar, ActionGrammarLogitsProcessor
 from vla0_trl.policy.speculative.decoder import ChunkDecoder
-from vla0_trl.policy.speculative.options import PromptError
+from vla0_trl.policy.speculative.options import PromptError, check_length
 from vla0_trl.policy.speculative.parallel_check import parallel_difference
 from vla0_trl.policy.speculative.stock_logits import ForcedBeginnings, read_at_once, read_one_by_one, rounding
 
@@ -62,7 +62,9 @@ def decode(
         LogitsError: the model's logits are NaN.
         SelfCheckError: ours failed, and its options ask for this error.
     """
-    begin = [ForcedBeginnings(inputs["input_ids"].shape[1], beginnings)] if beginnings else []
+    length, limit = inputs["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
+    check_length(length, grammar.max_new_tokens, limit)
+    begin = [ForcedBeginnings(length, beginnings)] if beginnings else []
     if way_of_decoding(model, decoder) == STOCK:
         return _stock(model, inputs, config, grammar, *begin)
     more = {"drafts": drafts} | ({"beginnings": beginnings} if beginnings else {})
