@@ -15,7 +15,7 @@ With `mode="parallel"` that answer is not verified: other tokens, in the fewest 
 
 Exact means: each token is the argmax over what the grammar allows, of logits that are mathematically those of stock
 greedy decoding. In floating point a pass over several tokens rounds differently from a pass over one, as a batch
-rounds differently from a single row: where two logits agree to the last bits (in bfloat16, to about 1 %), the other
+rounds differently from a single row: where two logits agree to the last bits (in bfloat16, to a few %), the other
 may win.
 """
 
