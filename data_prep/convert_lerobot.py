@@ -72,6 +72,8 @@ def main() -> None:
             cameras=cameras,
             action_dim=source.action_dim,
             state_dim=source.state_dim,
+            action_names=source.names(source.action_key),
+            state_names=source.names(source.state_key),
             use_state=source.state_dim > 0 if args.use_state is None else args.use_state,
             gripper="sign" if args.gripper else None,
         )

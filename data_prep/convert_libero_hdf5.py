@@ -14,7 +14,8 @@ from pathlib import Path
 from vla0_trl.command_line import option, parse
 from vla0_trl.data.arguments import ConversionArguments, Subset, chosen_tasks, command_line_errors
 from vla0_trl.data.sources.gripper import CONVENTIONS
-from vla0_trl.data.sources.libero_hdf5 import ACTION_DIM, CAMERAS, STATE_DIM, LiberoDemos
+from vla0_trl.data.sources.libero_hdf5 import CAMERAS, LiberoDemos
+from vla0_trl.envs.libero.protocol import VECTORS
 
 
 @dataclass(kw_only=True)
@@ -35,8 +36,7 @@ def main() -> None:
         source = LiberoDemos(args.source, args.drop_noops, args.gripper)
         config = args.config(
             cameras=args.chosen_cameras(list(CAMERAS)),
-            action_dim=ACTION_DIM,
-            state_dim=STATE_DIM,
+            **VECTORS,
             gripper="sign",
             crop_ratio=230 / 256,  # VLA-0-Smol's crop
         )

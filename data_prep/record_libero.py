@@ -82,8 +82,7 @@ def main() -> None:
         episodes = [episode for episode in episodes if episode.seed >= args.first_init_state]
         source = LiberoExpertEpisodes(episodes, find_assets(args.assets_dir))
         config = args.config(
-            action_dim=protocol.ACTION_DIM,
-            state_dim=protocol.STATE_DIM,
+            **protocol.VECTORS,
             gripper="sign",
             crop_ratio=230 / 256,  # VLA-0-Smol's crop
         )

@@ -56,7 +56,7 @@ def main() -> None:
         source = TeacherEpisodes(
             make_env, args.episodes_per_task, args.seed * SEED_STRIDE, args.chunk_size, args.every, info
         )
-        config = args.config(action_dim=protocol.ACTION_DIM, state_dim=protocol.STATE_DIM, gripper="sign")
+        config = args.config(**protocol.VECTORS, gripper="sign")
         args.convert(source, config)
 
 

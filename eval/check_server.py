@@ -18,7 +18,7 @@ import numpy as np
 
 from vla0_trl.command_line import ScriptParser, option, user_errors
 
-ROBOT_KEYS = ("fps", "chunk_size", "n_action_steps", "cameras", "state", "state_dim", "task")
+ROBOT_KEYS = ("fps", "chunk_size", "n_action_steps", "cameras", "state", "state_dim", "task", "options")
 
 
 @dataclass(kw_only=True)
@@ -37,7 +37,7 @@ def message_for(metadata: dict, side: int) -> dict:
     message = {key: rng.integers(0, 256, (side, side, 3), np.uint8) for key in metadata["cameras"].values()}
     parts = np.split(np.zeros(metadata["state_dim"]), range(1, len(metadata["state"])))
     message |= dict(zip(metadata["state"], parts, strict=True)) | {metadata["task"]: "Do the task."}
-    return message | ({} if metadata["units"] is None else {"units": metadata["units"]})
+    return message | ({"units": metadata["units"]} if "units" in metadata["options"] else {})
 
 
 def latencies(connect, count: int, args: Arguments) -> np.ndarray:

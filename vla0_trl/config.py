@@ -64,6 +64,7 @@ class VLAConfig:
         gripper (`str`, *optional*): `"sign"` executes the last action dimension as −1 (open) or +1 (closed).
         action_stats, state_stats ([`NormStats`]): what sets the scale of the integers.
         fps (`float`): control frequency in Hz.
+        state_names, action_names (`list[str]`, *optional*): of each dimension; None: the data did not tell.
         base_model (an adapter's), robot, units, source, source_revision (`str`): origin and meaning of the numbers.
     """
 
@@ -89,6 +90,8 @@ class VLAConfig:
     action_stats: NormStats | None = None
     state_stats: NormStats | None = None
     fps: float = 10.0
+    state_names: list[str] | None = None
+    action_names: list[str] | None = None
     base_model: str | None = None
     robot: str | None = None
     units: str | None = None
@@ -148,10 +151,11 @@ class VLAConfig:
             f"relative_actions=True needs a state that begins with the action's {self.action_dim} coordinates, "
             f"but state_dim={self.state_dim}: set relative_actions=False",
         )
-        for stats, dim, name in (
-            (self.action_stats, self.action_dim, "action"),
-            (self.state_stats, self.state_dim, "state"),
+        for stats, names, dim, name in (
+            (self.action_stats, self.action_names, self.action_dim, "action"),
+            (self.state_stats, self.state_names, self.state_dim, "state"),
         ):
+            need(names is None or len(names) == dim, f"{name}_names={names}, but {name}_dim={dim}: one name for each")
             need(
                 stats is None or stats.dim == dim,
                 f"{name}_stats has {stats and stats.dim} dimensions, {name}_dim={dim}",
@@ -261,6 +265,7 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("tile_images", "use_state", "relative_actions", "use_system_prompt"), boolean),
     **dict.fromkeys(("action_stats", "state_stats"), optional(stats_or_record)),
     "fps": positive,
+    **dict.fromkeys(("state_names", "action_names"), optional(items(line_of_text, 0, _MAX_DIM))),
     **dict.fromkeys(("base_model", "gripper", "ensemble_weights"), optional(line_of_text)),
     **dict.fromkeys(("robot", "units", "source", "source_revision"), optional(text)),  # a card escapes them
 }

@@ -205,6 +205,7 @@ def test_names_of_openpi(tmp_path, script, monkeypatch):
     run_main(script, monkeypatch, "--source", root, "--output_dir", tmp_path / "out")
     rows, config = load_chat_dataset(tmp_path / "out")
     assert config.cameras == ["image", "wrist_image"]
+    assert (config.state_names, config.action_names) == (["pan", "lift", "grip"], None)
     check_rows(rows)
 
 

@@ -1,7 +1,9 @@
 """The grammar as regular expression and GBNF: other people's decoders accept exactly what ours does."""
 
 import re
+import tempfile
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ SHAPES = [
 ]
 SHAPES += [(3, 99, ""), (3, 909, " ")]
 STRINGS = 1000  # of each
+CHARACTERS = "0123456789 -+.a\n٣"  # of `strings`
 
 
 def ours(num_values: int, num_bins: int, prefix: str) -> ActionGrammar:
@@ -52,7 +55,7 @@ def strings(num_values: int, num_bins: int, prefix: str) -> list[str]:
         if number % 2:
             place = int(rng.integers(len(text) + 1))
             broken = [
-                text[:place] + str(rng.choice([*"0123456789 -+.a\n", "٣"])) + text[place:],
+                text[:place] + str(rng.choice([*CHARACTERS])) + text[place:],
                 text[:place] + text[place + 1 :],
                 text + " ",
                 text + " 0",
@@ -113,7 +116,55 @@ def gbnf_of_llguidance(grammar: ActionGrammar) -> Callable[[str], bool]:
     return llguidance_accepts(llguidance.LLMatcher.grammar_from_lark(any_to_lark(grammar.gbnf())))
 
 
+def gbnf_of_llama_cpp(grammar: ActionGrammar) -> Callable[[str], bool]:
+    """llama.cpp's own sampler, which is asked before each character whether it is possible; no model is needed."""
+    lib = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python gguf")
+    vocabulary, size = lib.llama_model_get_vocab(characters_of_llama_cpp()), len(CHARACTERS) + 1
+    sampler = lib.llama_sampler_init_grammar(vocabulary, grammar.gbnf().encode(), b"root")
+
+    def possible() -> set[int]:
+        tokens = (lib.llama_token_data * size)(*(lib.llama_token_data(token, 0.0, 0.0) for token in range(size)))
+        lib.llama_sampler_apply(sampler, lib.llama_token_data_array(tokens, size, -1, False))
+        return {token.id for token in tokens if np.isfinite(token.logit)}
+
+    def accepts(text: str) -> bool:
+        lib.llama_sampler_reset(sampler)
+        for token in map(CHARACTERS.index, text):
+            if token not in possible():
+                return False
+            lib.llama_sampler_accept(sampler, token)
+        return len(CHARACTERS) in possible()  # the end of the turn
+
+    return accepts
+
+
+@cache
+def characters_of_llama_cpp():
+    """A model of llama.cpp without weights: a token for each of `CHARACTERS`, in GPT-2's spelling, and an end."""
+    import llama_cpp
+
+    gguf = pytest.importorskip("gguf", reason="pip install gguf")
+    spelled = {" ": "Ġ", "\n": "Ċ", "٣": "Ù£"}
+    with tempfile.TemporaryDirectory() as folder:
+        writer = gguf.GGUFWriter(path := f"{folder}/vocabulary.gguf", "llama")
+        for count in ("block_count", "context_length", "embedding_length", "head_count", "feed_forward_length"):
+            getattr(writer, f"add_{count}")(1)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list([*(spelled.get(character, character) for character in CHARACTERS), "</s>"])
+        writer.add_token_types([gguf.TokenType.NORMAL] * len(CHARACTERS) + [gguf.TokenType.CONTROL])
+        writer.add_token_merges(["0 0"])
+        writer.add_eos_token_id(len(CHARACTERS))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        options = llama_cpp.llama_model_default_params()
+        options.vocab_only = True
+        return llama_cpp.llama_model_load_from_file(path.encode(), options)
+
+
 EXPORTS = [regex_of_python, regex_of_xgrammar, gbnf_of_xgrammar, regex_of_llguidance, gbnf_of_llguidance]
+EXPORTS += [gbnf_of_llama_cpp]
 
 
 @pytest.mark.parametrize("export", EXPORTS)

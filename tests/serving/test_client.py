@@ -173,6 +173,27 @@ def test_a_reply_that_is_no_chunk_is_an_error_and_the_robot_holds(policy, monkey
         assert client.last_error == "the server answered no chunk of (n, 3) finite actions"
 
 
+def test_a_message_that_cannot_be_made_is_said_and_the_robot_holds(policy, monkeypatch, caplog):
+    monkeypatch.setattr(clients, "RETRY_S", 0.1)
+    (observation,) = observations(1)
+    message = plain_message(observation)
+
+    def unplugged():
+        raise OSError("camera 'front' is gone")
+
+    with served(policy, warm=True) as server, RobotClient(f"ws://127.0.0.1:{server.port}") as client:
+        until_it_acts(client, message)
+        for bad, error in (
+            (unplugged, "OSError: camera 'front' is gone"),
+            ({"n": 2**70}, "CodecError: int can't be sent"),
+        ):
+            assert steps(client, bad, 40)[10:] == [None] * 30
+            assert client.last_error.startswith(f"the message can't be made or sent: {error}")
+            assert caplog.text.count(f"no new actions: {client.last_error}") == 1
+            until_it_acts(client, lambda: message)
+        assert client.last_error is None and client.losses == 0
+
+
 def test_a_line_of_error_is_kept_and_the_robot_holds(policy, monkeypatch):
     monkeypatch.setattr(clients, "RETRY_S", 0.1)
     (observation,) = observations(1)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from vla0_trl import VLAConfig
 from vla0_trl.actions import NormStats
-from vla0_trl.envs.pusht.env import TASK
+from vla0_trl.envs.pusht.env import ACTION_NAMES, TASK
 from vla0_trl.serving import requests
 from vla0_trl.serving.layouts import LAYOUTS, Layout, load_layout
 from vla0_trl.serving.requests import RequestReader
@@ -172,6 +172,22 @@ def test_a_message_that_does_not_fit_is_one_line(message, error):
 def test_a_checkpoint_of_another_robot_is_refused(layout, checkpoint, units, error):
     with pytest.raises(ValueError, match=error):
         RequestReader(LAYOUTS[layout], checkpoint, units)
+
+
+def test_names_are_the_checkpoints_else_the_layouts_else_unknown():
+    told = RequestReader(LAYOUTS["plain"], config(["image"], 2, 2)).describe()
+    assert (told["state_names"], told["action_names"], told["options"]) == (
+        None,
+        None,
+        ["episode", "prefix", "deadline_s"],
+    )
+    named = config(["image"], 2, 2).replace(state_names=["x", "y"], action_names=["dx", "dy"], units="pixels")
+    told = RequestReader(LAYOUTS["pusht"], named).describe()
+    assert (told["state_names"], told["action_names"], told["units"]) == (["x", "y"], ["dx", "dy"], "pixels")
+    assert RequestReader(LAYOUTS["pusht"], config(["image"], 2, 2)).describe()["action_names"] == ACTION_NAMES
+    other = config(["front"], 6, 6).replace(action_names=LAYOUTS["so100"].action_names[::-1])
+    with pytest.raises(ValueError, match=r"the checkpoint's action is in another order, \['gripper.pos'"):
+        RequestReader(LAYOUTS["so100"], other, "degrees")
 
 
 def test_units_that_were_said_when_converting_need_not_be_said_again():

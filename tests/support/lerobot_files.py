@@ -79,7 +79,7 @@ class Written:
         one_each = self.version != "v3.0"
         dtype = "video" if self.codec else "image"
         features = {key: {"dtype": dtype, "shape": [self.side, self.side, 3]} for key in self.cameras}
-        features[state] = {"dtype": "float32", "shape": [3], "names": None}
+        features[state] = {"dtype": "float32", "shape": [3], "names": {"motors": ["pan", "lift", "grip"]}}
         features[action] = {"dtype": "float32", "shape": [2], "names": None}
         for name in ("timestamp", "episode_index", "frame_index", "task_index"):
             features[name] = {"dtype": "float32" if name == "timestamp" else "int64", "shape": [1]}

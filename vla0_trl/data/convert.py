@@ -160,7 +160,8 @@ def _identity(
         "state_dim": config.state_dim,
         "image_format": image_format,
     }
-    content = {name: value for name, value in config.to_dict().items() if name != "units"}  # words, and no content
+    words = ("units", "state_names", "action_names")  # no content
+    content = {name: value for name, value in config.to_dict().items() if name not in words}
     key = {"staging": staging, "episodes": indices, "config": content, "skip_bad": skip_bad_episodes}
     return json.loads(json.dumps(key))
 

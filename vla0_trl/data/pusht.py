@@ -9,7 +9,7 @@ from vla0_trl.command_line import option
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.arguments import ConversionArguments
 from vla0_trl.data.episodes import SourceInfo
-from vla0_trl.envs.pusht.env import CAMERA, FPS, STATE_MODES, UNITS
+from vla0_trl.envs.pusht.env import ACTION_NAMES, CAMERA, FPS, STATE_MODES, STATE_NAMES, UNITS
 
 
 @dataclass(kw_only=True)
@@ -30,6 +30,8 @@ class PushTArguments(ConversionArguments):
         return self.config(
             action_dim=2,
             state_dim=STATE_MODES[self.state],
+            state_names=STATE_NAMES[: STATE_MODES[self.state]],
+            action_names=ACTION_NAMES,
             n_action_steps=min(5, self.chunk_size),
             crop_ratio=0.875,  # 84 of 96 px, diffusion policy's crop
         )

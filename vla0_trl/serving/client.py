@@ -13,6 +13,7 @@ actions of a reply to execute. [`RobotClient`] adds clock and network, for a loo
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -29,10 +30,10 @@ from .codec import CodecError, pack, unpack
 
 KEPT_LATENCIES = 50
 MARGIN = 1  # steps by which a request is sent earlier than the latency requires
-RETRY_S = 1.0  # seconds between attempts to connect again
+RETRY_S = 1.0  # seconds between attempts to connect again, or to make a message
 _SAME = ("revision", "units", "fps", "n_action_steps")  # metadata that must be equal after connecting again
 
-
+logger = logging.getLogger(__name__)
 Message = dict[str, Any] | Callable[[], dict[str, Any]]
 
 
@@ -74,14 +75,16 @@ class PolicyConnection:
         Raises:
             ServerError: the server says what is wrong with the message; the connection stays open. Or it did not
                 answer in time, or has gone; the connection is closed, so that no late reply is taken for the next one.
+            CodecError: the message holds something that can't be sent.
         """
         return self.ask_all([message])[0]
 
     def ask_all(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The replies to several messages, which are all sent first; raises as `ask` does, for the first mistake."""
+        frames = [pack(message) for message in messages]
         try:
-            for message in messages:
-                self._socket.send(pack(message))
+            for frame in frames:
+                self._socket.send(frame)
             replies = [self._socket.recv(timeout=self.timeout_s) for _ in messages]
             wrong = [reply for reply in replies if isinstance(reply, str)]
             if not wrong:
@@ -180,7 +183,7 @@ class RobotClient:
 
     Attributes:
         metadata (`dict`): the server's.
-        last_error (`str` or `None`): why the newest request failed; None if it succeeded.
+        last_error (`str` or `None`): why the newest request failed, which is logged, too; None if it succeeded.
         latencies_s (`deque[float]`): of the newest replies; the first is what the server said of itself.
         losses (`int`): how often the server was lost.
     """
@@ -235,6 +238,7 @@ class RobotClient:
         Args:
             message: or a function that makes it. The thread calls it only for a message that is sent: compressing
                 pictures takes time.
+                What it raises becomes `last_error` and is logged; the robot holds its position meanwhile.
         """
         with self._changed:
             if self.stream.is_due(self.delay_steps):
@@ -257,7 +261,12 @@ class RobotClient:
                 chunk, error = self._chunk(reply), None
             except ServerError as failure:
                 chunk, error = None, str(failure)
+            # Broad on purpose: making the message may be the robot's own code, and nobody watches this thread.
+            except Exception as failure:
+                chunk, error = None, f"the message can't be made or sent: {type(failure).__name__}: {failure}"
             with self._changed:
+                if error not in (None, self.last_error):
+                    logger.warning("no new actions: %s", error)
                 self.last_error = error
                 if error is None:
                     self.latencies_s.append(time.perf_counter() - began)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from vla0_trl.envs.libero import protocol
 from vla0_trl.schema import Kind, between, boolean, items, line_of_text, mapping, mistakes, optional, parse_yaml
 
 MAX_LAYOUT_BYTES = 1 << 20
@@ -28,7 +29,7 @@ class Layout:
         task (`str`), default_task (`str`, *optional*): the instruction's key; the instruction if the key is absent.
         chunk_size (`int`, *optional*): actions that the client executes of each reply, which gets that many.
         needs_units (`bool`): the joints may be in degrees or in −100…100, and server and requests must say which.
-        state_names, action_names (`list[str]`, *optional*): of each dimension, for the metadata.
+        state_names, action_names (`list[str]`, *optional*): of each dimension, where a checkpoint has none.
     """
 
     images: dict[str, list[str]] | str
@@ -43,21 +44,21 @@ class Layout:
 
 _SERVOS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 _JOINTS = [f"{servo}.pos" for servo in _SERVOS]
-_POSE = ["x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z"]
 LAYOUTS = {
     "plain": Layout(f"observation/{CAMERA}", ["observation/state"]),
     # openpi: examples/libero/main.py; the camera at the wrist is called image2 in HuggingFaceVLA/libero
     "libero": Layout(
         {"observation/image": ["image"], "observation/wrist_image": ["wrist_image", "image2"]},
         ["observation/state"],
-        state_names=[*_POSE, "finger_left", "finger_right"],
-        action_names=[*(f"delta_{name}" for name in _POSE), "gripper"],
+        state_names=protocol.STATE_NAMES,
+        action_names=protocol.ACTION_NAMES,
     ),
     # the keys of LIBERO's client, as openpi's issue tracker recommends for your own robot
     "pusht": Layout(
         {"observation/image": ["image"]},
         ["observation/state"],
         default_task="Push the T-shaped block onto the T-shaped target.",
+        action_names=["target_x", "target_y"],
     ),
     # openpi: examples/droid/main.py, which asserts chunks of shape (10, 8)
     "droid": Layout(

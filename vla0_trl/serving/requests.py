@@ -119,10 +119,14 @@ class RequestReader:
         return message | {self.layout.task: self.layout.default_task or "Do the task."}
 
     def describe(self) -> dict[str, Any]:
-        """What a client should know: for the server's first message."""
+        """What a client should know, for the server's first message; None is what nobody has told."""
         layout = {key: value for key, value in asdict(self.layout).items() if key in ("state", "task", "default_task")}
-        names = {"state_names": self.layout.state_names, "action_names": self.layout.action_names}
-        return {"cameras": self.cameras, "units": self.units, "options": list(OPTIONS)} | layout | names
+        names = {
+            key: getattr(self.config, key) or getattr(self.layout, key) for key in ("state_names", "action_names")
+        }
+        options = [key for key in OPTIONS if key != "units" or self.layout.needs_units]
+        units = self.units or self.config.units
+        return {"cameras": self.cameras, "units": units, "options": options} | layout | names
 
     @property
     def _reads_state(self) -> bool:
@@ -156,14 +160,18 @@ class RequestReader:
     def _check_dimensions(self) -> None:
         if self._reads_state and not self.layout.state:
             raise ValueError("the checkpoint reads the state, and the layout names no key of it: set state")
-        for names, size, what in (
-            (self.layout.state_names, self.config.state_dim, "state"),
-            (self.layout.action_names, self.config.action_dim, "action"),
+        for names, own, size, what in (
+            (self.layout.state_names, self.config.state_names, self.config.state_dim, "state"),
+            (self.layout.action_names, self.config.action_names, self.config.action_dim, "action"),
         ):
-            if names is not None and (self._reads_state or what == "action") and len(names) != size:
+            if names is None or (what == "state" and not self._reads_state):
+                continue
+            if len(names) != size:
                 raise ValueError(
                     f"the layout's {what} is {names}, the checkpoint's {what}_dim is {size}: not this robot"
                 )
+            if own is not None and own != names and sorted(own) == sorted(names):
+                raise ValueError(f"the checkpoint's {what} is in another order, {own}, than the layout's, {names}")
 
     def _check_units(self) -> None:
         if not self.layout.needs_units:

@@ -18,7 +18,7 @@ from vla0_trl.data.sources.lerobot_meta import IMAGE_TYPES, EpisodeMeta, LeRobot
 from vla0_trl.data.sources.parquet_images import ImageColumn
 from vla0_trl.data.staging import ConversionError
 from vla0_trl.joint_units import DEGREES, NORMALIZED, beyond_units, units_shown
-from vla0_trl.schema import short
+from vla0_trl.schema import items, line_of_text, short
 
 _STATE_KEYS = ("observation.state", "state")  # LeRobot's name, and physical-intelligence/libero's
 _ACTION_KEYS = ("action", "actions")
@@ -178,6 +178,17 @@ class LeRobotSource:
         if sum(size != 1 for size in shape) > 1:
             raise ConversionError(f"{self.meta.root}/meta/info.json: {key} has shape {shape}, wanted a vector")
         return math.prod(shape)
+
+    def names(self, key: str | None) -> list[str] | None:
+        """Of a vector's dimensions; None where info.json has other than one different name for each of them."""
+        found = self.meta.features.get(key, {}).get("names")
+        if isinstance(found, dict) and len(found) == 1:  # {"motors": [...]}, {"axes": [...]}
+            [found] = found.values()
+        try:
+            names = items(line_of_text, 1)(found)
+        except ValueError:
+            return None
+        return names if len(set(names)) == len(names) == self._dim(key) else None
 
     def _vectors_of(self, meta: EpisodeMeta, rows: np.ndarray, name: str) -> pa.Table:
         """State and action of the episode's rows."""

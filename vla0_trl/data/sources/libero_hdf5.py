@@ -23,7 +23,7 @@ import numpy as np
 from vla0_trl.data.episodes import Episode, EpisodeError, SourceInfo, check_frame_size
 from vla0_trl.data.sources.gripper import as_sign
 from vla0_trl.data.staging import ConversionError
-from vla0_trl.envs.libero.protocol import UNITS
+from vla0_trl.envs.libero.protocol import ACTION_DIM, UNITS
 from vla0_trl.envs.libero.setup import instruction
 from vla0_trl.schema import one_line
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 # As the Hub's LIBERO datasets name them, HuggingFaceVLA/libero for one.
 CAMERAS = {"image": "agentview_rgb", "image2": "eye_in_hand_rgb"}
 STATE = {"ee_states": 6, "gripper_states": 2}  # position and axis-angle of the gripper, then its two fingers
-ACTION_DIM, STATE_DIM = 7, 8
 FPS = 20.0  # robosuite's control_freq in LIBERO's environments
 NOOP_NORM = 1e-4  # OpenVLA, experiments/robot/libero/regenerate_libero_dataset.py, is_noop
 # How LIBERO's file stores pictures (robosuite.macros.IMAGE_CONVENTION) -> what makes them those of its evaluation,

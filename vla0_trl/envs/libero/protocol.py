@@ -41,13 +41,18 @@ CAMERAS = {
     "wrist_image": "robot0_eye_in_hand",
 }
 DEFAULT_CAMERAS = ("image", "image2")
-ACTION_DIM = 7  # Δposition, Δrotation (axis-angle), each in [-1, 1] of the controller's range, and the gripper
+_POSE = ["x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z"]
+# Changes, each in [-1, 1] of the controller's range, and the gripper; the end effector's pose, and both fingers.
+ACTION_NAMES = [*(f"delta_{name}" for name in _POSE), "gripper"]
+STATE_NAMES = [*_POSE, "finger_left", "finger_right"]
+ACTION_DIM, STATE_DIM = len(ACTION_NAMES), len(STATE_NAMES)
+# What every dataset of LIBERO's own demonstrations says of its vectors, for a [`VLAConfig`].
+VECTORS = {"action_dim": ACTION_DIM, "state_dim": STATE_DIM, "action_names": ACTION_NAMES, "state_names": STATE_NAMES}
 # robosuite 1.4, OSC_POSE: output_max 0.05 m and 0.5 rad for an action of 1
 UNITS = (
     "action: changes of the end effector's position and rotation (1 is 0.05 m or 0.5 rad), and the gripper (−1 open, "
     "+1 closed); state: position in metres, axis-angle in radians, the fingers' positions in metres"
 )
-STATE_DIM = 8  # end effector's position and axis-angle, both fingers' positions
 GRIPPER_OPEN, GRIPPER_CLOSED = -1.0, 1.0  # robosuite: PandaGripper; executed as the sign of what is predicted
 
 CONTROL_FREQUENCY = 20  # Hz; hf-libero: ControlEnv(control_freq=20)

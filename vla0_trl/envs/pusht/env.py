@@ -23,6 +23,8 @@ SUCCESS_COVERAGE = 0.95  # gym-pusht: success_threshold, the share of the target
 _INSTANT = 1e-6  # s, of simulated time in which nothing moves
 # agent x, y as in lerobot/pusht's observation.state; with block x, y, angle as in diffusion policy's zarr `state`
 STATE_MODES = {"agent": 2, "full": 5}
+STATE_NAMES = ["agent_x", "agent_y", "block_x", "block_y", "block_angle"]
+ACTION_NAMES = ["target_x", "target_y"]
 UNITS = "pixels of a 512 × 512 workspace (full state: the block's angle in radians, too)"
 
 
