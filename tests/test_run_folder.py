@@ -225,6 +225,12 @@ def test_a_link_as_output_leads_to_the_dataset(tmp_path, dangling):
     assert [path.name for path in target.parent.iterdir()] == ["out"]
 
 
+def test_a_link_that_leads_to_itself_is_refused_before_the_work(tmp_path):
+    (tmp_path / "link").symlink_to("link")
+    with pytest.raises(FolderError, match="link is a link that leads to itself: choose another --output_dir"):
+        RunFolder(tmp_path / "link")
+
+
 def test_two_names_of_a_folder_are_one_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "_SHORT_WAIT", 0.1)
     (tmp_path / "link").symlink_to(tmp_path / "out")

@@ -138,8 +138,42 @@ def test_turns_that_a_template_forbids_are_named(tiny_nano, example_config, tmp_
     forbids = "{% if " + twice + " %}{{ raise_exception('roles must alternate') }}{% endif %}"
     processor.chat_template = forbids + processor.chat_template
     rows = [*chat_rows(1), {"images": [], "messages": [turn("user", "Hello?")] * 2 + [turn("assistant", "Yes?")]}]
-    with pytest.raises(ValueError, match="row 1: roles must alternate: repair the row"):
+    with pytest.raises(ValueError, match="row 1: .*: TemplateError: roles must alternate: repair the row"):
         VisionChats(save_chats(tmp_path / "chats", rows)).check(tokenizer, 512)
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("{{", "{% if messages | length > 2 %}" + LOOP + "{% endif %}{{", "takes more than 2 s or 1 GiB for one row"),
+        ("['text']", "['text'] | upper", "must write texts as they are"),
+        ("['text']", "['text'] | replace('<', '')", "must write texts as they are"),
+    ],
+)
+def test_a_template_that_is_hostile_to_chats_alone(old, new, message, tiny_nano, example_config, tmp_path):
+    processor, config = backbone("nano", tiny_nano, example_config)
+    tokenizer = ChatTokenizer(processor, config)
+    processor.chat_template = processor.chat_template.replace(old, new, 1)
+    chats = VisionChats(save_chats(tmp_path / "chats", chat_rows()))
+    with pytest.raises(ValueError, match=f"row [02]: .*: its chat template {message}") as error:
+        chats.check(tokenizer, 512)
+    assert "\n" not in str(error.value)
+
+
+def test_a_template_that_trims_is_followed(tiny_nano, example_config):
+    processor, config = backbone("nano", tiny_nano, example_config)
+    plain = ChatTokenizer(processor, config)
+    expected = plain.encode_chat([{**turn("user", [{"type": "text", "text": "a"}])}, answer("b \U000f0000")])
+    processor.chat_template = processor.chat_template.replace("['text']", "['text'] | trim")
+    trims = ChatTokenizer(processor, config)
+    assert trims.encode_chat([turn("user", [{"type": "text", "text": " a\n"}]), answer(" b \U000f0000 ")]) == expected
+
+
+def answer(text: str) -> dict:
+    return turn("assistant", [{"type": "text", "text": text}])
 
 
 def test_other_columns_are_one_line(tmp_path):

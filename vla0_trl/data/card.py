@@ -37,6 +37,7 @@ def write_card(
     left_out: list[int],
     clipped: list[str],
     command: str,
+    recipe: str,
 ) -> None:
     """Write README.md and the sample picture.
 
@@ -44,6 +45,7 @@ def write_card(
         sample (`list[list[bytes]]`): image files of all cameras, frame by frame.
         tasks (`dict[str, int]`): instruction -> episodes of it.
         clipped (`list[str]`): which values the text does not reach.
+        command, recipe (`str`): what made the dataset, and what trains on it.
     """
     sample_picture(sample).save(directory / SAMPLE_NAME)
     # No `configs` in the header: load_dataset finds data/train-* by itself, and with `configs` its cache would know a
@@ -63,7 +65,7 @@ def write_card(
         episodes=sum(tasks.values()),
         tasks=dict(sorted(tasks.items())),
         cameras=[(name, *Image.open(io.BytesIO(f)).size) for name, f in zip(config.cameras, sample[0], strict=True)],
-        recipe="sft_pusht.py" if "PushT" in info.robot else "sft_libero.py",
+        recipe=recipe,
         version=__version__,
         sample_frames=_SAMPLE_FRAMES,
         sample=SAMPLE_NAME,

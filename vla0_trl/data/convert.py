@@ -103,7 +103,7 @@ def convert(
         image_format (`str`): of frames that the source does not give as files.
         skip_bad_episodes (`bool`): leave bad episodes out and list them in the end, instead of stopping at the first.
         overwrite (`bool`): replace a finished dataset or the rest of another conversion.
-        command, recipe (`str`): how this was called, for the card; what to train with, for the report.
+        command, recipe (`str`): how this was called, and what to train with, for card and report.
 
     Returns:
         The absolute `output_dir`.
@@ -134,7 +134,7 @@ def convert(
             staging = Staging(source, config, folder.partial / "episodes", image_format, skip_bad_episodes)
             staged = staging.stage_all(indices, num_proc)
             result = classify_episodes(staging, indices)
-            write_dataset(folder.partial / "final", staging, result, key, command)
+            write_dataset(folder.partial / "final", staging, result, key, command, recipe)
         except OSError as error:
             if error.errno not in _DISK_FULL:
                 raise
@@ -172,7 +172,9 @@ def _is_finished(folder: RunFolder, key: dict[str, Any], overwrite: bool) -> boo
         return False
     found = read_json(folder.path / CONVERSION_NAME)
     if found is None:
-        raise FolderError(f"{folder.path} exists and is not a dataset made by data_prep/: choose another --output_dir")
+        damaged = (folder.path / CONVERSION_NAME).exists()
+        problem = f"has a damaged {CONVERSION_NAME}" if damaged else "exists and is not a dataset made by data_prep/"
+        raise FolderError(f"{folder.path} {problem}: choose another --output_dir")
     if overwrite:
         return False
     if found | key != found:

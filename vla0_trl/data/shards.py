@@ -90,7 +90,7 @@ def classify_episodes(staging: Staging, indices: list[int]) -> ClassifiedEpisode
 
 
 def write_dataset(
-    final: Path, staging: Staging, result: ClassifiedEpisodes, key: dict[str, Any], command: str
+    final: Path, staging: Staging, result: ClassifiedEpisodes, key: dict[str, Any], command: str, recipe: str
 ) -> None:
     """Phase 2: write the whole dataset into the folder `final`, which is published afterwards."""
     included = result.included
@@ -108,8 +108,8 @@ def write_dataset(
     shards = _shards(staging, included)
     for number, shard in enumerate(shards):
         name = f"train-{number:05d}-of-{len(shards):05d}.parquet"
-        episodes = tqdm(shard, desc=f"writing {name}", unit="episode")
-        _write_shard(final / "data" / name, (rows for index in episodes for rows in staging.rows(index)), config)
+        with tqdm(shard, desc=f"writing {name}", unit="episode") as episodes:
+            _write_shard(final / "data" / name, (rows for index in episodes for rows in staging.rows(index)), config)
     rows = sum(pq.read_metadata(path).num_rows for path in (final / "data").iterdir())
     if rows != result.frames:
         raise ConversionError(f"{rows} rows were written instead of {result.frames}: run the same command again")
@@ -118,7 +118,9 @@ def write_dataset(
     sample = sampled_frames(staging.rows(first, ["images"]), staging.info(first).frames)
     left_out = sorted([*result.rejected, *result.skipped])
     tasks = Counter(next(staging.rows(index, ["task"]))["task"][0].as_py() for index in included)
-    write_card(final, sample, config, staging.source.info, tasks, result.frames, left_out, result.clipped, command)
+    write_card(
+        final, sample, config, staging.source.info, tasks, result.frames, left_out, result.clipped, command, recipe
+    )
     outcome = {"rejected": result.rejected, "skipped": result.skipped, "clipped": result.clipped}
     record = key | outcome | {"files": files_of(final)}
     (final / CONVERSION_NAME).write_text(json.dumps(record, indent=1) + "\n")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import Image, List, load_dataset
-from jinja2 import TemplateError
 from trl import prepare_multimodal_messages
 
 from vla0_trl.data.chat_dataset import check_loadable
@@ -74,12 +73,11 @@ class VisionChats:
             ValueError: the first row that can't be trained on: dataset, row, what was found.
         """
         columns = self._dataset.select_columns([*self._texts, *([self._images] if self._images else [])])
-        known: set[tuple] = set()
         start = 0
         for rows in columns.with_format("arrow").iter(_BATCH):
             images = rows[self._images] if self._images else [None] * len(rows)
             for row, cell in zip(rows.select(self._texts).to_pylist(), images, strict=True):
-                mistake = self._mistake(row, _files(cell), chat_tokenizer, max_tokens, known)
+                mistake = self._mistake(row, _files(cell), chat_tokenizer, max_tokens)
                 if mistake:
                     raise ValueError(f"{self.name}: row {start}: {mistake}: repair the row, or leave it out")
                 start += 1
@@ -95,14 +93,9 @@ class VisionChats:
         return prepared, 0 if self._texts == ["messages"] else len(row["prompt"])
 
     def _mistake(
-        self,
-        row: dict[str, Any],
-        files: list[pa.Buffer | None],
-        tokenizer: ChatTokenizer,
-        max_tokens: int,
-        known: set[tuple],
+        self, row: dict[str, Any], files: list[pa.Buffer | None], tokenizer: ChatTokenizer, max_tokens: int
     ) -> str | None:
-        """What is wrong with a row; `known` are the kinds of conversations that the template has written already."""
+        """What is wrong with a row."""
         for file in files:
             mistake = "holds a path in place of an image: embed it" if file is None else image_mistake(file)
             if mistake:
@@ -121,16 +114,15 @@ class VisionChats:
                 return "begins with the assistant: nothing was asked"
             if all(message["role"] != "assistant" for message in chat[targets_from:]):
                 return "the assistant says nothing, so there is nothing to learn"
-            kind = (targets_from, *((m["role"], *(part["type"] for part in m["content"])) for m in chat))
+            tokenizer.chat_turns(chat, targets_from)
             texts = [part["text"] for message in chat for part in message["content"] if part["type"] == "text"]
             # No tokenizer makes more tokens of a text than it has bytes, so that few rows have to be counted.
             at_most = sum(len(text.encode()) for text in texts) + _TURN_TOKENS * (len(chat) + 1)
-            if kind not in known or at_most + len(files) * len(tokenizer.image_ids) > max_tokens:
-                known.add(kind)
+            if at_most + len(files) * len(tokenizer.image_ids) > max_tokens:
                 length = len(tokenizer.encode_chat(chat, targets_from)[0])
                 if length > max_tokens:
                     return f"makes {length} tokens with its images, and the model reads {max_tokens}"
-        except (ValueError, TemplateError) as error:  # of images without places, and of turns that a template forbids
+        except ValueError as error:  # of images without places, and of turns that a template forbids
             return one_line(error).rstrip(".")
         return None
 

@@ -18,7 +18,7 @@ from transformers import ProcessorMixin
 from vla0_trl.actions import join_integers
 from vla0_trl.config import VLAConfig
 from vla0_trl.processing.chat import task_mistake
-from vla0_trl.processing.template_check import chat_frame
+from vla0_trl.processing.template_check import chat_frame, chat_turns, fill
 
 IGNORED = -100  # torch's cross-entropy leaves such labels out
 MASK_CANDIDATES = ("?", "_", "*", "#")
@@ -64,6 +64,7 @@ class ChatTokenizer:
         self.mask_id = self._single_token([mask if self._space else f" {mask}" for mask in MASK_CANDIDATES])
         # A dict, because an `lru_cache` does not pickle, as worker processes that are not forked need it.
         self._prompts: dict[str, tuple[list[int], list[int]]] = {}
+        self._chat_turns: dict[tuple, tuple[list[str], bool]] = {}  # by a conversation's roles and parts
         self.extra_keys: set[str] = set()
         self.encode_prompt("task", np.zeros(config.state_dim, np.int64))  # finds extra_keys
         self._check_table()
@@ -196,23 +197,24 @@ class ChatTokenizer:
             messages: with content parts, as TRL's `prepare_multimodal_messages` gives them.
             targets_from (`int`): turns before this one are no targets.
 
-        `ValueError` if the template writes what came before an answer in another way once the answer is there.
+        `ValueError`: see [`chat_turns`].
         """
+        turns, trims = self.chat_turns(messages, targets_from)
+        texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
         ids: list[int] = []
         labels: list[int] = []
-        done = ""
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant" or index < targets_from:
-                continue
-            before = self.processor.apply_chat_template(messages[:index], add_generation_prompt=True)
-            after = self.processor.apply_chat_template(messages[: index + 1])
-            if not before.startswith(done) or not after.startswith(before):
-                raise ValueError(f"the chat template changes what is before the answer of turn {index + 1}")
-            said, answer = (self._ids_with_images(text) for text in (before[len(done) :], after[len(before) :]))
-            ids += said + answer
-            labels += [IGNORED] * len(said) + answer
-            done = after
+        for number, turn in enumerate(turns):
+            found = self._ids_with_images(fill(turn, texts, trims))
+            ids += found
+            labels += found if number % 2 else [IGNORED] * len(found)
         return ids, labels
+
+    def chat_turns(self, messages: Sequence[dict], targets_from: int = 0) -> tuple[list[str], bool]:
+        """What the template writes around the texts of such a conversation; see [`template_check.chat_turns`]."""
+        kind = (targets_from, *((m["role"], *(part["type"] for part in m["content"])) for m in messages))
+        if kind not in self._chat_turns:
+            self._chat_turns[kind] = chat_turns(self.processor, messages, targets_from)
+        return self._chat_turns[kind]
 
     def _ids_with_images(self, text: str) -> list[int]:
         found = (self.image_ids if token == self.image_token_id else [token] for token in self._ids(text))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +22,7 @@ SECONDS, BYTES, CHARACTERS = 2, 1 << 30, 100_000  # a real one takes a milliseco
 # Characters that no text uses: they show where a template writes task, state and answer.
 _TASK, _STATE, _ANSWER = "\ue000", "\ue001", "\ue002"
 _EXAMPLE = ("Push the T, please.", "12 400")
+_FIRST_TEXT = 0xF0000  # and those after it: the first text of a conversation, the second, …
 
 
 def chat_frame(processor: ProcessorMixin, config: VLAConfig, num_images: int) -> tuple[tuple[str, str, str], str, str]:
@@ -57,6 +59,48 @@ def chat_frame(processor: ProcessorMixin, config: VLAConfig, num_images: int) ->
     before, rest = prompt.split(_TASK)
     between, _, after = rest.partition(f" {_STATE}")
     return (before, between, after), prefix, suffix
+
+
+def chat_turns(processor: ProcessorMixin, messages: Sequence[dict], targets_from: int) -> tuple[list[str], bool]:
+    """What the template writes before and as each answer from turn `targets_from` on, for [`fill`]; whether it trims.
+
+    Like [`chat_frame`], for conversations of any roles and content parts: their texts don't matter.
+    """
+    places = list(map(chr, range(_FIRST_TEXT, _FIRST_TEXT + sum(len(message["content"]) for message in messages))))
+
+    def written(texts: list[str]) -> list[str]:
+        rest = iter(texts)
+        chat = [
+            {"role": m["role"], "content": [p | {"text": next(rest)} if "text" in p else p for p in m["content"]]}
+            for m in messages
+        ]
+        turns, done = [], ""
+        for index, message in enumerate(chat):
+            if message["role"] == "assistant" and index >= targets_from:
+                before = processor.apply_chat_template(chat[:index], add_generation_prompt=True)
+                after = processor.apply_chat_template(chat[: index + 1])
+                if not before.startswith(done) or not after.startswith(before):
+                    raise ValueError(f"it changes what is before the answer of turn {index + 1}")
+                turns += [before[len(done) :], after[len(before) :]]
+                done = after
+        return turns
+
+    name = processor.tokenizer.name_or_path or "nano"
+    examples = [f" {place} It's <b>.\n" for place in places]
+    found = within_limits(lambda: written(places) + written(examples), name)
+    turns, wanted = found[: len(found) // 2], found[len(found) // 2 :]
+    for trims in (False, True):
+        if [fill(turn, examples, trims) for turn in turns] == wanted:
+            return turns, trims
+    raise ValueError(
+        f"{name}: its chat template must write texts as they are: of {examples[0]!r} it makes another one"
+    )
+
+
+def fill(turn: str, texts: Sequence[str], trims: bool) -> str:
+    """One of [`chat_turns`], with a conversation's texts in their places."""
+    texts = [text.strip() for text in texts] if trims else texts
+    return re.sub("[\U000f0000-\U000fffff]", lambda place: texts[ord(place.group()) - _FIRST_TEXT], turn)
 
 
 def within_limits(render: Callable[[], list[str]], name: str) -> list[str]:
