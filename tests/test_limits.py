@@ -9,7 +9,7 @@ from trl import ModelConfig
 
 from vla0_trl.command_line import option, parse
 from vla0_trl.limits import LIMITS, check_limits
-from vla0_trl.training.arguments import DataArguments, VLASFTConfig
+from vla0_trl.training.arguments import DataArguments, VLASFTConfig, parse_recipe
 from vla0_trl.training.fields import check_recipe_words
 
 BAD = [
@@ -41,6 +41,8 @@ BAD = [
     ({"action_noise": 10**12}, "--action_noise 1000000000000 must be at most 512"),
     ({"label_smoothing_bins": -1.0}, "--label_smoothing_bins -1.0 must be at least 0"),
     ({"router_aux_loss_coef": -1.0}, "--router_aux_loss_coef -1.0 must be at least 0"),
+    ({"adam_beta1": 1.0}, "--adam_beta1 1.0 must be at most 0.999999999"),
+    ({"dataloader_num_workers": 10**9}, "--dataloader_num_workers 1000000000 must be at most 1000"),
     ({"ddp_bucket_cap_mb": 0}, "--ddp_bucket_cap_mb 0 must be at least 1"),
 ]
 
@@ -120,6 +122,16 @@ def test_conversions_say_it_before_they_read_anything(flag, capsys, monkeypatch)
 def test_recipes_say_it_before_anything_heavy_is_imported(words, message):
     with pytest.raises(SystemExit, match=f"^error: {message}$"):
         check_recipe_words(REPOSITORY / "recipes/pusht/nano.yaml", "", words)
+
+
+@pytest.mark.parametrize(
+    "words", ["--dtype x", "--lr_scheduler_type x", "--seed true", "--rollout_steps 1.5", "--bf16 maybe"]
+)
+def test_a_recipes_own_parser_says_it_in_one_line(words, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse_recipe(REPOSITORY / "recipes/pusht/nano.yaml", "", words.split())
+    assert error.value.code.startswith(f"error: argument {words.split()[0]}") and "\n" not in error.value.code
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

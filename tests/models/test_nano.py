@@ -94,14 +94,34 @@ def test_the_image_reaches_every_token_behind_it_from_the_start(coded):
     assert moved[0] == 0 and (moved[1:] > 1e-4).all()
 
 
-def test_sizes_and_unknown_values(coded):
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"init": "zeros"}, "nano: init='zeros' must be one of"),
+        ({"numbers": True}, "nano: unknown keys"),
+        ([1], r"nano: found \[1\], wanted an object"),
+        ("{", "nano: found '{', wanted an object"),
+        ({"hidden_size": -1}, "nano: hidden_size is -1, wanted a whole number from 1 to 8192"),
+        ({"hidden_size": 1e30}, "nano: hidden_size is 1e\\+30, wanted"),
+        ({"hidden_size": True}, "nano: hidden_size is True, wanted"),
+        ({"hidden_size": 10, "num_heads": 4}, "nano: hidden_size=10 must be a multiple of 2 · num_heads"),
+        ({"num_layers": 10**6}, "nano: num_layers is 1000000, wanted a whole number from 1 to 100"),
+        ({"image_size": 12}, "nano: image_size=12 must be at least patch_size · scale_factor"),
+        ({"image_std": [0, 1, 1]}, "each a number above 0"),
+        ({"image_mean": "grey"}, "nano: image_mean is 'grey', wanted a list of 3 values"),
+        ({"rope_theta": float("nan")}, "nano: rope_theta is nan"),
+    ],
+)
+def test_values_that_can_not_be(data, message):
+    with pytest.raises(ValueError, match=message) as error:
+        nano_from_dict(data)
+    assert "\n" not in str(error.value)
+
+
+def test_sizes(coded):
     model, processor = coded
     of_vocabulary = 2 * 128 * len(processor.tokenizer)  # embeddings, and a head of its own
     assert sum(parameter.numel() for parameter in model.parameters()) - of_vocabulary == 1_548_992
-    with pytest.raises(ValueError, match="init='zeros' must be one of"):
-        nano_from_dict({"init": "zeros"})
-    with pytest.raises(ValueError, match="unknown keys"):
-        nano_from_dict({"numbers": True})
 
 
 def test_numbers_and_words_are_one_token_each_and_all_text_round_trips(coded):

@@ -19,6 +19,7 @@ from transformers import (
 
 from vla0_trl.models.nano_init import init_as_code
 from vla0_trl.models.nano_processor import SPECIAL_TOKENS, nano_processor, number_token
+from vla0_trl.schema import between, boolean, checked, items, mistakes, optional, positive, share
 
 INITS = ("normal", "code")
 
@@ -62,8 +63,26 @@ class NanoConfig:
     init: str = "normal"
 
     def __post_init__(self):
+        if lines := mistakes(vars(self), _KINDS):
+            raise ValueError(f"nano: {'; '.join(lines)}")
         if self.init not in INITS:
             raise ValueError(f"nano: init={self.init!r} must be one of {INITS}")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(f"nano: hidden_size={self.hidden_size} must be a multiple of 2 · num_heads")
+        if self.image_size < self.patch_size * self.scale_factor:
+            raise ValueError(f"nano: image_size={self.image_size} must be at least patch_size · scale_factor")
+
+
+_SIZE = between(1, 8192)
+_KINDS = {
+    **dict.fromkeys(("hidden_size", "num_heads", "vision_hidden_size", "image_size", "patch_size"), _SIZE),
+    **dict.fromkeys(("num_layers", "vision_layers", "scale_factor"), between(1, 100)),
+    **dict.fromkeys(("vision_intermediate_size", "vision_num_heads"), optional(_SIZE)),
+    "rope_theta": positive,
+    "number_tokens": boolean,
+    "image_mean": items(share, 3, 3),
+    "image_std": items(positive, 3, 3),
+}
 
 
 def build_nano(
@@ -123,7 +142,7 @@ def _smolvlm_config(config: NanoConfig, tokenizer: PreTrainedTokenizerBase) -> S
 
 def nano_from_dict(data: dict | None) -> NanoConfig:
     """A `NanoConfig` from a recipe's `nano:` section; an unknown key raises `ValueError`."""
-    unknown = (data or {}).keys() - asdict(NanoConfig()).keys()
+    unknown = checked("nano", data or {}, {}, "write {…}").keys() - asdict(NanoConfig()).keys()
     if unknown:
         raise ValueError(f"nano: unknown keys {sorted(unknown)}, known are {sorted(asdict(NanoConfig()))}")
     return NanoConfig(**(data or {}))

@@ -53,7 +53,7 @@ class DataArguments(ExecutionArguments):
     normalization: str | None = option(None, "min_max, quantile, or a range such as -1,1.")
 
     def __post_init__(self):
-        if self.dataset_name is None:
+        if not self.dataset_name:
             raise ValueError(
                 "dataset_name is missing: --dataset_name FOLDER_OR_HUB_ID of a dataset made by data_prep/"
             )
@@ -197,6 +197,10 @@ class _RecipeParser(TrlParser):
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         return super().set_defaults_with_config(**{k: v for k, v in config.items() if k not in self._unused})
+
+    def error(self, message: str) -> None:
+        """One line: argparse would write all flags before it."""
+        sys.exit(f"error: {message}")
 
 
 def parse_recipe(
