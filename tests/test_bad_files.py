@@ -184,7 +184,7 @@ def test_a_folder_that_would_be_read_as_a_pattern_is_refused(name):
         check_loadable(f"data/{name}")
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cuda:x", "cpu cpu", "meta", "mps"])
+@pytest.mark.parametrize("device", ["", "gpu", "cuda:99", "cuda:x", "cpu cpu", "meta", "mps"])
 def test_an_unknown_device_is_one_line(device):
     with pytest.raises(ValueError, match=f"--device .*{device}"):
         resolve_device(device)

@@ -65,12 +65,25 @@ def test_config_has_exact_statistics_and_origin(small_dataset):
 
 
 def test_card(tmp_path):
-    output_dir = convert(SmallSource(rejected=(1, 3)), small_config(), tmp_path / "d", command="python x.py --y 1", recipe="recipes/z.py")
+    output_dir = convert(
+        SmallSource(rejected=(1, 3)),
+        small_config(),
+        tmp_path / "d",
+        command="python x.py --y 1",
+        recipe="recipes/z.py",
+    )
     front_matter, card = (output_dir / "README.md").read_text().removeprefix("---\n").split("---\n\n", 1)
     header = yaml.safe_load(front_matter)
     assert header["license"] == "mit"
     assert header["size_categories"] == ["n<1K"] and header["source_datasets"] == ["original"]
-    for text in ("python x.py --y 1", "21 frames of 3 episodes at 10 Hz", "2 (1, 3)", "| state[2] |", "Made up for", "launch recipes/z.py "):
+    for text in (
+        "python x.py --y 1",
+        "21 frames of 3 episodes at 10 Hz",
+        "2 (1, 3)",
+        "| state[2] |",
+        "Made up for",
+        "launch recipes/z.py ",
+    ):
         assert text in card
     rows = {"| camera | front, 20 × 16 px |", "| camera | wrist, 8 × 8 px |", "| task 0 | 3 |"}
     assert rows | {"| units | as in the source |"} <= {*card.splitlines()}

@@ -138,7 +138,7 @@ def test_turns_that_a_template_forbids_are_named(tiny_nano, example_config, tmp_
     forbids = "{% if " + twice + " %}{{ raise_exception('roles must alternate') }}{% endif %}"
     processor.chat_template = forbids + processor.chat_template
     rows = [*chat_rows(1), {"images": [], "messages": [turn("user", "Hello?")] * 2 + [turn("assistant", "Yes?")]}]
-    with pytest.raises(ValueError, match="row 1: .*: TemplateError: roles must alternate: repair the row"):
+    with pytest.raises(ValueError, match=r"row 1: .*: TemplateError: roles must alternate: repair the row"):
         VisionChats(save_chats(tmp_path / "chats", rows)).check(tokenizer, 512)
 
 

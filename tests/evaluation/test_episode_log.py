@@ -282,6 +282,16 @@ def test_video_has_every_frame(tmp_path):
 
 def test_a_video_that_cannot_be_written_is_an_error(tmp_path):
     frames = [np.zeros((63, 63, 3), np.uint8)]  # yuv420p needs even sides
-    with pytest.raises(results.WriteError, match=r"ffmpeg could not write .*a\.mp4"):
+    with pytest.raises(results.WriteError, match=r"ffmpeg could not write .*a\.mp4") as error:
         results.write_video(tmp_path / "a.mp4", frames, fps=10)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and "\n" not in str(error.value)
+
+
+def test_what_a_kill_left_of_lines_and_films_goes(tmp_path):
+    (tmp_path / "videos").mkdir()
+    for name in (".results.json.7.partial", "videos/.a.mp4.7.partial", "videos/a.mp4"):
+        (tmp_path / name).touch()
+    with EpisodeLog(tmp_path, RUN):
+        pass
+    assert [file.name for file in (tmp_path / "videos").iterdir()] == ["a.mp4"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["episodes.jsonl", "videos"]

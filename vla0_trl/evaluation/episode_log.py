@@ -26,7 +26,7 @@ from vla0_trl.evaluation.metrics import identity
 from vla0_trl.evaluation.rollout import EpisodeResult, Seed
 from vla0_trl.files import delete_leftovers, whole_file, write_whole
 from vla0_trl.run_folder import RunFolder, belongs_to_another
-from vla0_trl.schema import between, boolean, checked, mapping, not_negative, number, parse_json, text, warn_once
+from vla0_trl.schema import between, boolean, checked, mapping, not_negative, number, one_line, parse_json, text, warn_once
 
 EPISODES = "episodes.jsonl"
 _SHARDS = "episodes-*.jsonl"
@@ -143,7 +143,8 @@ class EpisodeLog:
         try:
             self._held.path.mkdir(parents=True, exist_ok=True)
             if self._held.first:
-                delete_leftovers(folder)
+                for written in (folder, folder / VIDEOS):
+                    delete_leftovers(written)
                 if overwrite:
                     self._delete_all(launch)
             self.episodes = read_episodes(folder)
@@ -278,4 +279,4 @@ def write_video(path: Path, frames: list[np.ndarray], fps: float) -> None:
         pixels = b"".join(frame.tobytes() for frame in frames)
         done = subprocess.run([*ffmpeg, str(partial)], input=pixels, capture_output=True)
         if done.returncode != 0:
-            raise WriteError(f"ffmpeg could not write {path}: {done.stderr.decode(errors='replace').strip()}")
+            raise WriteError(f"ffmpeg could not write {path}: {one_line(done.stderr.decode(errors='replace'))}")

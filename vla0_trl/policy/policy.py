@@ -275,7 +275,7 @@ def resolve_device(
 ) -> tuple[torch.device, torch.dtype]:
     """Where to run, by default on a GPU if there is one, and in what: bfloat16 there, float32 on a CPU."""
     try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     except RuntimeError as error:
         raise ValueError(f"--device {device!r} is not a device: use cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
