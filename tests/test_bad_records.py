@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.episodes import small_result
 from support.general import load_script, short_words
 
 from vla0_trl.benchmarks.ablation import Ablation
-from vla0_trl.evaluation.episode_log import read_episodes
+from vla0_trl.evaluation.episode_log import EpisodeLog, read_episodes
 from vla0_trl.evaluation.metrics import aggregate
 from vla0_trl.evaluation.report.page import write_report
 from vla0_trl.evaluation.report.summary import load_runs
@@ -105,7 +106,6 @@ LINES = [
     ({"max_coverage": None}, "max_coverage is null, wanted a number"),
     ({"suite": "../../x", "task_id": 0}, "suite is '../../x', wanted a suite's name"),
     ({"suite": "libero_object"}, "task_id is absent"),
-    ({"suite": "libero_object", "task_id": 0}, "is of another simulator than the lines before"),
     ({"protocol": "a"}, "protocol is 'a', wanted an object"),
 ]
 
@@ -232,3 +232,16 @@ def test_what_pages_show_is_text(folder):
     page = (folder / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
     assert "$x_$</text>" in page  # drawn literally, not as mathematics
+
+
+def test_a_line_of_another_simulator_costs_no_other_line(tmp_path, capsys):
+    with EpisodeLog(tmp_path, RUN) as log:
+        rows = [log.append(small_result(seed)) for seed in (1, 2, 3)]
+    rows[0] |= {"suite": "libero_object", "task_id": 0}
+    (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["seed"] for row in read_episodes(tmp_path)] == [2, 3]
+    assert "the line of libero_object 0 1 is of another simulator than most; it is left out" in capsys.readouterr().err
+    with EpisodeLog(tmp_path, RUN) as log:
+        assert log.missing([1, 2, 3]) == [1]
+        log.append(small_result(1))
+    assert [row["seed"] for row in read_episodes(tmp_path)] == [1, 2, 3]

@@ -128,12 +128,13 @@ def evaluate(
 
 def join_launch(args: EvaluationArguments) -> None:
     """Set `rank`, `num_processes` and `launch` as `accelerate launch` tells them, and a GPU for each process."""
-    args.rank, args.num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.num_processes > 1:
-        try:
+    try:
+        args.rank, args.num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if args.num_processes > 1:
             args.store, _, _ = next(torch.distributed.rendezvous("env://"))
-        except ValueError as error:
-            leave(2, f"error: RANK and WORLD_SIZE are set, but {error}: start it with accelerate launch")
+    except ValueError as error:
+        leave(2, f"error: RANK and WORLD_SIZE are set, but {error}: start it with accelerate launch")
+    if args.num_processes > 1:
         if args.rank == 0:
             args.store.set("launch", uuid.uuid4().hex[:8])
         args.launch = args.store.get("launch").decode()

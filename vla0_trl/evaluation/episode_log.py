@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -26,13 +27,25 @@ from vla0_trl.evaluation.metrics import identity
 from vla0_trl.evaluation.rollout import EpisodeResult, Seed
 from vla0_trl.files import delete_leftovers, whole_file, write_whole
 from vla0_trl.run_folder import RunFolder, belongs_to_another
-from vla0_trl.schema import between, boolean, checked, mapping, not_negative, number, one_line, parse_json, text, warn_once
+from vla0_trl.schema import (
+    between,
+    boolean,
+    checked,
+    mapping,
+    not_negative,
+    number,
+    one_line,
+    parse_json,
+    text,
+    warn_once,
+)
 
 EPISODES = "episodes.jsonl"
 _SHARDS = "episodes-*.jsonl"
 RESULTS = "results.json"
 VIDEOS = "videos"
 _COUNT = between(0, 10**9)
+_LEFT_OUT = "it is left out; run the evaluation again to fill the gap"
 
 
 def _suite(value: Any) -> str:
@@ -75,13 +88,14 @@ def read_episodes(folder: Path, seeds: dict[str, list[int]] | None = None) -> li
             for count, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
                 try:
                     row = _read_row(f"{path}, line {count}", line)
-                    if rows and len(identity(row)) != len(next(iter(rows))):
-                        raise ValueError(f"{path}, line {count}: is of another simulator than the lines before")
+                    rows[identity(row)] = row
                 except ValueError as error:
-                    fix = "it is left out; run the evaluation again to fill the gap"
-                    warn_once(f"{str(error).splitlines()[0]}; {fix}")
-                    continue
-                rows[identity(row)] = row
+                    warn_once(f"{str(error).splitlines()[0]}; {_LEFT_OUT}")
+    usual = Counter(map(len, rows)).most_common(1)
+    for key in [key for key in rows if len(key) != usual[0][0]]:
+        line = f"{folder / EPISODES}: the line of {' '.join(map(str, key))}"
+        warn_once(f"{line} is of another simulator than most; {_LEFT_OUT}")
+        del rows[key]
     return [rows[key] for key in sorted(rows) if seeds is None or _in_ranges(key, seeds)]
 
 
