@@ -1,10 +1,10 @@
 # make demo                       a policy that pushes, then one from nothing in minutes; open runs/demo/report.html
-# make policy                     the shipped policy anew, from an empty folder, in about an hour; stops and goes on
+# make policy                     trains the shipped policy again, from an empty folder, in about an hour; goes on after a stop
 # make libero                     one LIBERO task from nothing, in 40 minutes; $LIBERO_ASSETS, or the Hub, has its meshes
 # make test                       all tests but the slow ones, in minutes
 # make test-all                   every test: what starts or kills several processes, or simulates for long, too
 # make test-newest, test-oldest   what depends on libraries, with their newest versions and with setup.cfg's oldest
-# make lock                       requirements.lock anew, from the newest versions that setup.cfg allows
+# make lock                       writes requirements.lock again, from the newest versions that setup.cfg allows
 # make lint                       ruff
 
 PYTHON ?= python3
@@ -46,7 +46,7 @@ python eval/eval_pusht.py --model_name_or_path $(DEMO)/train --num_episodes 16 -
 python eval/summarize.py $(DEMO)/untrained $(DEMO)/ten_minutes $(DEMO)/shipped --title "PushT, from random weights" --commands $(DEMO)/commands.txt --output $(DEMO)
 endef
 
-# What `make policy` runs: the shipped policy anew, from an empty folder.
+# What `make policy` runs: the shipped policy trained again, from an empty folder.
 define POLICY_COMMANDS
 python data_prep/teach_pusht.py --num_proc 2 --output_dir $(POLICY)/teacher
 python data_prep/rows_pusht.py --teacher $(POLICY)/teacher --num_rows 120000 --num_bins 255 --num_proc 2 --output_dir $(POLICY)/rows
