@@ -174,17 +174,14 @@ def test_a_checkpoint_of_another_robot_is_refused(layout, checkpoint, units, err
         RequestReader(LAYOUTS[layout], checkpoint, units)
 
 
-def test_names_are_the_checkpoints_else_the_layouts_else_unknown():
+def test_names_are_the_layouts_else_the_checkpoints_else_unknown():
     told = RequestReader(LAYOUTS["plain"], config(["image"], 2, 2)).describe()
-    assert (told["state_names"], told["action_names"], told["options"]) == (
-        None,
-        None,
-        ["episode", "prefix", "deadline_s"],
-    )
+    assert (told["state_names"], told["action_names"], told["units"]) == (None, None, None)
+    assert told["options"] == ["episode", "prefix", "deadline_s"]
     named = config(["image"], 2, 2).replace(state_names=["x", "y"], action_names=["dx", "dy"], units="pixels")
     told = RequestReader(LAYOUTS["pusht"], named).describe()
-    assert (told["state_names"], told["action_names"], told["units"]) == (["x", "y"], ["dx", "dy"], "pixels")
-    assert RequestReader(LAYOUTS["pusht"], config(["image"], 2, 2)).describe()["action_names"] == ACTION_NAMES
+    assert (told["state_names"], told["action_names"], told["units"]) == (["x", "y"], ACTION_NAMES, "pixels")
+    assert RequestReader(LAYOUTS["plain"], named).describe()["action_names"] == ["dx", "dy"]
     other = config(["front"], 6, 6).replace(action_names=LAYOUTS["so100"].action_names[::-1])
     with pytest.raises(ValueError, match=r"the checkpoint's action is in another order, \['gripper.pos'"):
         RequestReader(LAYOUTS["so100"], other, "degrees")

@@ -29,7 +29,7 @@ class Layout:
         task (`str`), default_task (`str`, *optional*): the instruction's key; the instruction if the key is absent.
         chunk_size (`int`, *optional*): actions that the client executes of each reply, which gets that many.
         needs_units (`bool`): the joints may be in degrees or in −100…100, and server and requests must say which.
-        state_names, action_names (`list[str]`, *optional*): of each dimension, where a checkpoint has none.
+        state_names, action_names (`list[str]`, *optional*): of each dimension, as the robot knows them.
     """
 
     images: dict[str, list[str]] | str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -120,13 +120,18 @@ class RequestReader:
 
     def describe(self) -> dict[str, Any]:
         """What a client should know, for the server's first message; None is what nobody has told."""
-        layout = {key: value for key, value in asdict(self.layout).items() if key in ("state", "task", "default_task")}
-        names = {
-            key: getattr(self.config, key) or getattr(self.layout, key) for key in ("state_names", "action_names")
+        layout = self.layout
+        return {
+            "cameras": self.cameras,
+            "units": self.units or self.config.units,
+            "options": [key for key in OPTIONS if key != "units" or layout.needs_units],
+            "state": layout.state,
+            "task": layout.task,
+            "default_task": layout.default_task,
+            # a robot's own names, by which actions are given to it, before those of the data
+            "state_names": layout.state_names or self.config.state_names,
+            "action_names": layout.action_names or self.config.action_names,
         }
-        options = [key for key in OPTIONS if key != "units" or self.layout.needs_units]
-        units = self.units or self.config.units
-        return {"cameras": self.cameras, "units": units, "options": options} | layout | names
 
     @property
     def _reads_state(self) -> bool:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from vla0_trl.config import VLAConfig
+from vla0_trl.envs.libero.protocol import STATE_DIM
 from vla0_trl.policy.observation import Observation, check_observation
 
 # Their names of cameras -> those of checkpoints. Others must have a checkpoint's name.
 CAMERAS = {"agentview": ("image",), "wrist": ("wrist_image", "image2")}
-AXIS_ANGLE = slice(3, 6)  # in LIBERO's state of 8
-LIBERO_STATE_DIM = 8
+AXIS_ANGLE = slice(3, 6)  # in LIBERO's state
 
 
 def observation_params(config: VLAConfig) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def read_observation(found: dict[str, Any], config: VLAConfig) -> Observation:
     state = found.get("states", found.get("state"))
     if state is not None:
         state = np.asarray(state, np.float32)
-        if config.state_stats is not None and len(state) == config.state_dim == LIBERO_STATE_DIM:
+        if config.state_stats is not None and len(state) == config.state_dim == STATE_DIM:
             state = state.copy()
             state[AXIS_ANGLE] = nearest_axis_angle(state[AXIS_ANGLE], np.asarray(config.state_stats.mean)[AXIS_ANGLE])
     return check_observation({"images": images, "state": state, "task": found.get("task_description")}, config)

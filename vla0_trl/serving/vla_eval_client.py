@@ -16,11 +16,12 @@ from websockets.exceptions import WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
 from vla0_trl.config import VLAConfig
+from vla0_trl.envs.libero.protocol import STATE_DIM
 from vla0_trl.evaluation.policy_source import PolicyError
 from vla0_trl.policy.observation import Observation
 from vla0_trl.schema import one_line
 from vla0_trl.serving.codec import CodecError, pack, unpack, unpack_array
-from vla0_trl.serving.vla_eval import AXIS_ANGLE, LIBERO_STATE_DIM
+from vla0_trl.serving.vla_eval import AXIS_ANGLE
 
 SCHEME = "vla-eval://"
 VERSION = 1
@@ -129,7 +130,7 @@ class VlaEvalPolicy:
         shown = {"images": images, "task_description": observation["task"]}
         if self._params.get("send_state"):
             state = np.array(observation["state"], np.float32)
-            if len(state) == LIBERO_STATE_DIM and not self._params.get("quat_no_antipodal"):
+            if len(state) == STATE_DIM and not self._params.get("quat_no_antipodal"):
                 state[AXIS_ANGLE] = within_half_a_turn(state[AXIS_ANGLE])
             shown["states"] = _array(state)
         return shown
