@@ -51,6 +51,7 @@ class VLAConfig:
             overlapping predictions (ACT's temporal ensembling); excludes `n_action_steps` > 1.
         ensemble_decay (`float`, *optional*), ensemble_weights (`str`, *optional*): how the ensemble weighs them, one
             of the two; a plain mean without. See [`TemporalEnsembler`].
+        temperature (`float`): answers are drawn with it; 0 is greedy decoding. See [`policy.sessions`].
         image_size (`int`): side of the square that the model sees, in pixels.
         crop_ratio (`float`): side of the crop over side of the image: random in training, central in evaluation.
         image_jitter (`list[float]`, *optional*): strength of random brightness, contrast, saturation and hue in
@@ -77,6 +78,7 @@ class VLAConfig:
     ensemble_size: int = 1
     ensemble_decay: float | None = None
     ensemble_weights: str | None = None
+    temperature: float = 0.0
     image_size: int = 512
     crop_ratio: float = 1.0
     image_jitter: list[float] | None = None
@@ -124,10 +126,8 @@ class VLAConfig:
                 raise ValueError(message)
 
         need(len(set(self.cameras)) == len(self.cameras), f"cameras has duplicates: {self.cameras}")
-        need(
-            self.n_action_steps <= self.chunk_size,
-            f"n_action_steps={self.n_action_steps} is more than the chunk_size={self.chunk_size} that is predicted",
-        )
+        n_action_steps, chunk_size = self.n_action_steps, self.chunk_size
+        need(n_action_steps <= chunk_size, f"n_action_steps={n_action_steps} is more than chunk_size={chunk_size}")
         ends = self.waypoints is None or (self.waypoints[:1], self.waypoints[-1:]) == ([0], [self.chunk_size - 1])
         need(
             ends and self.written_steps == sorted(set(self.written_steps)),
@@ -151,15 +151,11 @@ class VLAConfig:
             f"relative_actions=True needs a state that begins with the action's {self.action_dim} coordinates, "
             f"but state_dim={self.state_dim}: set relative_actions=False",
         )
-        for stats, names, dim, name in (
-            (self.action_stats, self.action_names, self.action_dim, "action"),
-            (self.state_stats, self.state_names, self.state_dim, "state"),
-        ):
+        for name, dim in (("action", self.action_dim), ("state", self.state_dim)):
+            stats, names = getattr(self, f"{name}_stats"), getattr(self, f"{name}_names")
             need(names is None or len(names) == dim, f"{name}_names={names}, but {name}_dim={dim}: one name for each")
-            need(
-                stats is None or stats.dim == dim,
-                f"{name}_stats has {stats and stats.dim} dimensions, {name}_dim={dim}",
-            )
+            found = dim if stats is None else stats.dim
+            need(found == dim, f"{name}_stats has {found} dimensions, {name}_dim={dim}")
 
     @property
     def written_steps(self) -> list[int]:
@@ -231,8 +227,7 @@ class VLAConfig:
 
         Raises:
             FileNotFoundError: the folder or repository has none: it is not a dataset or checkpoint of vla0_trl.
-            ValueError: the file is damaged, has fields that this version does not know, or values that can't be (also
-                a number that is not finite).
+            ValueError: the file is damaged, or has fields that this version does not know, or impossible values.
         """
         path = Path(name_or_path) / CONFIG_NAME
         if not Path(name_or_path).is_dir():
@@ -244,8 +239,7 @@ class VLAConfig:
             )
         data = read_record(path, {})
         try:
-            unknown = data.keys() - {f.name for f in fields(cls)}
-            if unknown:
+            if unknown := data.keys() - {f.name for f in fields(cls)}:
                 raise ValueError(f"unknown fields {sorted(unknown)}; written by a newer vla0_trl?")
             return cls(**data)
         except ValueError as error:
@@ -260,6 +254,7 @@ _KINDS: dict[str, Kind] = {
     "waypoints": optional(items(whole, 1)),
     "n_action_steps": optional(between(*LIMITS["n_action_steps"])),
     "ensemble_decay": optional(number),
+    "temperature": not_negative,
     "crop_ratio": positive_share,
     "image_jitter": optional(items(not_negative, 4, 4)),  # brightness, contrast, saturation, hue
     **dict.fromkeys(("tile_images", "use_state", "relative_actions", "use_system_prompt"), boolean),
@@ -278,10 +273,10 @@ def check_ensemble(chunk_size: int, ensemble_size: int, decay: float | None, wei
             f"ensemble_size={ensemble_size} must be between 1 and chunk_size={chunk_size}: no more predictions than "
             "that overlap"
         )
-    if decay is not None and not np.isfinite(decay):
-        raise ValueError(f"ensemble_decay={decay} must be a finite number")
     if weights is not None and weights not in ENSEMBLE_WEIGHTS:
         raise ValueError(f"ensemble_weights={weights!r} must be one of {', '.join(ENSEMBLE_WEIGHTS)}, or left out")
+    if decay is not None and not np.isfinite(decay):
+        raise ValueError(f"ensemble_decay={decay} must be a finite number")
     given = {"ensemble_decay": decay, "ensemble_weights": weights}
     given = [f"{name}={value}" for name, value in given.items() if value is not None]
     if len(given) > 1:

@@ -22,6 +22,9 @@ class ExecutionArguments:
         "instead: a plain mean; or VLA-0's released weights: 0.5 for all but the newest (v1), 0.5^age (v2)",
         choices=ENSEMBLE_WEIGHTS,
     )
+    temperature: float | None = option(
+        None, "draw answers with this temperature, 0: greedily; frees a policy that hesitates between two ways"
+    )
 
     def execution_of(self, config: VLAConfig) -> VLAConfig:
         """The config with the execution that the flags ask for; `ValueError` if that is impossible.

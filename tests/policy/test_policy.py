@@ -205,10 +205,10 @@ def test_drafts_outlive_batches_without_their_session_and_are_bounded(policy, mo
     first, second, third = (o | {"episode": name} for name, o in zip("abc", observations(3), strict=True))
     chunk = policy.predict_action_chunk([first, second])[0]
     policy.predict_action_chunk([third])  # a batch without `a`
-    assert np.array_equal(policy._last_chunks["a"], chunk)
-    monkeypatch.setattr("vla0_trl.policy.policy.MAX_DRAFTS", 2)
+    assert np.array_equal(policy._sessions.last_chunk("a"), chunk)
+    monkeypatch.setattr("vla0_trl.policy.sessions.MAX_SESSIONS", 2)
     policy.predict_action_chunk([first])
-    assert list(policy._last_chunks) == ["c", "a"]  # `b` was silent for longest
+    assert list(policy._sessions._sessions) == ["c", "a"]  # `b` was silent for longest
 
 
 @pytest.mark.parametrize(

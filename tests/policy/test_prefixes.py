@@ -113,7 +113,7 @@ def test_a_draft_continues_where_the_prefix_is_in_the_last_chunk():
     policy = build_policy("nano")
     (observation,) = observations(1)
     last = np.float32([[1, 2], [3, 4], [5, 6], [7, 8]])
-    policy._last_chunks["robot"] = last
+    policy._sessions.remember(["robot"], [last])
     shifted = np.concatenate([last[2:], last[[3, 3]]])
     expected = policy.chat_tokenizer.encode_answer(shifted.astype(int).ravel())[0]
     assert policy._draft("robot", observation, last[2:3]) == expected

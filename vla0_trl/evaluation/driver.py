@@ -172,8 +172,8 @@ def open_log(run: Run, simulation: Simulation, source: PolicySource, args: Evalu
 
 def execution_protocol(config: VLAConfig) -> dict[str, Any]:
     """How chunks are executed, for a run's protocol."""
-    weights = {"ensemble_weights": config.ensemble_weights} if config.ensemble_weights else {}
-    return {name: getattr(config, name) for name in ("n_action_steps", "ensemble_size", "ensemble_decay")} | weights
+    always = {name: getattr(config, name) for name in ("n_action_steps", "ensemble_size", "ensemble_decay")}
+    return always | {name: value for name in ("ensemble_weights", "temperature") if (value := getattr(config, name))}
 
 
 def missing_share(log: EpisodeLog, seeds: Sequence[Seed], args: EvaluationArguments) -> list[Seed]:

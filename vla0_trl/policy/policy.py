@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Hashable, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -19,6 +19,7 @@ from vla0_trl.models.loading import checkpoint_folder, load_model, load_processo
 from vla0_trl.policy.execution import ChunkExecutor
 from vla0_trl.policy.grammar import ActionGrammar
 from vla0_trl.policy.observation import Observation, check_observation, check_prefixes
+from vla0_trl.policy.sessions import Sessions
 from vla0_trl.policy.speculative.decoder import ChunkDecoder
 from vla0_trl.policy.speculative.options import DecodingOptions
 from vla0_trl.policy.speculative.parallel import ParallelReader
@@ -29,7 +30,6 @@ from vla0_trl.processing.images import crop, model_inputs, stack_cameras
 if TYPE_CHECKING:
     from peft import PeftModel
 
-MAX_DRAFTS = 4096  # sessions whose last chunk is remembered: 56 values each in LIBERO
 # What the prompt, the pictures and the answers are made of. A policy is built for one such set.
 _FIXED = (
     *("cameras", "tile_images", "image_size", "use_system_prompt", "use_state", "state_dim"),
@@ -68,7 +68,6 @@ class VLAPolicy:
         self.chat_tokenizer = ChatTokenizer(processor, config)
         self.grammar = ActionGrammar(self.chat_tokenizer, config.num_values, config.num_bins)
         self._config = config
-        self.config = config  # sets what follows from it
         # The tokens that all prompts share before the first image, for any task and state.
         tasks = (("a", 0), ("b", 1))
         prompts = [self.chat_tokenizer.encode_prompt(task, [n] * config.state_dim) for task, n in tasks]
@@ -94,6 +93,7 @@ class VLAPolicy:
         )
         backbone = model if isinstance(model, PreTrainedModel) else model.get_base_model()
         backbone.generation_config = self.generation_config
+        self.config = config  # sets what follows from it
 
     @classmethod
     def from_pretrained(
@@ -143,6 +143,11 @@ class VLAPolicy:
                     f"{name}={asked}, but this policy was made for {name}={ours}: chunk, bins, relative actions, "
                     "prompt and cameras are a checkpoint's own; execution and the scale of actions can be set"
                 )
+        if config.temperature and self.decoder is not None and self.decoder.options.mode == PARALLEL:
+            raise ValueError(
+                f"temperature={config.temperature} with parallel decoding: numbers that are drawn without seeing each "
+                "other don't fit together. Use exact decoding, or temperature=0"
+            )
         self._config = config
         self.action_tokenizer = config.action_tokenizer()
         self.state_quantizer = config.state_quantizer()
@@ -179,17 +184,17 @@ class VLAPolicy:
         beginnings = [self._beginning(p, o) for p, o in zip(prefixes, observations, strict=True)]
         if not any(beginnings):
             beginnings = None
+        noise = None
+        if temperature := self.config.temperature:
+            shape = (self.grammar.max_new_tokens, len(self.grammar.token_ids))
+            noise = temperature * self._sessions.noise(keys, shape)
         answers = decode(
-            self.model, inputs, self.generation_config, self.grammar, self.decoder, drafts, beginnings
+            self.model, inputs, self.generation_config, self.grammar, self.decoder, drafts, beginnings, noise
         ).cpu()
         chunks = np.stack([self._read_answer(a, o) for a, o in zip(answers, observations, strict=True)])
         for chunk, prefix in zip(chunks, prefixes, strict=True):
             chunk[: len(prefix)] = prefix
-        for key, chunk in zip(keys, chunks, strict=True):
-            self._last_chunks[key] = chunk
-            self._last_chunks.move_to_end(key)
-        while len(self._last_chunks) > MAX_DRAFTS:
-            self._last_chunks.popitem(last=False)  # the session that has been silent for longest
+        self._sessions.remember(keys, chunks)
         return chunks
 
     def select_action(self, observation: Observation) -> np.ndarray:
@@ -216,7 +221,7 @@ class VLAPolicy:
         """Forget the current chunk and all drafts: a new episode begins."""
         self._queue: deque[np.ndarray] = deque()
         self._executor.reset()
-        self._last_chunks: OrderedDict[Hashable, np.ndarray] = OrderedDict()
+        self._sessions = Sessions()
 
     def _beginning(self, prefix: np.ndarray, observation: Observation) -> list[int]:
         """The tokens of the steps that are written before the prefix ends."""
@@ -233,7 +238,7 @@ class VLAPolicy:
         With a prefix, the last chunk from where the prefix is found in it. At the beginning a robot that counts from
         its own state is expected to stay; about others nothing is known.
         """
-        last = self._last_chunks.get(key)
+        last = self._sessions.last_chunk(key)
         if last is not None:
             found = np.flatnonzero((last == prefix[0]).all(1)) if len(prefix) else []
             rest = last[found[0] if len(found) else self.config.n_action_steps :]

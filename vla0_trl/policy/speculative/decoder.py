@@ -33,7 +33,7 @@ from transformers import Cache, PreTrainedModel
 
 from vla0_trl.internals import PARALLEL
 from vla0_trl.policy.grammar import ActionGrammar
-from vla0_trl.policy.speculative.draft_state import DraftState, Speller, Tree
+from vla0_trl.policy.speculative.draft_state import DraftState, Speller
 from vla0_trl.policy.speculative.options import (
     DecodingOptions,
     DecodingStats,
@@ -118,6 +118,7 @@ class ChunkDecoder:
         generation_config=None,
         drafts: list[list[int] | None] | None = None,
         beginnings: list[list[int]] | None = None,
+        noise: np.ndarray | None = None,
         **inputs,
     ) -> torch.Tensor:
         """(B, P) prompts, padded on the left -> (B, P + A) with the answers, padded on the right.
@@ -125,6 +126,7 @@ class ChunkDecoder:
         Args:
             drafts: one guess per row, as token ids from the prefix through the end of the turn.
             beginnings: token ids that each row's answer begins with, whatever the model thinks of them.
+            noise: float32 (B, most tokens of an answer, columns), added to the logits that exact decoding chooses by.
             inputs: as `generate` prepares them: `attention_mask` (B, P), None without padding; `position_ids`
                 (…, B, P); other inputs of the prompt's pass, such as `pixel_values`.
 
@@ -151,7 +153,7 @@ class ChunkDecoder:
                 answers = list(map(self.reader.answer, self.reading.numbers))
             else:
                 own = not beginnings and self._own_drafts(forward, prompts, drafts)
-                answers = self._exact(forward, length, read_prompt, drafts, beginnings, own)
+                answers = self._exact(forward, length, read_prompt, drafts, beginnings, own, noise)
             passes, tokens = forward.passes - passes, forward.tokens - tokens
         if self.options.mode != PARALLEL:
             choice = self._choices[any(draft is not None for draft in drafts)]
@@ -198,13 +200,15 @@ class ChunkDecoder:
             return False
         return self._choices[any(draft is not None for draft in drafts)].own()
 
-    def _exact(self, forward: TreeForward, first_slot: int, read_prompt, drafts, beginnings, own) -> list[list[int]]:
-        """The answers of greedy decoding."""
+    def _exact(self, forward: TreeForward, first_slot, read_prompt, drafts, beginnings, own, noise) -> list[list[int]]:
+        """The answers of greedy decoding, or those that the noise draws."""
         if own:
             self.reading = self.reader.read(forward, first_slot, read_prompt, [[]] * len(drafts))
             drafts = list(map(self.reader.answer, self.reading.numbers))
             self.stats.own_drafts += len(drafts)
-        rows = [DraftState(self._speller, draft, self.period if self.options.drafts else None) for draft in drafts]
+        period = self.period if self.options.drafts else None
+        noises = [None] * len(drafts) if noise is None else noise
+        rows = [DraftState(self._speller, draft, period, n) for draft, n in zip(drafts, noises, strict=True)]
         for row, tokens in zip(rows, beginnings or [], strict=False):
             row.begin_with(tokens)
         # After a parallel reading the first token is chosen already, and its draft is still to be read.
@@ -213,9 +217,9 @@ class ChunkDecoder:
         # Here and below: a tree begins with an answer's first certain token; the logits after the prompt are last.
         for row, tree, row_logits in zip(rows, trees, logits, strict=True):
             row.follow(tree, row_logits)
-        self._count(trees)
         while not all(row.done for row in rows):
             self._step(forward, rows, first_slot)
+        self.stats.drafted += sum(row.drafted for row in rows)
         self.stats.accepted += sum(row.accepted for row in rows)
         self.scores = [row.scores for row in rows]
         return [row.tokens for row in rows]
@@ -256,7 +260,6 @@ class ChunkDecoder:
         logits = forward.step(tokens)
         for (index, row), tree in zip(active, trees, strict=True):
             row.follow(tree, logits[index])
-        self._count(trees)
 
     def _guess(self, forward: TreeForward, row: DraftState, rows: int) -> list[int]:
         limit = MAX_DRAFTED.get(forward.device.type, 0) // rows
@@ -279,9 +282,6 @@ class ChunkDecoder:
             self._prefix = forward.read_separately(wanted[None], positions[..., :1, :][..., columns[0]])
         forward.insert(self._prefix)
         return width
-
-    def _count(self, trees: list[Tree]) -> None:
-        self.stats.drafted += sum(len(tree.guess) for tree in trees)
 
 
 def _image_inputs(model: PreTrainedModel, inputs: dict[str, Any], shape: torch.Size) -> dict[str, Any]:

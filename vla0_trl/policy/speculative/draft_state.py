@@ -108,17 +108,25 @@ class DraftState:
         speller: shared by all rows.
         draft: ids of a guess of the whole answer.
         period: without a draft, each number is guessed to equal the one `period` numbers before it.
+        noise: float32 (most tokens of an answer, columns), added to logits before a token is chosen.
     """
 
-    def __init__(self, speller: Speller, draft: list[int] | None = None, period: int | None = None):
+    def __init__(
+        self,
+        speller: Speller,
+        draft: list[int] | None = None,
+        period: int | None = None,
+        noise: np.ndarray | None = None,
+    ):
         self.speller, self.grammar = speller, speller.grammar
+        self.noise = noise
         self.tokens: list[int] = []
         self.read = 0
         self.count, self.state = self.grammar.initial_count, self.grammar.initial_state
         self.draft = None if draft is None else Guess.of(speller, draft)
         self.period, self.written = period, Guess(speller)
         self.window = FIRST_WINDOW if draft is None else LARGEST_WINDOW
-        self.accepted = 0
+        self.drafted = self.accepted = 0  # tokens
         self.scores: list[tuple[int, np.ndarray]] = []  # place in the answer, and the logits that chose its token
         self._write_forced()
 
@@ -186,10 +194,13 @@ class DraftState:
         certain, node, reached, place = len(self.tokens), tree.last, tree.last, (self.count, self.state)
         while node is not None and not self.done:
             choices = self.grammar.choices(self.count, self.state)
-            # Equal logits: the lowest id, as argmax over a vocabulary does.
-            column: int | None = choices[int(logits[node][choices].argmax())]
-            if np.isnan(logits[node, column]):  # argmax finds NaN first
+            scores = logits[node][choices]
+            if np.isnan(scores).any():
                 raise LogitsError
+            if self.noise is not None:
+                scores = scores + self.noise[len(self.tokens)][choices]
+            # Equal scores: the lowest id, as argmax over a vocabulary does.
+            column: int | None = choices[int(scores.argmax())]
             self.scores.append((len(self.tokens), logits[node]))
             while column is not None:  # the choice, then what it forces
                 self._write(column)
@@ -203,6 +214,7 @@ class DraftState:
                 self._revise_draft(tree, logits, place)
             # Read more of a good guess, and soon none of a bad one: candidates do better.
             self.window = min(LARGEST_WINDOW, 4 * accepted) or self.window // 4
+        self.drafted += len(tree.guess)
         self.accepted += accepted
         self.read = certain + accepted
 

@@ -20,7 +20,13 @@ from vla0_trl.policy.grammar import ActionGrammar, ActionGrammarLogitsProcessor
 from vla0_trl.policy.speculative.decoder import ChunkDecoder
 from vla0_trl.policy.speculative.options import PromptError, check_length
 from vla0_trl.policy.speculative.parallel_check import parallel_difference
-from vla0_trl.policy.speculative.stock_logits import ForcedBeginnings, read_at_once, read_one_by_one, rounding
+from vla0_trl.policy.speculative.stock_logits import (
+    AddedNoise,
+    ForcedBeginnings,
+    read_at_once,
+    read_one_by_one,
+    rounding,
+)
 
 # Models that were compared, in which mode: None where ours agreed, else what it did instead.
 _outcomes: WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = WeakKeyDictionary()
@@ -49,13 +55,14 @@ def decode(
     decoder: ChunkDecoder | None,
     drafts: list[list[int] | None] | None = None,
     beginnings: list[list[int]] | None = None,
+    noise: np.ndarray | None = None,
 ) -> torch.Tensor:
     """(B, A) answers, padded on the right: ours after its check was passed, else those of stock `generate()`.
 
     Args:
         inputs: of `generate`: prompts padded on the left, images.
         decoder: None for stock decoding.
-        drafts, beginnings: see [`ChunkDecoder`].
+        drafts, beginnings, noise: see [`ChunkDecoder`].
 
     Raises:
         PromptError: prompt and answer don't fit the model's positions.
@@ -64,10 +71,11 @@ def decode(
     """
     length, limit = inputs["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
     check_length(length, grammar.max_new_tokens, limit)
-    begin = [ForcedBeginnings(length, beginnings)] if beginnings else []
+    begin = [] if noise is None else [AddedNoise(length, grammar.token_ids, noise)]
+    begin += [ForcedBeginnings(length, beginnings)] if beginnings else []
     if way_of_decoding(model, decoder) == STOCK:
         return _stock(model, inputs, config, grammar, *begin)
-    more = {"drafts": drafts} | ({"beginnings": beginnings} if beginnings else {})
+    more = {"drafts": drafts, "beginnings": beginnings, "noise": noise}
     if decoder.options.check == "skip":
         return _fast(model, inputs, config, decoder, more)
     outcomes, mode = _outcomes.setdefault(model, {}), decoder.options.mode

@@ -80,6 +80,19 @@ class ForcedBeginnings(LogitsProcessor):
         return scores
 
 
+class AddedNoise(LogitsProcessor):
+    """Adds noise, float32 (B, most tokens of an answer, columns), to the logits of these ids, for stock decoding."""
+
+    def __init__(self, prompt_length: int, token_ids: np.ndarray, noise: np.ndarray):
+        self.prompt_length = prompt_length
+        self.token_ids, self.noise = torch.as_tensor(token_ids), torch.as_tensor(noise)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        noise = self.noise[:, input_ids.shape[1] - self.prompt_length]
+        scores[:, self.token_ids.to(scores.device)] += noise.to(scores)
+        return scores
+
+
 def _columns(logits: torch.Tensor, token_ids: np.ndarray) -> np.ndarray:
     return logits[..., torch.as_tensor(token_ids, device=logits.device)].float().cpu().numpy()
 

@@ -1,0 +1,48 @@
+"""What a policy remembers of each episode, and the noise by which answers are drawn where `temperature` is not 0.
+
+The largest of logits plus temperature times Gumbel noise is a draw from softmax(logits / temperature) (the Gumbel-max
+trick). So decoding stays an argmax: exact in few passes, and checked by stock decoding. The noise of an episode's n-th
+chunk depends on the episode's key and n alone, not on the batch or the process: an evaluation can be repeated.
+
+Why draw at all: in a state where two ways are equally good, a greedy policy may take a step of one, then a step of the
+other, for ever. A draw ends that. recipes/measurements.md has figures.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+MAX_SESSIONS = 4096  # whose last chunk is remembered: 56 values each in LIBERO
+
+
+class Sessions:
+    """Last chunk and number of chunks of the episodes that asked most recently, by their keys."""
+
+    def __init__(self):
+        self._sessions: OrderedDict[Hashable, tuple[np.ndarray, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def last_chunk(self, key: Hashable) -> np.ndarray | None:
+        """(chunk_size, action_dim) in environment units; None at an episode's beginning."""
+        return self._sessions.get(key, (None, 0))[0]
+
+    def remember(self, keys: Sequence[Hashable], chunks: Sequence[np.ndarray]) -> None:
+        """These episodes' newest chunks; those that were silent for longest are forgotten."""
+        for key, chunk in zip(keys, chunks, strict=True):
+            _, asked = self._sessions.get(key, (None, 0))
+            self._sessions[key] = (chunk, asked + 1)
+            self._sessions.move_to_end(key)
+        while len(self._sessions) > MAX_SESSIONS:
+            self._sessions.popitem(last=False)
+
+    def noise(self, keys: Sequence[Hashable], shape: tuple[int, ...]) -> np.ndarray:
+        """Gumbel noise for the next chunk of each episode, float32 (B, *shape)."""
+        counts = [self._sessions.get(key, (None, 0))[1] for key in keys]
+        seeds = [(zlib.crc32(repr(key).encode()), asked) for key, asked in zip(keys, counts, strict=True)]
+        return np.stack([np.random.default_rng(seed).gumbel(size=shape) for seed in seeds]).astype(np.float32)
