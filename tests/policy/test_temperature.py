@@ -63,7 +63,7 @@ def test_a_prefix_is_kept_and_what_follows_is_drawn(policy):
 def test_draws_have_softmaxs_distribution():
     logits, temperature, count = np.float32([1.0, 0.0, -0.5, 2.0]), 0.7, 4000
     keys = [f"episode {number}" for number in range(count)]
-    noise = Sessions().noise(keys, (2, 4))
+    noise = Sessions().noise(keys, keys, (2, 4))
     assert noise.dtype == np.float32 and not np.array_equal(noise[:, 0], noise[:, 1])
     chosen = (logits + temperature * noise[:, 0]).argmax(1)
     expected = torch.softmax(torch.tensor(logits) / temperature, 0).numpy()

@@ -31,8 +31,8 @@ class DecodingArguments(ModelArguments):
 
     decoding: str = option(
         EXACT,
-        "exact: greedy decoding; stock: the same, slowly; parallel: each number without seeing the others, in the "
-        "fewest passes (default: %(default)s)",
+        "exact: what stock decoding writes, faster; stock: transformers' own; parallel: each number without seeing "
+        "the others, in the fewest passes (default: %(default)s)",
         choices=MODES,
     )
     refine: int = option(

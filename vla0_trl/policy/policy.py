@@ -47,7 +47,7 @@ class VLAPolicy:
     under a key is a draft of the next one: if they are similar, decoding is faster; the result never changes.
 
     Args:
-        model: a backbone, full or with adapter; its own generation_config is replaced: evaluation is greedy.
+        model: a backbone, full or with adapter; its own generation_config is replaced.
         processor: made by [`models.loading.load_processor`].
         config ([`VLAConfig`]): with statistics.
         decoding ([`DecodingOptions`], *optional*): exact or parallel, by which methods, and how to check it.
@@ -187,7 +187,8 @@ class VLAPolicy:
         noise = None
         if temperature := self.config.temperature:
             shape = (self.grammar.max_new_tokens, len(self.grammar.token_ids))
-            noise = temperature * self._sessions.noise(keys, shape)
+            names = [str(observation.get("noise", observation.get("episode", ""))) for observation in observations]
+            noise = temperature * self._sessions.noise(keys, names, shape)
         answers = decode(
             self.model, inputs, self.generation_config, self.grammar, self.decoder, drafts, beginnings, noise
         ).cpu()

@@ -2,7 +2,8 @@
 
 The largest of logits plus temperature times Gumbel noise is a draw from softmax(logits / temperature) (the Gumbel-max
 trick). So decoding stays an argmax: exact in few passes, and checked by stock decoding. The noise of an episode's n-th
-chunk depends on the episode's key and n alone, not on the batch or the process: an evaluation can be repeated.
+chunk depends on the episode's name and n alone, not on batch, process or machine: an evaluation can be repeated, also
+through a server. The name is the observation's `"noise"`, which a server sets, or its `"episode"`.
 
 Why draw at all: in a state where two ways are equally good, a greedy policy may take a step of one, then a step of the
 other, for ever. A draw ends that. recipes/measurements.md has figures.
@@ -41,8 +42,8 @@ class Sessions:
         while len(self._sessions) > MAX_SESSIONS:
             self._sessions.popitem(last=False)
 
-    def noise(self, keys: Sequence[Hashable], shape: tuple[int, ...]) -> np.ndarray:
-        """Gumbel noise for the next chunk of each episode, float32 (B, *shape)."""
+    def noise(self, keys: Sequence[Hashable], names: Sequence[str], shape: tuple[int, ...]) -> np.ndarray:
+        """Gumbel noise for the next chunk of each episode, float32 (B, *shape); names: see the module."""
         counts = [self._sessions.get(key, (None, 0))[1] for key in keys]
-        seeds = [(zlib.crc32(repr(key).encode()), asked) for key, asked in zip(keys, counts, strict=True)]
+        seeds = [(zlib.crc32(name.encode()), asked) for name, asked in zip(names, counts, strict=True)]
         return np.stack([np.random.default_rng(seed).gumbel(size=shape) for seed in seeds]).astype(np.float32)

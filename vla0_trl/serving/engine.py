@@ -168,7 +168,11 @@ class Engine:
 
     def _answer(self, batch: list[_Waiting]) -> None:
         began = time.perf_counter()
-        observations = [{**waiting.request.observation, "episode": waiting.session} for waiting in batch]
+        names = ["" if waiting.request.episode is None else waiting.request.episode for waiting in batch]
+        observations = [
+            {**waiting.request.observation, "episode": waiting.session, "noise": name}
+            for waiting, name in zip(batch, names, strict=True)
+        ]
         prefixes = [waiting.request.prefix for waiting in batch]
         try:
             chunks = self.policy.predict_action_chunk(observations, prefixes)

@@ -63,7 +63,7 @@ OUR_INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache"}
 
 
 class ChunkDecoder:
-    """A `custom_generate` function for `generate()`, which also takes `drafts`; greedy, with any generation config.
+    """A `custom_generate` function for `generate()`, which also takes `drafts`; with any generation config.
 
     Args:
         grammar ([`ActionGrammar`]): of the answers.
