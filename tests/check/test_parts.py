@@ -113,6 +113,14 @@ def test_the_nano_policy_answers_and_no_library_is_heard(shell):
     assert shell.check("policy")[0] == "failure"
 
 
+def test_fast_decoding_that_fails_its_check_is_a_warning(shell):
+    broken = "from vla0_trl.policy.speculative.tree_forward import TreeForward; TreeForward.prompt = None"
+    (shell.broken / "sitecustomize.py").write_text(broken)
+    status, text, fix = shell.check("policy")
+    assert status == "warning" and text.endswith("fast decoding failed its check, see eval/README.md")
+    assert fix.startswith("nothing to fix: answers are right")
+
+
 def test_a_server_answers_or_says_why_not(shell):
     status, text, _ = shell.check("serving")
     assert status == "ok" and text.startswith("a chunk over ws:// in ")

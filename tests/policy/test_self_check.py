@@ -174,7 +174,7 @@ def test_a_fault_shows_through_rounding(example_config, monkeypatch, field, faul
         return step(self, tokens)
 
     monkeypatch.setattr(TreeForward, "step", faulty)
-    with pytest.warns(FallbackWarning, match="off those of stock decoding, and rounding explains"):
+    with pytest.warns(FallbackWarning, match="off those of stock decoding, where rounding explains"):
         deep_in_bfloat16(example_config.replace(chunk_size=8)).predict_action_chunk(observations(3))
 
 
@@ -199,7 +199,7 @@ def test_a_users_mistake_stays_one(example_config):
     assert policy.decoding == "fast"
 
 
-def test_parallel_decoding_is_compared_with_plain_forward_passes(example_config, monkeypatch):
+def test_parallel_decoding_is_compared_with_the_stock_model(example_config, monkeypatch):
     policy, batch = build(example_config, mode="parallel"), observations(3)
     right = policy.predict_action_chunk(batch)
     assert policy.decoding == "parallel" and policy.decoder.stats.passes <= 4
@@ -210,7 +210,7 @@ def test_parallel_decoding_is_compared_with_plain_forward_passes(example_config,
     assert not np.array_equal(policy.predict_action_chunk(batch), right)  # it is compared once
     broken = build(example_config, mode="parallel")
     with pytest.warns(
-        FallbackWarning, match=r"parallel decoding of Smol.*: it read \d+ as number 5 of row \d, where a"
+        FallbackWarning, match=r"parallel decoding of Smol.*: it computed logits for token \d+ of row \d"
     ):
         chunks = broken.predict_action_chunk(batch)
     assert broken.decoding == "stock" and np.array_equal(chunks, stock(example_config, batch))

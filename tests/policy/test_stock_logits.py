@@ -1,11 +1,12 @@
 """A stock model reads a text in two ways, on random weights of each backbone: alike but for rounding."""
 
-import numpy as np
+import re
+
 import pytest
 from support.backbones import observations
 from support.random_policies import BACKBONES, build_policy
 
-from vla0_trl.policy.speculative.stock_logits import read_at_once, read_one_by_one, rounding
+from vla0_trl.policy.speculative.stock_logits import beyond_rounding, read_at_once, read_one_by_one
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -20,7 +21,8 @@ def test_prompts_and_texts_of_any_length_are_read_alike(name):
     one_by_one = read_one_by_one(policy.model, inputs, policy.generation_config, texts, ids)
     shapes = [(len(text) + 1, len(ids)) for text in texts]
     assert [logits.shape for logits in at_once] == [logits.shape for logits in one_by_one] == shapes
-    largest = max(np.abs(logits).max() for logits in at_once)
-    assert 0 < rounding(at_once, one_by_one) < 1e-4 * largest
-    rolled = [np.roll(logits, 1, 0) for logits in at_once]
-    assert rounding(rolled, one_by_one) > 0.1 * largest  # else equal logits would say nothing
+    scores = [(row, place, after) for row, logits in enumerate(at_once) for place, after in enumerate(logits)]
+    assert beyond_rounding(scores, at_once, one_by_one) is None
+    scores[1] = (0, 1, at_once[0][2])
+    message = r"^computed logits for token 1 of row 0 that are [\d.]+ off .* rounding explains \d\.?\d*e-0\d$"
+    assert re.match(message, beyond_rounding(scores, at_once, one_by_one))

@@ -77,7 +77,7 @@ class ChunkDecoder:
         kept_batch_sizes (`int`): batch sizes whose caches and CUDA graphs are kept: one, unless batches of several
             sizes alternate, as they do in a server.
         reading ([`Reading`] or `None`): the last parallel reading.
-        scores (`list`): of the last exact answers, per row: (place, float32 (columns)) for each token that was chosen.
+        scores (`list`): of the last exact answers, for each token that was chosen: row, place, float32 (columns).
 
     Raises:
         ValueError: parallel decoding without a reader, or with more rounds than numbers.
@@ -98,7 +98,7 @@ class ChunkDecoder:
         self.options.check_rounds(grammar.num_values)
         self.stats = DecodingStats()
         self.reading: Reading | None = None
-        self.scores: list[list[tuple[int, np.ndarray]]] = []
+        self.scores: list[tuple[int, int, np.ndarray]] = []
         # One for answers with an available draft, one for those without.
         self._choices = {True: DraftChoice(), False: DraftChoice()}
         self._speller = Speller(grammar, self.options.forced_tokens)
@@ -221,7 +221,7 @@ class ChunkDecoder:
             self._step(forward, rows, first_slot)
         self.stats.drafted += sum(row.drafted for row in rows)
         self.stats.accepted += sum(row.accepted for row in rows)
-        self.scores = [row.scores for row in rows]
+        self.scores = [(index, *score) for index, row in enumerate(rows) for score in row.scores]
         return [row.tokens for row in rows]
 
     def _read_prompt(

@@ -27,7 +27,7 @@ number, or the end of the turn. So every answer is one that the grammar allows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -47,6 +47,8 @@ class Reading:
         log_probs (`np.ndarray`): float (B, N), of these numbers, when they were asked last; 0 where they are given.
         unrefined, asked, trunks, roots, logits: of the first round: its numbers; which were asked, bool (B, N); see
             [`BranchedAnswer.trunk`]; and float32 (B, longest trunk + 1, columns), last after the prompt.
+        chose (`list`): of the first round, the logits float32 (B, N, columns) that chose each number's first token,
+            its second, …
     """
 
     numbers: np.ndarray
@@ -56,6 +58,7 @@ class Reading:
     trunks: list[list[int]]
     roots: np.ndarray
     logits: np.ndarray
+    chose: list[np.ndarray] = field(default_factory=list)
 
     def least_sure(self, share: float) -> np.ndarray:
         """Which numbers, bool (B, N), a share of those that were asked, the model is least sure of."""
@@ -146,7 +149,7 @@ class ParallelReader:
         trunks, roots = self._trunks(numbers, asked)
         logits = read_prompt(trunks)
         reading = Reading(numbers, np.zeros(shape), numbers, asked, trunks, roots, logits)
-        self._ask(forward, first_slot, reading, logits, roots, asked)
+        reading.chose = self._ask(forward, first_slot, reading, logits, roots, asked)
         reading.unrefined = numbers.copy()
         for round_ in range(refine):
             again = reading.least_sure((refine - round_) / (refine + 1))
@@ -161,14 +164,19 @@ class ParallelReader:
         trunks, roots = zip(*map(self.branched.trunk, numbers, hidden), strict=True)
         return list(trunks), np.array(roots)
 
-    def _ask(self, forward: TreeForward, first_slot: int, reading: Reading, logits, roots, asked) -> None:
-        """Write the asked numbers, bool (B, N), into a reading, from the logits of their trunks; reads the rest."""
+    def _ask(self, forward: TreeForward, first_slot: int, reading: Reading, logits, roots, asked) -> list[np.ndarray]:
+        """Write the asked numbers, bool (B, N), into a reading, from the logits of their trunks; reads the rest.
+
+        Returns:
+            The logits that chose each token of the numbers, float32 (B, N, columns).
+        """
         logits = np.take_along_axis(logits, roots[..., None], 1)
         node, open_ = np.broadcast_to(self.begin, asked.shape), asked.copy()
         branches = first_slot + roots.max() + 1  # the slots behind all trunks
         reading.log_probs[asked] = 0
-        depth = 0
+        chose: list[np.ndarray] = []
         while True:
+            chose.append(logits)
             node, whole, log_probs = self.step(node, logits)
             if np.isnan(log_probs[open_]).any():
                 raise LogitsError
@@ -176,13 +184,12 @@ class ParallelReader:
             reading.numbers[open_ & whole] = self.tree.number[node[open_ & whole]]
             open_ &= ~whole
             if not open_.any():
-                return
-            depth += 1
+                return chose
             rows, positions = np.nonzero(open_)
             places = (open_.cumsum(1) - 1)[rows, positions]
             begins = branches + positions * self.tree.depth
             ids = self.tree.token_id[node[rows, positions]]
-            token = branch_tokens(ids, roots[rows, positions], depth, begins, first_slot)
+            token = branch_tokens(ids, roots[rows, positions], len(chose), begins, first_slot)
             tokens = forward.padding(places.max() + 1)
             tokens[rows, places] = np.stack(token, -1)
             logits = np.zeros((*asked.shape, len(self.tree.token_ids)), np.float32)

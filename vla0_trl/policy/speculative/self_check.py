@@ -1,6 +1,6 @@
 """The decoder's check: a model's first chunk is also decoded by stock `generate()`, which goes on if they differ.
 
-Parallel decoding, which writes other answers, is compared with a plain forward pass over rows as in training.
+Parallel decoding, which writes other answers, is compared with the stock model over rows as in training.
 
 Our decoder uses private parts of transformers (see [`vla0_trl.internals`]). A release that changes them must not stop
 a robot, or move it wrongly. The check costs one stock chunk per model and process. All policies of one model object
@@ -19,13 +19,12 @@ from vla0_trl.internals import FAST, PARALLEL, STOCK, disagreement, raised, warn
 from vla0_trl.policy.grammar import ActionGrammar, ActionGrammarLogitsProcessor
 from vla0_trl.policy.speculative.decoder import ChunkDecoder
 from vla0_trl.policy.speculative.options import PromptError, check_length
-from vla0_trl.policy.speculative.parallel_check import parallel_difference
 from vla0_trl.policy.speculative.stock_logits import (
     AddedNoise,
     ForcedBeginnings,
+    beyond_rounding,
     read_at_once,
     read_one_by_one,
-    rounding,
 )
 
 # Models that were compared, in which mode: None where ours agreed, else what it did instead.
@@ -85,10 +84,10 @@ def decode(
         if mode in outcomes and outcomes[mode] is None:
             return answers
         if mode == PARALLEL:
-            failure = parallel_difference(model, inputs, config, decoder.reader, decoder.reading)
+            failure = _parallel_difference((model, inputs, config), decoder)
         else:
             expected = _stock(model, inputs, config, grammar, *begin)
-            failure = _difference(model, inputs, config, decoder, answers, expected)
+            failure = _exact_difference((model, inputs, config), decoder, answers.tolist(), expected.tolist())
     except PromptError:
         raise
     # Broad on purpose: what a changed library does to our code can't be told in advance, and stock decoding is right
@@ -120,28 +119,37 @@ def _stock(model, inputs, config, grammar: ActionGrammar, *more: LogitsProcessor
     return output[:, inputs["input_ids"].shape[1] :]
 
 
-def _difference(
-    model, inputs, config, decoder: ChunkDecoder, answers: torch.Tensor, expected: torch.Tensor
-) -> str | None:
-    """Where (B, A) answers leave the expected ones for more than rounding; None if nowhere.
+def _exact_difference(stock: tuple, decoder: ChunkDecoder, answers: list, expected: list) -> str | None:
+    """Where answers of B rows leave the expected ones by more than rounding; None if nowhere.
 
     Where tokens differ, all logits that chose ours are compared with those of the stock model along our answer: a
     fault shows in many of them, also where two tokens happen to be nearly equal.
     """
-    grammar, end = decoder.grammar, decoder.grammar.end_of_turn_id
-    texts, theirs = ([row[: row.index(end)] for row in rows.tolist()] for rows in (answers, expected))
-    if texts == theirs:
-        return None
-    logits = read_one_by_one(model, inputs, config, texts, grammar.token_ids)
-    apart = rounding(logits, read_at_once(model, inputs, texts, grammar.token_ids))
-    off, row, place = max(
-        (float(np.abs(chose - logits[row][place]).max()), row, place)
-        for row, scores in enumerate(decoder.scores)
-        for place, chose in scores
-    )
-    if off <= apart:
-        return None
-    return (
-        f"computed logits for token {place} of row {row} that are {off:.2g} off those of stock decoding, and rounding "
-        f"explains {apart:.2g}"
-    )
+    end = decoder.grammar.end_of_turn_id
+    texts, theirs = ([row[: row.index(end)] for row in rows] for rows in (answers, expected))
+    return None if texts == theirs else _difference(*stock, decoder, texts, decoder.scores)
+
+
+def _parallel_difference(stock: tuple, decoder: ChunkDecoder) -> str | None:
+    """Where a reading's first round leaves the stock model by more than rounding; None if nowhere.
+
+    In the rows all numbers are hidden but the last: they show how each number begins, and all of the last one.
+    """
+    reader, reading = decoder.reader, decoder.reading
+    shown = [reader.branched.branch(reader.num_values - 1, numbers[-1]) for numbers in reading.unrefined]
+    texts = [
+        trunk + (branch if asked[-1] else [])
+        for trunk, branch, asked in zip(reading.trunks, shown, reading.asked, strict=True)
+    ]
+    scores = [
+        (row, reading.roots[row, position] + 1 + step, reading.chose[step][row, position])
+        for row, position in np.argwhere(reading.asked)
+        for step in range(len(shown[row]) if position == reader.num_values - 1 else 1)
+    ]
+    return _difference(*stock, decoder, texts, scores) if scores else None
+
+
+def _difference(model, inputs, config, decoder: ChunkDecoder, texts: list[list[int]], scores: list) -> str | None:
+    ids = decoder.grammar.token_ids
+    at_once = read_at_once(model, inputs, texts, ids)
+    return beyond_rounding(scores, at_once, read_one_by_one(model, inputs, config, texts, ids))

@@ -7,11 +7,14 @@ to 0.17 from the second; wrong positions, or a token that is missing in the cach
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+_FLOAT32 = 1e-5  # share of the largest logit that is rounding in any case
 
 
 def read_at_once(
@@ -57,12 +60,25 @@ def read_one_by_one(
     return [logits[: len(text) + 1] for logits, text in zip(np.stack(steps, 1), texts, strict=True)]
 
 
-def rounding(one_way: list[np.ndarray], other_way: list[np.ndarray]) -> float:
-    """How far two logits of equal worth may seem apart, judged by two ways to read the same texts.
+def beyond_rounding(
+    scores: Iterable[tuple[int, int, np.ndarray]], at_once: list[np.ndarray], one_by_one: list[np.ndarray]
+) -> str | None:
+    """Which logits are twice as far from the stock model's as its two ways are from each other; None if none are.
 
-    Either of them can be off by as much as the ways ever are, in the same texts.
+    Args:
+        scores: row, tokens of the row's text before it, and logits float32 (columns) of another way to read.
     """
-    return 2 * max(float(np.abs(one - other).max()) for one, other in zip(one_way, other_way, strict=True))
+    apart = max(float(np.abs(one - other).max()) for one, other in zip(at_once, one_by_one, strict=True))
+    smallest = _FLOAT32 * max(float(np.abs(logits).max()) for logits in one_by_one)
+    off, row, place = max(
+        (float(np.abs(logits - one_by_one[row][place]).max()), row, place) for row, place, logits in scores
+    )
+    if off <= max(2 * apart, smallest):
+        return None
+    return (
+        f"computed logits for token {place} of row {row} that are {off:.2g} off those of stock decoding, where "
+        f"rounding explains {2 * apart:.2g}"
+    )
 
 
 class ForcedBeginnings(LogitsProcessor):
