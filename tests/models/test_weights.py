@@ -13,6 +13,7 @@ from support.general import short_words
 from vla0_trl.config import VLAConfig
 from vla0_trl.models.fingerprint import save_base_fingerprint
 from vla0_trl.models.loading import load_model, load_processor
+from vla0_trl.training.run import check_same_adapter
 
 VICTIM = "model.text_model.layers.0.mlp.up_proj.weight"
 
@@ -171,6 +172,7 @@ def test_an_adapter_with_wrong_weights_is_refused_by_name(adapter, change, messa
             {"base_model_name_or_path": [1]},
             "base_model_name_or_path is .*, wanted a line of text",
         ),
+        ("adapter_config.json", {"base_model_name_or_path": "absent/x"}, "absent/x: We couldn't connect"),
         ("adapter_config.json", {"revision": 5}, "revision is 5, wanted text"),
         ("adapter_config.json", {"peft_type": [1]}, DAMAGED),
         ("adapter_config.json", {"r": None}, DAMAGED),
@@ -188,8 +190,17 @@ def test_an_altered_file_of_an_adapter_is_one_line(adapter, file, value, message
     found = json.loads((adapter / file).read_text())
     text = "{" if value is None else json.dumps(found | value if isinstance(value, dict) else value)
     (adapter / file).write_text(text)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises((ValueError, OSError), match=message) as error:
         load_model(adapter)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["IA3", "X"])
+def test_an_adapter_of_another_kind_is_not_trained_further(adapter, kind):
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": kind}))
+    with pytest.raises(ValueError, match=DAMAGED) as error:
+        check_same_adapter(LoraConfig(r=2), str(adapter))
     assert "\n" not in str(error.value)
 
 

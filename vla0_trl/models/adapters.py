@@ -25,7 +25,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, trainable: bool = False) -
     try:
         model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
     except KeyError as error:  # PEFT's, of a module that was trained whole
-        raise ValueError(f"{folder}: 1 weights are missing: {error.args[0]}") from error
+        raise ValueError(f"{folder}: 1 weights are missing: {one_line(error.args[0])}") from error
     except RuntimeError as error:  # torch's, of shapes that differ
         raise ValueError(f"{folder} does not fit its base model {base.name_or_path}: {one_line(error)}") from error
     except Exception as error:  # whatever a wrong value in its config leads to

@@ -44,8 +44,8 @@ def sound(name_or_path: str | Path) -> Iterator[None]:
     """What transformers raises while it reads a damaged model, as one `ValueError` that names it."""
     try:
         yield
-    except OSError:  # says which file is absent
-        raise
+    except OSError as error:  # says which file is absent
+        raise OSError(f"{name_or_path}: {one_line(error)}") from error
     except Exception as error:  # tokenizers raises this class itself, and others whatever a wrong value leads to
         raise not_loaded(name_or_path, error) from error
 

@@ -26,7 +26,7 @@ from vla0_trl.manifest import (
 from vla0_trl.models.fingerprint import is_adapter, save_base_fingerprint
 from vla0_trl.policy.card import write_model_card
 from vla0_trl.run_files import read_state
-from vla0_trl.run_folder import RUN_FILE, FolderError, checkpoints
+from vla0_trl.run_folder import RUN_FILE, FolderError, checkpoints, last_checkpoint
 from vla0_trl.training.arguments import VLASFTConfig
 from vla0_trl.training.pushing import FOR_RESUMING, Uploads
 
@@ -131,7 +131,7 @@ def resume_point(output_dir: Path, asked: str | None, say: Callable[[str], None]
 def finish_from_checkpoint(training: VLASFTConfig) -> bool:
     """Make the final policy of a run that was killed after its last step, while it saved; whether it was so."""
     output_dir = Path(training.output_dir)
-    last = next((path for path in checkpoints(output_dir) if damage(path) is None), None)
+    last = last_checkpoint(output_dir)
     state = read_state(last) if last else None
     if state is None or not _is_trained(state, training):
         return False

@@ -33,6 +33,7 @@ from vla0_trl.models.loading import (
     set_image_size,
 )
 from vla0_trl.models.nano import build_nano, nano_from_dict
+from vla0_trl.models.weights import sound
 from vla0_trl.processing.chat import prompt_messages
 from vla0_trl.run_folder import FolderError, RunFolder
 from vla0_trl.schema import one_line
@@ -287,10 +288,11 @@ def lora_config(model_args: ModelConfig, training: VLASFTConfig) -> PeftConfig |
 
 def check_same_adapter(asked: PeftConfig, adapter: str) -> None:
     """`ValueError` if a recipe asks for another adapter than the one that it goes on from."""
-    there = PeftConfig.from_pretrained(adapter)
-    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
-        wanted, has = getattr(asked, name), getattr(there, name)
-        if wanted != has:
+    with sound(adapter):  # it may be of another kind
+        there = vars(PeftConfig.from_pretrained(adapter))
+        settings = {name: there[name] for name in ("r", "lora_alpha", "use_rslora", "use_dora")}
+    for name, has in settings.items():
+        if (wanted := getattr(asked, name)) != has:
             raise ValueError(
                 f"{adapter} is an adapter with {name}={has}, which is trained further, so {name}={wanted} would do "
                 "nothing: leave it out, or merge the adapter first (recipes/merge_adapter.py) and train a new one"
