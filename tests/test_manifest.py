@@ -30,6 +30,7 @@ def test_a_checkpoint_counts_if_all_that_its_manifest_lists_is_there(tmp_path):
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     (tmp_path / "checkpoint-2" / CHECKPOINT_FILE).write_text("{")
     assert damage(tmp_path / "checkpoint-2") == "checkpoint.json is damaged" and last_checkpoint(tmp_path) is None
+    assert damage(tmp_path / "checkpoint-3") == "there is no such folder"
 
 
 def test_a_checkpoint_of_an_earlier_version_counts_by_its_last_file(tmp_path):

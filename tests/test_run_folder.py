@@ -225,10 +225,13 @@ def test_a_link_as_output_leads_to_the_dataset(tmp_path, dangling):
     assert [path.name for path in target.parent.iterdir()] == ["out"]
 
 
-def test_a_link_that_leads_to_itself_is_refused_before_the_work(tmp_path):
+def test_what_can_be_no_folder_is_refused_before_the_work(tmp_path):
     (tmp_path / "link").symlink_to("link")
-    with pytest.raises(FolderError, match="link is a link that leads to itself: choose another --output_dir"):
-        RunFolder(tmp_path / "link")
+    (tmp_path / "file").touch()
+    (tmp_path / "linked").symlink_to("file")
+    for name in ("link", "file", "linked"):
+        with pytest.raises(FolderError, match=f"{name} is a file, or a link that leads to itself: choose another"):
+            RunFolder(tmp_path / name)
 
 
 def test_two_names_of_a_folder_are_one_lock(tmp_path, monkeypatch):

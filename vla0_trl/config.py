@@ -234,7 +234,7 @@ class VLAConfig:
             path = _download(str(name_or_path), repo_type, revision)
         elif not path.is_file():
             raise FileNotFoundError(
-                f"{name_or_path} has no {CONFIG_NAME}: not a dataset made by data_prep/, nor a checkpoint of "
+                f"{path.parent} has no {CONFIG_NAME}: not a dataset made by data_prep/, nor a checkpoint of "
                 "recipes/sft_*.py (a run that was stopped while writing leaves such a folder: use an earlier one)"
             )
         data = read_record(path, {})

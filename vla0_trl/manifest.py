@@ -50,6 +50,8 @@ def files_of(folder: Path) -> dict[str, int]:
 
 def damage(folder: Path) -> str | None:
     """What keeps a dataset or checkpoint from being whole, in words; None if it is whole."""
+    if not folder.is_dir():
+        return "there is no such folder"
     manifest = next((folder / name for name in _MANIFESTS if (folder / name).is_file()), None)
     if manifest is None:  # by an earlier version, which wrote this file last
         return None if (folder / CONFIG_NAME).is_file() else "it was never finished"

@@ -56,13 +56,13 @@ class RunFolder:
         partial (`Path`): beside it, for unfinished work; inside it where nothing can be renamed to `path`.
 
     Raises:
-        FolderError: another command is at work; names process, machine, command and time. Or a link leads to itself.
+        FolderError: another command is at work; names process, machine, command and time. Or `path` is a file.
     """
 
     def __init__(self, path: str | Path, launch: str | None = None):
         self.path = Path(os.path.realpath(path))
-        if self.path.is_symlink():
-            raise FolderError(f"{path} is a link that leads to itself: choose another --output_dir")
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise FolderError(f"{path} is a file, or a link that leads to itself: choose another --output_dir")
         beside = self.path.parent
         # A mount point can't be replaced, nor can a folder whose parent we may not write to.
         self.inside = self.path.is_dir() and (os.path.ismount(self.path) or not os.access(beside, os.W_OK))

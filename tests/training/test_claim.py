@@ -101,6 +101,12 @@ def test_a_run_of_an_earlier_version_goes_on(finished, dot_dataset, capsys):
         run(dot_dataset, finished, learning_rate=0.5)
 
 
+def test_a_damaged_record_of_the_run_is_called_that(finished, dot_dataset):
+    (finished / "run.json").write_text("{")
+    with pytest.raises(FolderError, match=r"has a damaged run\.json: choose another --output_dir"):
+        run(dot_dataset, finished, max_steps=6)
+
+
 def test_a_second_training_is_told_who_is_at_work(finished, dot_dataset, monkeypatch):
     monkeypatch.setattr("vla0_trl.run_folder._SHORT_WAIT", 0.1)
     with RunFolder(finished), pytest.raises(FolderError, match=r"another command is at work in .*: pid "):
@@ -112,6 +118,8 @@ def test_a_mistake_in_a_setting_claims_nothing(dot_dataset, tmp_path):
         with pytest.raises(SetupError, match="image_size=50"):
             run(dot_dataset, tmp_path / "run", model, data={"image_size": 50})
         assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="optim_args=a must be NAME=VALUE"):
+        run(dot_dataset, tmp_path / "run", optim_args="a")
     with pytest.raises(SetupError, match="nowhere_proj"):
         run(dot_dataset, tmp_path / "run", {"use_peft": True, "lora_target_modules": ["nowhere_proj"]})
     assert run(dot_dataset, tmp_path / "run", max_steps=1)

@@ -77,7 +77,9 @@ def hold_run(identity: dict[str, Any], output_dir: str, overwrite: bool) -> RunF
         restore_replaced(folder.path / BEST)
         found = read_json(folder.path / RUN_FILE)
         if found is None and not is_free(folder.path):
-            raise FolderError(f"{output_dir} is not empty and was not made by a recipe: choose another --output_dir")
+            damaged = (folder.path / RUN_FILE).exists()
+            problem = f"has a damaged {RUN_FILE}" if damaged else "is not empty and was not made by a recipe"
+            raise FolderError(f"{output_dir} {problem}: choose another --output_dir")
         if found is not None and not overwrite and _has_learnt(folder.path):
             there, here = _in_both(found, identity), _in_both(identity, found)
             if there != here:

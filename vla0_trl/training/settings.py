@@ -183,6 +183,9 @@ def check_together(data: Any, training: Any, model_args: Any) -> None:
     if (bits or by_bnb) and find_spec("bitsandbytes") is None:
         wanted = f"{bits}=True" if bits else f"optim={training.optim}"
         raise ValueError(f"{wanted} needs bitsandbytes: pip install -e .[train8bit]")
+    pairs = training.optim_args.split(",") if training.optim_args else ()
+    if any(pair.count("=") != 1 for pair in pairs):
+        raise ValueError(f"optim_args={training.optim_args} must be NAME=VALUE,NAME=VALUE")
     kind, kwargs = _plain(training.lr_scheduler_type), training.lr_scheduler_kwargs
     try:
         get_scheduler(kind, SGD([torch.zeros(1)], lr=1.0), 0, 1, kwargs)
