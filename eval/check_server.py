@@ -11,7 +11,9 @@ import math
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,15 +50,14 @@ def latencies(connect, count: int, args: Arguments) -> np.ndarray:
 
     def ask() -> None:
         try:
-            connection = connect()
-            message = message_for(connection.metadata, args.image_side) | {"episode": 0}
-            connection.ask(message)
-            start.wait()
-            for _ in range(args.requests):
-                began = time.perf_counter()
+            with closing(connect()) as connection:
+                message = message_for(connection.metadata, args.image_side) | {"episode": 0}
                 connection.ask(message)
-                found.append((time.perf_counter() - began) * 1000)
-            connection.close()
+                start.wait()
+                for _ in range(args.requests):
+                    began = time.perf_counter()
+                    connection.ask(message)
+                    found.append((time.perf_counter() - began) * 1000)
         except (RuntimeError, ValueError) as error:
             failures.append(error)
             start.abort()
@@ -93,15 +94,17 @@ def main() -> None:
 
     with user_errors():
         key = args.api_key_file and args.api_key_file.read_text().strip()
+        connect = partial(PolicyConnection, others.url, key, args.timeout_s)
         try:
-            metadata = PolicyConnection(others.url, key, args.timeout_s).metadata
+            with closing(connect()) as connection:
+                metadata = connection.metadata
         except ServerError as error:
             raise ValueError(str(error)) from error
         if absent := [name for name in ROBOT_KEYS if metadata.get(name) is None]:
             raise ValueError(f"{others.url} is no server of eval/serve.py: its metadata have no {', '.join(absent)}")
         rows = []
         for count in args.num_clients:
-            found = latencies(lambda: PolicyConnection(others.url, key, args.timeout_s), count, args)
+            found = latencies(connect, count, args)
             p50, p95, largest = (round(float(value), 1) for value in np.percentile(found, (50, 95, 100)))
             rows.append({"clients": count, "p50_ms": p50, "p95_ms": p95, "max_ms": largest})
             print(f"robots {count}: p50 {p50} ms, p95 {p95} ms, largest {largest} ms of {len(found)} replies")

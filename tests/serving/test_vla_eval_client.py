@@ -49,7 +49,11 @@ def test_episodes_have_sessions_and_chunks_stay_in_the_server():
     assert values == [[1, 2], [101, 102], [22, 23], [123]]
     assert all(chunk.shape == (len(chunk), 1, 2) for chunk in actions)
     assert [len(model.asked), len({episode for episode, _ in model.asked})] == [4, 3]
-    assert (model.asked[0][1]["images"]["agentview"] == 1).all() and model.asked[0][1]["task_description"] == "push"
+    # Two connections: which of them is read first is chance.
+    assert {(obs["images"]["agentview"].mean(), obs["task_description"]) for _, obs in model.asked[:2]} == {
+        (1, "push"),
+        (2, "push"),
+    }
 
 
 @pytest.mark.parametrize("params", [{}, {"send_state": True, "send_wrist_image": True}])

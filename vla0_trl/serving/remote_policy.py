@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,6 +24,7 @@ LIBERO = VLAConfig(cameras=["image", "wrist_image"], action_dim=7, state_dim=8, 
 TIMEOUT_S = 600.0  # the first chunk may wait for compilation
 
 
+@dataclass
 class RemotePolicy:
     """A policy behind a connection.
 
@@ -34,19 +36,13 @@ class RemotePolicy:
         episodes (`bool`): the server is told which episode an observation is of, and may answer several in one batch.
     """
 
-    decoding = "remote"
-
-    def __init__(
-        self,
-        connection: PolicyConnection,
-        config: VLAConfig,
-        cameras: dict[str, str],
-        state: str | None,
-        task: str,
-        episodes: bool,
-    ):
-        self.connection, self.config = connection, config
-        self._cameras, self._state, self._task, self._episodes = cameras, state, task, episodes
+    connection: PolicyConnection
+    config: VLAConfig
+    cameras: dict[str, str]
+    state: str | None
+    task: str
+    episodes: bool
+    decoding: ClassVar[str] = "remote"
 
     def reset(self) -> None:
         """Nothing is remembered here; episodes are told apart by their names."""
@@ -71,12 +67,12 @@ class RemotePolicy:
         return np.stack(chunks)
 
     def _message(self, observation: Observation) -> dict[str, Any]:
-        message = {key: observation["images"][camera] for camera, key in self._cameras.items()}
-        if self._state is not None:
-            message[self._state] = np.asarray(observation["state"], np.float64)
-        if self._episodes:
+        message = {key: observation["images"][camera] for camera, key in self.cameras.items()}
+        if self.state is not None:
+            message[self.state] = np.asarray(observation["state"], np.float64)
+        if self.episodes:
             message["episode"] = str(observation["episode"])
-        return message | {self._task: observation["task"]}
+        return message | {self.task: observation["task"]}
 
 
 def remote_policy(args: EvaluationArguments, simulator: VLAConfig) -> PolicySource:
