@@ -51,6 +51,7 @@ def _seeds(groups: dict[str, list[int]]) -> str:
 
 
 def _execution(protocol: dict[str, Any]) -> str:
+    drawn = f", drawn with temperature {protocol['temperature']}" if protocol.get("temperature") else ""
     if protocol["ensemble_size"] > 1:
-        return f"mean of up to {protocol['ensemble_size']} overlapping answers"
-    return f"{protocol['n_action_steps']} steps of each answer"
+        return f"mean of up to {protocol['ensemble_size']} overlapping answers{drawn}"
+    return f"{protocol['n_action_steps']} steps of each answer{drawn}"
