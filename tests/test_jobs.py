@@ -36,8 +36,8 @@ def test_the_handler_answers_as_the_policy_does(handler):
     policy = VLAPolicy.from_pretrained(SHIPPED)
     np.testing.assert_allclose(answer["actions"], policy.predict_action_chunk(direct), rtol=1e-6)
     assert (answer["n_action_steps"], answer["fps"]) == (policy.config.n_action_steps, policy.config.fps)
-    one = handler({"inputs": asked[1]})
-    np.testing.assert_allclose(one["actions"], answer["actions"][1:], rtol=1e-6)
+    one = handler({"inputs": asked[1]})  # the second answer of that place in a batch: another draw
+    np.testing.assert_allclose(one["actions"], policy.predict_action_chunk(direct[1:]), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
