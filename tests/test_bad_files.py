@@ -43,7 +43,7 @@ CONFIG = [
     ("waypoints", [0, 10**9], "must be increasing steps from 0 to 7"),
     ("n_action_steps", 0, "n_action_steps is 0"),
     ("n_action_steps", "3", "n_action_steps is '3'"),
-    ("n_action_steps", 9, "more than the chunk_size=8"),
+    ("n_action_steps", 9, "more than chunk_size=8"),
     ("ensemble_size", "4", "ensemble_size is '4'"),
     ("ensemble_size", 10**12, "ensemble_size is 1000000000000"),
     ("ensemble_decay", "fast", "ensemble_decay is 'fast', wanted a number"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vla0_trl.config import CONFIG_NAME
-from vla0_trl.files import write_whole
+from vla0_trl.files import delete_leftovers, write_whole
 from vla0_trl.schema import each, items, mistakes, optional, text, whole
 
 CONVERSION_NAME = "conversion.json"  # a dataset's manifest
@@ -91,6 +91,8 @@ def delete_claimed(folder: Path, unfinished: bool = False) -> None:
     for path in claimed(folder, unfinished):
         if not path.is_dir():
             path.unlink(missing_ok=True)
+    if unfinished:
+        delete_leftovers(folder)
     _delete_empty_folders(folder)
 
 

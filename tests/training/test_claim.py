@@ -1,7 +1,9 @@
 """Whose a training's folder is, what `--overwrite` deletes, and from where a killed run goes on."""
 
 import json
+import resource
 import shutil
+import signal
 from dataclasses import fields
 from pathlib import Path
 
@@ -173,12 +175,13 @@ def test_without_the_optimizers_state_it_never_goes_on_silently(finished, dot_da
 def test_a_kill_during_the_final_save_costs_no_further_step(whole_run, finished, dot_dataset):
     unfinish(finished)
     (finished / "model.safetensors").write_bytes(b"half")
+    (finished / ".checkpoint.json.4711.partial").write_text("{")
     run(dot_dataset, finished, max_steps=4, save_steps=2)
     state = json.loads((finished / "trainer_state.json").read_text())
     assert state["global_step"] == 4 and losses(finished) == losses(whole_run)
     assert (finished / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
     assert (predicts(finished) == predicts(whole_run)).all() and damage(finished) is None
-    assert not (finished / "optimizer.pt").exists()
+    assert not (finished / "optimizer.pt").exists() and not list(finished.glob(".*"))
 
 
 def test_an_evaluation_says_what_was_trained_on(whole_run, tmp_path):
@@ -203,3 +206,19 @@ def test_old_checkpoints_go_but_no_copy_of_the_users(dot_dataset, tmp_path):
     (mine / "notes.txt").write_text("mine")
     run(dot_dataset, tmp_path / "run", max_steps=4, save_steps=1, save_total_limit=1)
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-4"] and (mine / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("limit", [1_000, 100_000, 1_000_000])
+def test_a_full_disk_is_one_error_and_the_same_command_goes_on(whole_run, dot_dataset, tmp_path, limit):
+    """A limit of files' sizes stands for the disk: while run.json, the weights or the optimizer are written."""
+    usual, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            run(dot_dataset, tmp_path / "run", max_steps=4, save_steps=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "\n" not in str(error.value)
+    run(dot_dataset, tmp_path / "run", max_steps=4, save_steps=2)
+    assert losses(tmp_path / "run") == losses(whole_run) and damage(tmp_path / "run") is None

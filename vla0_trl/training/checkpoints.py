@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
@@ -27,6 +28,7 @@ from vla0_trl.models.fingerprint import is_adapter, save_base_fingerprint
 from vla0_trl.policy.card import write_model_card
 from vla0_trl.run_files import read_state
 from vla0_trl.run_folder import RUN_FILE, FolderError, checkpoints, last_checkpoint
+from vla0_trl.schema import one_line
 from vla0_trl.training.arguments import VLASFTConfig
 from vla0_trl.training.pushing import FOR_RESUMING, Uploads
 
@@ -87,7 +89,13 @@ class CheckpointingTrainer(SFTTrainer):
             delete_claimed(directory, unfinished=True)  # half written when an earlier session was killed, perhaps
             not_ours = set(files_of(directory))
         self.accelerator.wait_for_everyone()
-        yield
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch raises the last
+            raise OSError(
+                f"{directory} could not be written, the disk is full perhaps ({one_line(error, 200)}): make room and "
+                "run the same command again: it goes on from the last whole checkpoint"
+            ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             if is_adapter(directory):

@@ -20,7 +20,6 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from vla0_trl.config import NANO, VLAConfig
 from vla0_trl.data.chat_dataset import align_config, episode_indices, load_chat_dataset, tasks_of
 from vla0_trl.data.row_check import check_rows, check_tasks
-from vla0_trl.hub import HubError
 from vla0_trl.limits import check_limits
 from vla0_trl.models.adapters import check_named_modules, check_tied_targets
 from vla0_trl.models.fingerprint import base_model_of, is_adapter
@@ -92,7 +91,9 @@ def main(default_config: Path, description: str, in_simulator: SimulatorCallback
         sys.exit(f"error: {error}")
     try:
         train(run, in_simulator)
-    except (NotFiniteError, SetupError, FolderError, HubError) as error:
+    except BrokenPipeError:  # see `streams`
+        raise
+    except (NotFiniteError, SetupError, FolderError, OSError) as error:
         sys.exit(f"error: {error}")
     except Stopped as stopped:
         sys.exit(stopped.status)
