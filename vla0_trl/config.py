@@ -54,8 +54,7 @@ class VLAConfig:
         temperature (`float`): answers are drawn with it; 0 is greedy decoding. See [`policy.sessions`].
         image_size (`int`): side of the square that the model sees, in pixels.
         crop_ratio (`float`): side of the crop over side of the image: random in training, central in evaluation.
-        image_jitter (`list[float]`, *optional*): strength of random brightness, contrast, saturation and hue in
-            training (VLA-0: 0.2, 0.2, 0.2, 0.05).
+        image_jitter (`list[float]`, *optional*): of brightness, contrast, saturation and hue, random in training.
         tile_images (`bool`): show all cameras as one image, side by side (VLA-0), instead of one image each.
         num_bins (`int`): integers run 0…num_bins, inclusive (1000 in VLA-0; 511 makes VLA-0-Smol's 512 levels).
         use_state (`bool`): write the state into the prompt, as integers.
@@ -225,9 +224,7 @@ class VLAConfig:
     ) -> VLAConfig:
         """Read `vla_config.json` from a local folder or a Hub repository (`repo_type="dataset"` for datasets).
 
-        Raises:
-            FileNotFoundError: the folder or repository has none: it is not a dataset or checkpoint of vla0_trl.
-            ValueError: the file is damaged, or has fields that this version does not know, or impossible values.
+        `FileNotFoundError` where there is none; `ValueError` for a damaged file, unknown fields or impossible values.
         """
         path = Path(name_or_path) / CONFIG_NAME
         if not Path(name_or_path).is_dir():
