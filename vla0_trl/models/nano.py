@@ -37,11 +37,11 @@ class NanoConfig:
         vision_intermediate_size, vision_num_heads (`int`, *optional*): of it, too; default: three times its width, and
             one head per 64 dimensions.
         image_size (`int`): side of the input it is built for; other sizes interpolate its position embeddings.
-        patch_size (`int`): side of a patch; (image_size / patch_size / scale_factor)² tokens per image.
-        scale_factor (`int`): side of the square of patches that becomes one token.
         image_mean (`list[float]`): colour in [0, 1] that becomes zero. From scratch it should be the frames' own mean:
             what all frames share, as PushT's white ground, otherwise drowns what differs within some ten steps.
         image_std (`list[float]`): colours are divided by it.
+        patch_size (`int`): side of a patch; (image_size / patch_size / scale_factor)² tokens per image.
+        scale_factor (`int`): side of the square of patches that becomes one token.
         init (`str`): `"code"` gives the weights a start from which looking is learnt within minutes, see
             [`nano_init`], with a head of its own; `"normal"` is transformers' own.
     """
@@ -56,10 +56,10 @@ class NanoConfig:
     vision_intermediate_size: int | None = None
     vision_num_heads: int | None = None
     image_size: int = 96
-    patch_size: int = 12
-    scale_factor: int = 2
     image_mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     image_std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    patch_size: int = 12
+    scale_factor: int = 2
     init: str = "normal"
 
     def __post_init__(self):

@@ -16,7 +16,7 @@ class PromptError(ValueError):
 
 
 def check_length(prompt: int, answer: int, limit: int) -> None:
-    """`PromptError` if a prompt of so many tokens and the longest answer don't fit the model's positions."""
+    """`PromptError` if a prompt of `prompt` tokens and the longest answer don't fit the model's positions."""
     if prompt + answer > limit:
         raise PromptError(
             f"a prompt of {prompt} tokens and an answer of up to {answer} don't fit into the model's {limit} "
