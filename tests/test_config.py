@@ -18,7 +18,7 @@ def test_saved_and_loaded_is_the_same(tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"n_action_steps": 9}, "n_action_steps=9 is more than the chunk_size=8"),
+        ({"n_action_steps": 9}, "n_action_steps=9 is more than chunk_size=8"),
         ({"ensemble_size": 4, "n_action_steps": 5}, "would do nothing"),
         ({"ensemble_size": 9}, "ensemble_size=9 must be between 1 and chunk_size=8"),
         ({"use_state": True}, "state_dim=0"),

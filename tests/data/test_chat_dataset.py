@@ -255,7 +255,7 @@ def test_align_takes_the_statistics_that_a_conversion_would(tmp_path, small_data
         ({"action_dim": 3}, "action_dim=3, but the dataset was recorded with action_dim=2"),
         ({"state_dim": 5}, "state_dim=5, but the dataset was recorded with state_dim=3"),
         ({"fps": 20.0}, "fps=20.0, but the dataset was recorded with fps=10.0"),
-        ({"n_action_steps": 5}, "n_action_steps=5 is more than the chunk_size=4"),
+        ({"n_action_steps": 5}, "n_action_steps=5 is more than chunk_size=4"),
     ],
 )
 def test_align_names_what_the_data_cannot_give(small_dataset, asked, message):

@@ -191,7 +191,7 @@ def test_the_speed_of_workers_is_printed_and_nothing_is_written(evaluate, capsys
         (["--num_episodes_per_task", "51"], "a task has 50 initial states"),
         (["--perturb", "fog"], "--perturb fog: there is rotate"),
         (["--assets_dir", "/tmp"], "is not LIBERO's assets folder"),
-        (["--n_action_steps", "9"], "n_action_steps=9 is more than the chunk_size=8"),
+        (["--n_action_steps", "9"], "n_action_steps=9 is more than chunk_size=8"),
         (["--ensemble_size", "8", "--n_action_steps", "8"], "leave n_action_steps out"),
         (["--num_envs", "0"], "--num_envs 0 must be at least 1"),
     ],

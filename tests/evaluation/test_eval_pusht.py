@@ -117,7 +117,7 @@ def test_a_checkpoint_with_the_full_state_gets_it(evaluate, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--n_action_steps", "3"], "n_action_steps=3 is more than the chunk_size=2"),
+        (["--n_action_steps", "3"], "n_action_steps=3 is more than chunk_size=2"),
         (["--ensemble_size", "3"], "ensemble_size=3 must be between 1 and chunk_size=2"),
         (["--ensemble_size", "2", "--n_action_steps", "2"], "leave n_action_steps out"),
         (["--ensemble_decay", "0.1"], "ensemble_size=1 keeps only the newest"),
