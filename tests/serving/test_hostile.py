@@ -31,6 +31,7 @@ VALID = {"observation/image": IMAGE, "observation/state": np.array([250.0, 250.0
 @pytest.fixture(scope="module")
 def process():
     words = [sys.executable, "eval/serve.py", "--model_name_or_path", "recipes/pusht/checkpoint", "--layout", "pusht"]
+    words += ["--temperature", "0"]  # one request, one answer, at any time
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         [*words, "--port", "0", "--max_batch", "1", "--max_mb", "8"],
