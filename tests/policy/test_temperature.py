@@ -76,3 +76,10 @@ def test_parallel_decoding_refuses_a_temperature():
     parallel = VLAPolicy(policy.model, policy.processor, policy.config, DecodingOptions(mode="parallel"))
     with pytest.raises(ValueError, match="with parallel decoding"):
         parallel.config = policy.config.replace(temperature=0.5)
+    # A checkpoint's own temperature can be replaced after loading; as it is, it does not answer.
+    config = policy.config.replace(temperature=0.5)
+    parallel = VLAPolicy(policy.model, policy.processor, config, DecodingOptions(mode="parallel"))
+    with pytest.raises(ValueError, match="with parallel decoding"):
+        parallel.predict_action_chunk(observations(1))
+    parallel.config = config.replace(temperature=0.0)
+    assert parallel.predict_action_chunk(observations(1)).shape == (1, 4, 2)

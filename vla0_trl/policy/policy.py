@@ -93,7 +93,7 @@ class VLAPolicy:
         )
         backbone = model if isinstance(model, PreTrainedModel) else model.get_base_model()
         backbone.generation_config = self.generation_config
-        self.config = config  # sets what follows from it
+        self._adopt(config)
 
     @classmethod
     def from_pretrained(
@@ -143,11 +143,17 @@ class VLAPolicy:
                     f"{name}={asked}, but this policy was made for {name}={ours}: chunk, bins, relative actions, "
                     "prompt and cameras are a checkpoint's own; execution and the scale of actions can be set"
                 )
+        self._check_draws(config)
+        self._adopt(config)
+
+    def _check_draws(self, config: VLAConfig) -> None:
         if config.temperature and self.decoder is not None and self.decoder.options.mode == PARALLEL:
             raise ValueError(
                 f"temperature={config.temperature} with parallel decoding: numbers that are drawn without seeing each "
                 "other don't fit together. Use exact decoding, or temperature=0"
             )
+
+    def _adopt(self, config: VLAConfig) -> None:
         self._config = config
         self.action_tokenizer = config.action_tokenizer()
         self.state_quantizer = config.state_quantizer()
@@ -176,6 +182,7 @@ class VLAPolicy:
             ValueError: an observation lacks a camera or state, does not fit the config, or could mean two things; or a
                 prefix is not (d, action_dim) finite numbers.
         """
+        self._check_draws(self.config)  # a checkpoint's own temperature may still have been replaced
         observations = [check_observation(observation, self.config) for observation in observations]
         prefixes = check_prefixes(prefixes, len(observations), self.config)
         inputs = self._inputs(observations)
