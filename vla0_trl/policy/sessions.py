@@ -14,36 +14,43 @@ from __future__ import annotations
 import zlib
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 MAX_SESSIONS = 4096  # whose last chunk is remembered: 56 values each in LIBERO
 
 
+class Session(NamedTuple):
+    """One episode: its last chunk, (chunk_size, action_dim) in environment units, and how many it has asked for."""
+
+    last_chunk: np.ndarray | None = None
+    asked: int = 0
+
+
 class Sessions:
-    """Last chunk and number of chunks of the episodes that asked most recently, by their keys."""
+    """The episodes that asked most recently, by their keys."""
 
     def __init__(self):
-        self._sessions: OrderedDict[Hashable, tuple[np.ndarray, int]] = OrderedDict()
+        self._sessions: OrderedDict[Hashable, Session] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._sessions)
 
     def last_chunk(self, key: Hashable) -> np.ndarray | None:
-        """(chunk_size, action_dim) in environment units; None at an episode's beginning."""
-        return self._sessions.get(key, (None, 0))[0]
+        """None at an episode's beginning."""
+        return self._sessions.get(key, Session()).last_chunk
 
     def remember(self, keys: Sequence[Hashable], chunks: Sequence[np.ndarray]) -> None:
         """These episodes' newest chunks; those that were silent for longest are forgotten."""
         for key, chunk in zip(keys, chunks, strict=True):
-            _, asked = self._sessions.get(key, (None, 0))
-            self._sessions[key] = (chunk, asked + 1)
+            self._sessions[key] = Session(chunk, self._sessions.get(key, Session()).asked + 1)
             self._sessions.move_to_end(key)
         while len(self._sessions) > MAX_SESSIONS:
             self._sessions.popitem(last=False)
 
     def noise(self, keys: Sequence[Hashable], names: Sequence[str], shape: tuple[int, ...]) -> np.ndarray:
         """Gumbel noise for the next chunk of each episode, float32 (B, *shape); names: see the module."""
-        counts = [self._sessions.get(key, (None, 0))[1] for key in keys]
+        counts = [self._sessions.get(key, Session()).asked for key in keys]
         seeds = [(zlib.crc32(name.encode()), asked) for name, asked in zip(names, counts, strict=True)]
         return np.stack([np.random.default_rng(seed).gumbel(size=shape) for seed in seeds]).astype(np.float32)
