@@ -8,7 +8,7 @@
 Cameras, state and action are found in the dataset's meta/info.json; a camera is named by its key without
 "observation.images.". Images in parquet files go over untouched, those of videos become JPEGs of quality 95. Of a Hub
 dataset only what is needed is fetched. Statistics are computed again: those of format v3.0 hold averaged quantiles.
-Needs the extra [convert]: pip install -e ".[convert]".
+Needs the extra [convert]: pip install -c requirements.lock -e ".[convert]".
 """
 
 from dataclasses import dataclass

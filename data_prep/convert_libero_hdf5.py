@@ -5,7 +5,8 @@
 Files are from https://libero-project.github.io/datasets: 50 demonstrations of each task, 128 px. Both cameras are
 rotated by 180°, as in the data on the Hub and in the evaluation protocol. These files hold what was seen after each
 action: an action goes with the frame before it, and a demonstration's first action is left out. `--drop_noops` leaves
-out frames that do nothing, by the rule of OpenVLA's data. Needs the extra [convert]: pip install -e ".[convert]".
+out frames that do nothing, by the rule of OpenVLA's data. Needs the extra [convert]:
+pip install -c requirements.lock -e ".[convert]".
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,8 @@
     python data_prep/convert_pusht_zarr.py --source PATH/pusht_cchi_v7_replay.zarr --output_dir data/pusht_human
 
 206 episodes, 25,650 frames, 10 s on one core. The zarr is in https://diffusion-policy.cs.columbia.edu/data/training/pusht.zip
-(Chi et al., "Diffusion Policy", 2023). Needs the extra [convert]: pip install -e ".[convert]".
+(Chi et al., "Diffusion Policy", 2023). Needs the extra [convert]:
+pip install -c requirements.lock -e ".[convert]".
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vla0_trl import pip_install
 from vla0_trl.command_line import option, parse
 from vla0_trl.data.arguments import Subset, command_line_errors
 from vla0_trl.data.episodes import Episode, EpisodeError, check_frame_size
@@ -45,7 +47,7 @@ class PushTZarr:
         try:
             import zarr
         except ImportError as error:
-            raise ConversionError('reading this format needs zarr: pip install -e ".[convert]"') from error
+            raise ConversionError(f"reading this format needs zarr: {pip_install('convert')}") from error
         if not (path / "data").is_dir() or not (path / "meta").is_dir():
             raise ConversionError(f"{path} is not a zarr of PushT demonstrations: it has no data/ and meta/ folders")
         for file in path.rglob("*"):

@@ -20,7 +20,7 @@ try:
     from vla_eval.model_servers.predict import PredictModelServer
     from vla_eval.specs import IMAGE_RGB, LANGUAGE, RAW, DimSpec
 except ImportError as error:
-    sys.exit(f"error: {error}: this needs vla-eval as well: pip install vla-eval==0.8.0")
+    sys.exit(f"{__doc__}\nerror: {error}: this needs vla-eval as well: pip install vla-eval==0.8.0")
 
 from vla0_trl.execution_arguments import ExecutionArguments
 from vla0_trl.policy.execution import ChunkExecutor

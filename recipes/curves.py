@@ -66,7 +66,7 @@ def main() -> None:
         args.key,
         args.label or args.key,
     )
-    figure.axes[0].set_xlabel(f"minutes, at {speed:g} samples a minute" if speed else "samples")
+    figure.axes[0].set_xlabel(f"minutes, at {speed:g} samples per minute" if speed else "samples")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=150)
     kept = ("step", "samples", args.key, *EVALUATED)

@@ -32,6 +32,11 @@ def __getattr__(name: str):
     return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
 
 
+def pip_install(extra: str) -> str:
+    """The command that installs an extra of ours, in the versions that were tested."""
+    return f'pip install -c requirements.lock -e ".[{extra}]"'
+
+
 def __dir__() -> list[str]:
     return [*globals(), *__all__]
 

@@ -22,11 +22,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from lerobot.configs import PreTrainedConfig
-from lerobot.policies.factory import get_policy_class, make_pre_post_processors
-from websockets.exceptions import ConnectionClosed
-from websockets.sync.server import ServerConnection, serve
+try:
+    import torch
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+    from websockets.exceptions import ConnectionClosed
+    from websockets.sync.server import ServerConnection, serve
+except ImportError as error:
+    sys.exit(f"{__doc__}\nerror: {error}: start it with `uv run`, which installs LeRobot beside it")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # vla0_trl can't be installed beside LeRobot
 from vla0_trl.schema import one_line

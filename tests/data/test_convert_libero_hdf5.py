@@ -208,5 +208,5 @@ def test_no_files(tmp_path, script, monkeypatch):
 
 def test_no_h5py_says_how_to_install(tmp_path, script, files, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(SystemExit, match=r'needs h5py: pip install -e "\.\[convert\]"'):
+    with pytest.raises(SystemExit, match=r'needs h5py: pip install -c requirements.lock -e "\.\[convert\]"'):
         run_main(script, monkeypatch, "--source", files, "--output_dir", tmp_path / "out")

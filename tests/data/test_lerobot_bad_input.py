@@ -254,5 +254,5 @@ def test_statistics_that_contradict_the_data(tmp_path, script, written, monkeypa
 
 def test_no_pyav_says_how_to_install(tmp_path, script, written, monkeypatch):
     monkeypatch.setitem(sys.modules, "vla0_trl.data.sources.video", None)
-    with pytest.raises(SystemExit, match=r'reading videos needs PyAV: pip install -e "\.\[convert\]"'):
+    with pytest.raises(SystemExit, match=r'needs PyAV: pip install -c requirements.lock -e "\.\[convert\]"'):
         run_main(script, monkeypatch, "--source", written(), "--output_dir", tmp_path / "out")

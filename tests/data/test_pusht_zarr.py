@@ -89,7 +89,7 @@ def test_a_source_that_is_none(tmp_path, small, script, monkeypatch):
 
 def test_no_zarr_says_how_to_install(small, script, monkeypatch):
     monkeypatch.setitem(sys.modules, "zarr", None)
-    with pytest.raises(ConversionError, match=r'pip install -e "\.\[convert\]"'):
+    with pytest.raises(ConversionError, match=r'pip install -c requirements.lock -e "\.\[convert\]"'):
         script.PushTZarr(small, "agent")
 
 

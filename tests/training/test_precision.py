@@ -1,11 +1,15 @@
-"""GPUs without bfloat16 are said at the start, instead of a NaN after an hour."""
+"""A machine without a GPU, or with one without bfloat16, is said at the start, instead of a NaN after an hour."""
+
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from trl import ModelConfig
 
 from vla0_trl.training.arguments import DataArguments, VLASFTConfig
-from vla0_trl.training.settings import PRECISION_ADVICE, check_together, without_bfloat16
+from vla0_trl.training.settings import CPU_RECIPES, PRECISION_ADVICE, check_together, without_bfloat16
 
 
 @pytest.fixture
@@ -34,6 +38,17 @@ def test_bf16_on_such_a_card_is_an_error_with_advice(card, tmp_path):
         ValueError, match=r"^bf16=True, but Tesla T4 can't multiply in bfloat16: float16 does not help"
     ):
         VLASFTConfig(output_dir=str(tmp_path), bf16=True)
+
+
+def test_without_a_gpu_the_recipes_for_a_cpu_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("vla0_trl.training.arguments.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(
+        ValueError, match=rf"^bf16=True, and torch finds no GPU.* {re.escape(CPU_RECIPES)} are for a CPU"
+    ):
+        VLASFTConfig(output_dir=str(tmp_path), bf16=True)
+    folder = Path(__file__).parents[2] / "recipes"
+    files = [path for path in folder.glob("*/*.yaml") if yaml.safe_load(path.read_text()).get("use_cpu")]
+    assert sorted(re.split(", | and ", CPU_RECIPES)) == sorted(str(path.relative_to(folder)) for path in files)
 
 
 def test_so_are_weights_in_bfloat16(card, tmp_path):

@@ -122,7 +122,7 @@ class Bench:
         return trainer
 
     def train(self, name: str) -> dict[str, float]:
-        """Optimizer steps and samples a second; on a GPU, the peak of its memory."""
+        """Optimizer steps and samples per second; on a GPU, the peak of its memory."""
         clock = Timed()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from vla0_trl import pip_install
 from vla0_trl.check import machine, parts
 from vla0_trl.check.process import Check, answer_for
 
@@ -15,13 +16,13 @@ CHECKS = {
     "gpu": Check("GPU", machine.gpu, "install a torch that is built for this GPU and driver"),
     "adam_8bit": Check("8-bit Adam", machine.adam_8bit, machine.ADAM_FIX),
     "pusht": Check("PushT", parts.pusht, "pip install --force-reinstall gym-pusht pygame"),
-    "libero": Check("LIBERO", parts.libero, 'pip install -c requirements.lock -e ".[libero]"'),
+    "libero": Check("LIBERO", parts.libero, pip_install("libero")),
     "libero_assets": Check("LIBERO's assets", parts.libero_assets, "export LIBERO_ASSETS=PATH"),
     "libero_osmesa": Check("LIBERO by osmesa", parts.libero_osmesa, "apt-get install libosmesa6"),
     "libero_egl": Check("LIBERO by egl", parts.libero_egl, "apt-get install libegl1, or export MUJOCO_GL=osmesa"),
     "video": Check("mp4", parts.video, parts.VIDEO_FIX),
     "policy": Check("nano policy", parts.policy, f"pip install -c {machine.LOCK} -e ."),
-    "serving": Check("policy server", parts.serving, parts.SERVE_FIX),
+    "serving": Check("policy server", parts.serving, pip_install("serve")),
 }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import vla0_trl
+from vla0_trl import pip_install
 from vla0_trl.check.process import FAILURE, OK, WARNING, Finding, message
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def disk(output_dir: Path) -> Finding:
         return Finding(FAILURE, f"1 MiB can't be written into {folder} ({error.strerror}), {free:.1f} GiB free", fix)
     sizes = {checkpoint_gib(figures): name for name, figures in load_table().items()}
     largest = max(sizes)
-    text = f"{free:.1f} GiB free for {output_dir}; the largest checkpoint ({sizes[largest]}) takes {largest:.1f} GiB"
+    checkpoint = f"the largest checkpoint of the 12 GB recipes ({sizes[largest]}) takes {largest:.1f} GiB"
+    text = f"{free:.1f} GiB free for {output_dir}; {checkpoint}"
     # a recipe keeps two, and writes the next one before it deletes the oldest
     return Finding(OK, text) if free >= 3 * largest else Finding(WARNING, text, fix)
 
@@ -146,6 +148,7 @@ def gpu(_: Path) -> Finding:
 
 def _no_gpu(cuda: str | None, smallest: float) -> Finding:
     from vla0_trl.envs.libero.setup import DEVICES
+    from vla0_trl.training.settings import CPU_RECIPES
 
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return Finding(WARNING, "hidden: CUDA_VISIBLE_DEVICES is empty", "unset CUDA_VISIBLE_DEVICES to use it")
@@ -156,7 +159,7 @@ def _no_gpu(cuda: str | None, smallest: float) -> Finding:
             )
         fix = "update the driver, or install a torch for its CUDA version (nvidia-smi names it)"
         return Finding(FAILURE, f"there is an NVIDIA driver, but torch (CUDA {cuda}) can't use it", fix)
-    text = "none: of the recipes, pusht/policy.yaml, pusht/nano.yaml and libero/debug.yaml are for a CPU"
+    text = f"none: of the recipes, {CPU_RECIPES} are for a CPU"
     fix = f"nothing to fix for `make demo`; to fine-tune SmolVLM2, take a GPU with {smallest:.1f} GiB free or more"
     return Finding(WARNING, text, fix)
 
@@ -164,7 +167,7 @@ def _no_gpu(cuda: str | None, smallest: float) -> Finding:
 def adam_8bit(_: Path) -> Finding:
     """A step of 8-bit Adam on a tensor."""
     if find_spec("bitsandbytes") is None:
-        return Finding(WARNING, "bitsandbytes is not installed", 'pip install -c requirements.lock -e ".[train8bit]"')
+        return Finding(WARNING, "bitsandbytes is not installed", pip_install("train8bit"))
     import torch
     from bitsandbytes.optim import AdamW8bit
 

@@ -14,13 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vla0_trl import pip_install
 from vla0_trl.check.process import FAILURE, OK, WARNING, Finding, unexpected_end_means
 
 if TYPE_CHECKING:
     from vla0_trl import VLAPolicy
 
 VIDEO_FIX = 'pip install --force-reinstall av "imageio[ffmpeg]"'
-SERVE_FIX = 'pip install -c requirements.lock -e ".[serve]"'
 
 
 def pusht(_: Path) -> Finding:
@@ -49,7 +49,7 @@ def _drawn(begin: float, draw: Callable, change: Callable = lambda: None) -> Fin
 def libero(_: Path) -> Finding:
     """LIBERO's packages, and MuJoCo in the version that was tested."""
     if find_spec("libero") is None:
-        return Finding(WARNING, "the simulator is not installed", 'pip install -c requirements.lock -e ".[libero]"')
+        return Finding(WARNING, "the simulator is not installed", pip_install("libero"))
     from vla0_trl.envs.libero.protocol import TESTED_MUJOCO
 
     if version("mujoco") != TESTED_MUJOCO:
@@ -110,7 +110,7 @@ def _libero_frame(renderer: str, fix: str) -> Finding | None:
 def video(_: Path) -> Finding:
     """An mp4 written as evaluations do, and decoded as conversions do."""
     if find_spec("av") is None:
-        return Finding(WARNING, "no reader of mp4 is installed", 'pip install -c requirements.lock -e ".[convert]"')
+        return Finding(WARNING, "no reader of mp4 is installed", pip_install("convert"))
     import av
     import numpy as np
 
@@ -151,7 +151,7 @@ def policy(_: Path) -> Finding:
 def serving(_: Path) -> Finding:
     """A chunk of actions, from a nano policy behind a websocket on this machine."""
     if find_spec("websockets") is None or find_spec("msgpack") is None:
-        return Finding(WARNING, "what eval/serve.py needs is not installed", SERVE_FIX)
+        return Finding(WARNING, "what eval/serve.py needs is not installed", pip_install("serve"))
     import asyncio
     import ssl
 

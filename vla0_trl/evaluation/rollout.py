@@ -185,6 +185,7 @@ def _rounds(
                     raise EpisodeCrash(f"episode {episode.seed} crashed twice: {episode.crashes[-1]}")
                 if len(queue):
                     begin(runner)
+                bar.set_postfix_str(f"success {successes}/{finished}", refresh=False)
                 bar.update()
                 yield episode
             waiting[:] = ready

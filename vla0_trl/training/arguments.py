@@ -18,6 +18,7 @@ from vla0_trl.config import VLAConfig
 from vla0_trl.execution_arguments import ExecutionArguments
 from vla0_trl.training.muon import MUON
 from vla0_trl.training.settings import (
+    CPU_RECIPES,
     NEEDS,
     PRECISION_ADVICE,
     check_cotraining,
@@ -148,6 +149,11 @@ class VLASFTConfig(SFTConfig):
         card = None if self.use_cpu else without_bfloat16()
         if card and self.bf16:
             raise ValueError(f"bf16=True, but {card} can't multiply in bfloat16: {PRECISION_ADVICE}")
+        if self.bf16 and not self.use_cpu and not is_torch_bf16_gpu_available():
+            raise ValueError(
+                "bf16=True, and torch finds no GPU here (python -m vla0_trl.check says why): of the recipes, "
+                f"{CPU_RECIPES} are for a CPU; use_cpu=true runs any other on it, too slowly to learn"
+            )
         if self.fp16:
             print(f"warning: fp16=True: {PRECISION_ADVICE}")
         if self.bf16 is None and not self.fp16:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_model_param_count
 from trl import SFTTrainer
 
+from vla0_trl import pip_install
 from vla0_trl.files import write_whole
 from vla0_trl.processing.collator import VLADataCollator
 from vla0_trl.run_files import read_energy
@@ -89,7 +90,7 @@ class EnergyCallback(TrainerCallback):
         try:
             from codecarbon import OfflineEmissionsTracker
         except ImportError as error:
-            raise ValueError("log_energy=True needs codecarbon: pip install -e .[energy]") from error
+            raise ValueError(f"log_energy=True needs codecarbon: {pip_install('energy')}") from error
         self.trainer = trainer
         self._file = Path(trainer.args.output_dir, ENERGY_FILE)
         # The country only matters for CO2, which we do not report. One process per machine measures.

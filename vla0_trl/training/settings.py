@@ -17,12 +17,15 @@ import torch
 from torch.optim import SGD
 from transformers import get_scheduler
 
+from vla0_trl import pip_install
+
 _FIRST_WITH_BFLOAT16 = (8, 0)  # compute capability: Ampere (A100, RTX 30) and later; T4 and RTX 20 have 7.5
 PRECISION_ADVICE = (
     "float16 does not help: in it, VLA-0-Smol's training diverged. Train in float32 with LoRA (use_peft=true, "
     "dtype=float32, bf16=false), slower and with more memory, or take a card that has "
     "bfloat16: RTX 30 or newer, A10, L4, A100"
 )
+CPU_RECIPES = "pusht/policy.yaml, pusht/nano.yaml, libero/nano.yaml and libero/debug.yaml"
 
 # By the switch without which they do nothing.
 NEEDS = {
@@ -182,7 +185,7 @@ def check_together(data: Any, training: Any, model_args: Any) -> None:
     by_bnb = any(word in training.optim for word in ("bnb", "8bit", "32bit")) and "torch" not in training.optim
     if (bits or by_bnb) and find_spec("bitsandbytes") is None:
         wanted = f"{bits}=True" if bits else f"optim={training.optim}"
-        raise ValueError(f"{wanted} needs bitsandbytes: pip install -e .[train8bit]")
+        raise ValueError(f"{wanted} needs bitsandbytes: {pip_install('train8bit')}")
     pairs = training.optim_args.split(",") if training.optim_args else ()
     if any(pair.count("=") != 1 for pair in pairs):
         raise ValueError(f"optim_args={training.optim_args} must be NAME=VALUE,NAME=VALUE")

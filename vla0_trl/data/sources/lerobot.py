@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from vla0_trl import pip_install
 from vla0_trl.data.episodes import Episode, EpisodeError, SourceInfo
 from vla0_trl.data.sources.gripper import as_sign
 from vla0_trl.data.sources.lerobot_frames import FIX, EpisodeRows, Frames, read_columns, vectors
@@ -246,7 +247,7 @@ class LeRobotSource:
         try:
             from vla0_trl.data.sources.video import VideoReader
         except ImportError as error:
-            raise ConversionError('reading videos needs PyAV: pip install -e ".[convert]"') from error
+            raise ConversionError(f"reading videos needs PyAV: {pip_install('convert')}") from error
         fps, span = self.meta.info["fps"], meta.videos[key]
         path = self.meta.path(span.path)
         if span.end is not None and abs((span.end - span.start) * fps - len(times)) > 0.5:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vla0_trl import pip_install
 from vla0_trl.data.episodes import Episode, EpisodeError, SourceInfo, check_frame_size
 from vla0_trl.data.sources.gripper import as_sign
 from vla0_trl.data.staging import ConversionError
@@ -163,7 +164,7 @@ def _opened(path: Path, name: str) -> Iterator[h5py.File]:
     try:
         import h5py
     except ImportError as error:
-        raise ConversionError('reading this format needs h5py: pip install -e ".[convert]"') from error
+        raise ConversionError(f"reading this format needs h5py: {pip_install('convert')}") from error
     try:
         with h5py.File(path, "r") as file:
             yield file

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vla0_trl import pip_install
 from vla0_trl.envs.libero.protocol import MAX_STEPS, NUM_TASKS, TESTED_MUJOCO
 
 DEVICES = Path("/dev")
@@ -52,7 +53,7 @@ def package_folder() -> Path:
     """hf-libero's `libero/libero`, found without importing it."""
     spec = importlib.util.find_spec("libero")
     if spec is None:
-        raise LiberoError('LIBERO is not installed: pip install -e ".[libero]"')
+        raise LiberoError(f"LIBERO is not installed: {pip_install('libero')}")
     return Path(spec.submodule_search_locations[0]) / "libero"
 
 
