@@ -47,8 +47,8 @@ def main() -> None:
     for variation in ["", *args.vary]:
         try:
             rows.append([variation or "as it is", *row(args, others.recipe, [*flags_of(variation), *options])])
-        except ValueError as error:
-            parser.error(f"{variation}: {error}")
+        except (ValueError, OSError) as error:  # OSError: the Hub has no such model, or can't be reached
+            parser.error(f"{variation or others.recipe}: {error}")
     print(format_table((head, rows), args.markdown))
 
 

@@ -12,7 +12,7 @@ the model's config and processor are read; OUTPUT_DIR takes 5 GB, and may be del
 from dataclasses import dataclass
 from pathlib import Path
 
-from vla0_trl.command_line import ScriptParser, option
+from vla0_trl.command_line import ScriptParser, option, user_errors
 
 
 @dataclass(kw_only=True)
@@ -37,12 +37,10 @@ def main() -> None:
     def plan(**settings):
         return plan_of(others.recipe, fixed | settings, options)
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    try:
+    with user_errors():
+        args.output_dir.mkdir(parents=True, exist_ok=True)
         source = source_of(plan(output_dir=args.output_dir), args.model_configs)
-    except ValueError as error:
-        parser.error(str(error))
-    parts = Rehearsal(plan, kind_of(others.recipe), source, args.output_dir)().values()
+        parts = Rehearsal(plan, kind_of(others.recipe), source, args.output_dir)().values()
     seconds, peak = sum(part["seconds"] for part in parts), max(part["peak_gib"] for part in parts)
     print(f"{seconds:6.0f} s  {peak:5.1f} GiB  the whole way, {'GPU' if torch.cuda.is_available() else 'CPU'}")
 

@@ -1,5 +1,6 @@
 """One command line for all scripts: flags, `--config YAML`, mistakes in one line."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -43,6 +44,12 @@ def test_flags_in_every_form():
         assert read(*words).use_state is False
     assert read("--dry").dry and read("--dry", "true").dry and not read("--dry", "false").dry
     assert read("--names", "a", "b").names == ["a", "b"]
+
+
+def test_help_of_the_flag_that_turns_a_field_off(capsys):
+    with pytest.raises(SystemExit):
+        read("--help")
+    assert re.search(r"--no_use_state, --no-use-state\s+the same as --use_state false\n", capsys.readouterr().out)
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):

@@ -44,6 +44,9 @@ class ScriptParser(TrlParser):
 
     def __init__(self, arguments: type, description: str):
         super().__init__(arguments, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        for action in self._actions:
+            if action.const is False:  # TRL's --no_name, which it describes with the words of --name
+                action.help = f"the same as --{action.dest} false"
         for name, kind in get_type_hints(arguments).items():
             if bool in (kind, *get_args(kind)) and "_" in name:
                 hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}

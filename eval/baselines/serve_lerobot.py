@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+
 try:
     import torch
     from lerobot.configs import PreTrainedConfig

@@ -85,6 +85,9 @@ def test_the_table_of_variations(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_main(script, monkeypatch, NIGHT, *options, "--vary", "chunk_sise=8")
     assert capsys.readouterr().err == "error: unknown argument chunk_sise: did you mean --chunk_size?\n"
+    with pytest.raises(SystemExit):
+        run_main(script, monkeypatch, NIGHT, "--model_name_or_path", "USER/ABSENT")
+    assert capsys.readouterr().err.startswith(f"error: {NIGHT}: USER/ABSENT: We couldn't connect to ")
 
 
 @pytest.mark.slow
