@@ -8,8 +8,6 @@ Give --address: without, vla-eval listens on all of this machine's addresses, an
 as the checkpoint says, or as --args.n_action_steps or --args.ensemble_size do.
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -5,8 +5,6 @@ An action chunk of `chunk_size` steps and `action_dim` dimensions becomes `chunk
 are fewer if only some of the steps are written; those between them are interpolated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import numpy as np

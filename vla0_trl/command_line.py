@@ -4,8 +4,6 @@ Nothing here imports torch or transformers, and a script imports what it runs af
 mistake in a flag are answered at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import re

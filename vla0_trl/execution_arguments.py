@@ -1,7 +1,5 @@
 """How chunks are executed, on every command line: recipes save it in the checkpoint, evaluations may change it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 
 from vla0_trl.command_line import option

@@ -1,7 +1,5 @@
 """Files whose existence means that they are whole."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Uploads to the Hugging Face Hub: a repository that may be written to, files into it, each failure as one line."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -30,8 +30,6 @@ not compared: a change stops the program, or a test
 On disagreement there is one [`FallbackWarning`], and the plain way goes on: slower, and right.
 """
 
-from __future__ import annotations
-
 import warnings
 from importlib.metadata import version
 

@@ -1,7 +1,5 @@
 """What LeRobot's joints are measured in. Numbers do not tell for sure: it is said, and contradictions are refused."""
 
-from __future__ import annotations
-
 import numpy as np
 
 # What LeRobot records of a servo's joints: `use_degrees`, its default since 0.4.4, or −100…100 (a gripper 0…100).

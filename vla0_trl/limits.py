@@ -1,7 +1,5 @@
 """The lowest and highest value of every count, share, size and seed that a script or a recipe takes."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Submodules under the names that they had in earlier versions: they still import, with a warning, until 0.3."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from importlib import import_module

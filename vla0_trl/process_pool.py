@@ -1,7 +1,5 @@
 """A pool of processes that leave signals to their parent, and end with it."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import threading

@@ -1,7 +1,5 @@
 """What a training tells of itself in its folder, read back by evaluations, reports and the next call."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

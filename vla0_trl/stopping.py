@@ -3,8 +3,6 @@
 The exit status says which it was: 130 after Ctrl-C, 143 after SIGTERM. The second signal ends a program at once.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

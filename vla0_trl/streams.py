@@ -1,7 +1,5 @@
 """What a program reads and prints is UTF-8, and readers of its output may stop before its end."""
 
-from __future__ import annotations
-
 import atexit
 import codecs
 import locale

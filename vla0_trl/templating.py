@@ -4,8 +4,6 @@ All that an HTML page shows is escaped, because names and commands come from fil
 figure) says so as `markupsafe.Markup`. A value that a template names but that is not given is an error.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -11,8 +11,6 @@ One observation, or a list of them, which are answered in one batch. The answer 
 action_dim) in the dataset's units: {"actions": [[[…], …], …], "n_action_steps": 5, "fps": 10.0}.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import io

@@ -5,8 +5,6 @@ forwards, 2 for the gradient of the input, 2 for that of the weight if it is tra
 Hours take a fixed share of a card's peak: an estimate. What a card really reaches, only a run on it tells.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What eval/bench_inference.py measures: our decoding and other people's, on random models, and the floor."""
 
-from __future__ import annotations
-
 import functools
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """The table of eval/bench_inference.py: its models, rows, columns and ratios. Nothing here imports torch."""
 
-from __future__ import annotations
-
 from vla0_trl.config import NANO
 
 VARIANTS = {"a": "stock, digits and spaces", "b": "stock, xgrammar", "c": "ours", "d": "ours, drafts", "d±": "jitter"}

@@ -3,8 +3,6 @@
 `memory_table.json` is what `recipes/bench_memory.py … --json` wrote; measure again with the same command.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

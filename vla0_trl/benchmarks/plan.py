@@ -1,7 +1,5 @@
 """A recipe's arguments as benchmarks run them: in one process, without checkpoints, reports and rollouts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """How fast a recipe trains, compared with a bare loop of the same model, optimizer and batch."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Callable

@@ -4,8 +4,6 @@ The architecture is the recipe's, with random weights; processor, optimizer, ada
 rows are synthetic, of true shape. It shows that every part works and what it needs, not that anything is learnt.
 """
 
-from __future__ import annotations
-
 import json
 import resource
 import time

@@ -1,7 +1,5 @@
 """Rows of true shape without a source, for benchmarks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

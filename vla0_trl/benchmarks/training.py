@@ -1,7 +1,5 @@
 """What recipes/bench_training.py compares: stock TRL, a collator as re-implementations of VLA-0 write it, and ours."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Callable

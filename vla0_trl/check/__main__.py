@@ -7,8 +7,6 @@
 A warning means: something optional won't work, or not as it was tested.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """The list of checks, and the process of one: `python -m vla0_trl.check.checks NAME OUTPUT_DIR`."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

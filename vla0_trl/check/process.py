@@ -3,8 +3,6 @@
 Graphics libraries crash, networks hang: a probe that ends without an answer has found a failure all the same.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """The command line that all converters share."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """The dataset card and its sample picture."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable
 from pathlib import Path

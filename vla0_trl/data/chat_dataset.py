@@ -3,8 +3,6 @@
 `convert` and `shards` write such datasets.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path

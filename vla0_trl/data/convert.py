@@ -8,8 +8,6 @@ Two phases, so that a conversion streams, runs in parallel and can be stopped at
 Both hold only a part of one episode in memory at a time.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Episodes: what every converter reads, how it is checked, and the rows' columns before the text columns are added."""
 
-from __future__ import annotations
-
 import io
 import struct
 import zlib

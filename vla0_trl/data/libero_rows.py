@@ -3,8 +3,6 @@
 Each frame has the actions that the teacher would have done there and at the states that followed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """What the sources of PushT episodes share: their command line, and what a card says of all of them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

@@ -4,8 +4,6 @@ They are frames that do not follow each other. In the chat dataset an "episode" 
 such frames, so that conversion, `--num_proc` and holding out episodes work as with recorded ones.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """All rows of a chat dataset are looked at before training starts: column by column, images by their headers alone."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Rows that are read and decoded once: for small datasets that are gone through many times."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Phase 2 of a conversion: staged episodes -> statistics, text, the parquet shards and the card of the dataset."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections import Counter

@@ -1,7 +1,5 @@
 """Phase 1 of a conversion: every episode read, checked and written to a file of its own, in parallel, resumably."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable, Iterator
 from concurrent.futures import as_completed

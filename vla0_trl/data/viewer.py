@@ -1,7 +1,5 @@
 """Pictures and pages of chat rows, for a person to check that a dataset says what its episodes showed."""
 
-from __future__ import annotations
-
 import base64
 import io
 import textwrap

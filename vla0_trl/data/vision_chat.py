@@ -1,7 +1,5 @@
 """TRL's vision chat datasets (questions about images, pointing, captions), to train on beside a policy's rows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

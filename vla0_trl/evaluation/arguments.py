@@ -1,7 +1,5 @@
 """The command line that evaluations in all simulators share. Nothing here imports torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

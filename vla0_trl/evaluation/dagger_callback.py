@@ -1,7 +1,5 @@
 """DAgger in training (Ross et al. 2011): the policy drives, an expert labels what it saw, and the rows are added."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -5,8 +5,6 @@ missing, build environments, run, film and log the missing episodes, aggregate. 
 says what its simulator differs in, as a [`Simulation`], and prints the results.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

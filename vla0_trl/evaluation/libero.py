@@ -1,7 +1,5 @@
 """LIBERO's part of an evaluation: its episodes, environments in worker processes, and results by suite and task."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from functools import partial

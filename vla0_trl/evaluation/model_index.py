@@ -1,7 +1,5 @@
 """Evaluations in the Hub's format for results, with n, interval, seeds and execution of each number."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The policy that an evaluation measures: a checkpoint's, or anything else that answers observations with chunks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Rollouts in the simulator during training: the success rate as it grows, and the best policy so far."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

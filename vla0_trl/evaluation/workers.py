@@ -1,7 +1,5 @@
 """Environments in processes of their own, all working at the same time, and replaceable when one breaks down."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """LoRA adapters: loading them whole, going on from them, and merging them into their base model."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Which weights a folder holds: hashes of checkpoints, and adapters with the base model they belong to."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checks of stored weights, before anything is computed with them: all there, of the right shape, finite."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path

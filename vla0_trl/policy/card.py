@@ -1,7 +1,5 @@
 """The model card: what a checkpoint's files and its run's settings tell, in the Hub's format."""
 
-from __future__ import annotations
-
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any

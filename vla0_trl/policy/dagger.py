@@ -1,7 +1,5 @@
 """A policy as the driver of episodes that an expert labels (Ross et al., "DAgger", 2011)."""
 
-from __future__ import annotations
-
 import os
 from functools import cached_property
 

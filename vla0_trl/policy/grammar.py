@@ -5,8 +5,6 @@ every way to spell a valid answer stays open. Greedy decoding under the grammar 
 without it whenever that answer is valid. State lives on the device, one row per sequence; a step is a few gathers.
 """
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

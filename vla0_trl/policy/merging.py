@@ -1,7 +1,5 @@
 """A LoRA adapter and its base model as one checkpoint, written only if it answers as the adapter does."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

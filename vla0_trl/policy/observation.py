@@ -5,8 +5,6 @@ another form are converted where they can mean one thing only. What could mean t
 a policy acts on a wrong picture, too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -9,8 +9,6 @@ Why draw at all: in a state where two ways are equally good, a greedy policy may
 other, for ever. A draw ends that. recipes/measurements.md has figures.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence

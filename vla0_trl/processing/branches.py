@@ -21,8 +21,6 @@ row of training is " ? ?", the end of the turn ("$"), and behind them "12" and "
 A target is the label one place further on, as in any row; the last token stands there for the label that it bears.
 """
 
-from __future__ import annotations
-
 from itertools import takewhile
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ Messages are TRL's prompt-completion form with plain strings, so that a chat dat
 `with_images` turns them into what a processor's chat template renders, as TRL does.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

@@ -4,8 +4,6 @@ Numbers are looked up in a table, prompts are cached by task: in the steady stat
 image-processor call. The same object serves the collator and the policy, so training and inference can't differ.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain

@@ -1,7 +1,5 @@
 """Chat rows -> a training batch: completion-only labels, whole-value masking, seeded crops."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

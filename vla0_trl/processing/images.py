@@ -4,8 +4,6 @@ Images stay uint8 until they are on the device that trains: a 256 px camera is 0
 a 512 px input.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from itertools import chain

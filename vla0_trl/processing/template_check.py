@@ -1,7 +1,5 @@
 """Chat templates are programs that come with a checkpoint: they run in a process with limits, once."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -6,8 +6,6 @@ bytes. This one takes booleans, integers and floats of 1 to 8 bytes whose size i
 much memory a message can take. Needs msgpack and NumPy alone, because the LeRobot plugin contains a copy.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any

@@ -3,8 +3,6 @@
 A session is one episode of one connection. It has at most one observation waiting: the newest wins.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

@@ -5,8 +5,6 @@ have one each; a YAML file with the fields of [`Layout`] makes another. What a m
 knows, are an error that names both sides.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any

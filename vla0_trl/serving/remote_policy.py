@@ -1,7 +1,5 @@
 """Whatever answers at a URL, as a policy for our evaluators: by openpi's protocol (ours, π0, …) or by vla-eval's."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Messages become requests: what a robot sends is checked against its layout and the checkpoint, key by key."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass

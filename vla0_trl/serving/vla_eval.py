@@ -1,7 +1,5 @@
 """What vla-eval's benchmarks show (0.8.0), as observations of a checkpoint; nothing of vla-eval is imported here."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

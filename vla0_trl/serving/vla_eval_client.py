@@ -5,8 +5,6 @@ its own, which the next one takes over. Messages are msgpack maps of `type, payl
 keys.
 """
 
-from __future__ import annotations
-
 import time
 from contextlib import ExitStack
 from typing import Any

@@ -1,7 +1,5 @@
 """What a recipe can set: TRL's own fields, and the few that a policy needs besides."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass, fields
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """What a policy's training does between its steps: the epoch, and stopping."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Whole checkpoints: one that a kill left half written is never used as a policy, and never resumed from."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

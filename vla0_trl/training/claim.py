@@ -1,7 +1,5 @@
 """Which run an output folder belongs to: its identity, how it is claimed, and what may be deleted of it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import fields

@@ -3,8 +3,6 @@
 As in RT-2 (Brohan et al. 2023, section 3.2), which mixes robot data with the data that its model was trained on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -4,8 +4,6 @@ TRL's `SFTConfig` imports both. So `--help` and a look for mistyped flags read t
 recipe's real parser, [`parse_recipe`], comes after that look, and has the last word on values.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import re

@@ -1,7 +1,5 @@
 """A training set to which rows are added while training goes on: what the policy visited, with an expert's labels."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

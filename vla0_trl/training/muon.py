@@ -5,8 +5,6 @@ This is the arithmetic of `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw
 which takes one matrix at a time: here those of one shape go through the matrix products together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

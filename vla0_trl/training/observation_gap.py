@@ -5,8 +5,6 @@ shows. So every `probe_steps` a fixed sample of rows is scored without masking, 
 another row saw in place of what they saw; and the policy answers them, as it would on a robot.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

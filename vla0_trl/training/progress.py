@@ -1,7 +1,5 @@
 """What a run reports about itself: its size, the time and memory that it will take, the energy that it took."""
 
-from __future__ import annotations
-
 import json
 import math
 import resource

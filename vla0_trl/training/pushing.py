@@ -1,7 +1,5 @@
 """A training's uploads to the Hub: each checkpoint during the training, and the policy at the end."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from concurrent.futures import Future

@@ -1,7 +1,5 @@
 """Training's collator: it says which rows a batch is made of, so that a loss that is NaN or infinite names them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Supervised fine-tuning, from parsed arguments to a saved policy: what all recipes/sft_*.py share."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Here are the fields of TRL's `SFTConfig` and `ModelConfig`, and of [`VLASFTConfi
 this module lists all others, and so notices a new field of TRL's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
 from enum import Enum

@@ -1,7 +1,5 @@
 """The trainer: TRL's, with our collator, and images that stay uint8 until they are on the device."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What `--policy.…` of lerobot-rollout may say; LeRobot finds policy and processors by this module's name."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lerobot.configs.policies import PreTrainedConfig

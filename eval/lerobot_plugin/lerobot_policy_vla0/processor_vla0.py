@@ -1,7 +1,5 @@
 """Nothing happens to observations and actions here: the server does it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lerobot.processor import PolicyProcessorPipeline

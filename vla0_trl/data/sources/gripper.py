@@ -1,7 +1,5 @@
 """Gripper conventions of others' data; LIBERO's, and ours, is −1 open and +1 closed (robosuite: PandaGripper)."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from vla0_trl.data.episodes import EpisodeError

@@ -1,7 +1,5 @@
 """Episodes of a LeRobotDataset: vectors from parquet, frames from parquet or mp4, each file from front to back."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterable, Iterator

@@ -5,8 +5,6 @@ An episode's rows are those with its `episode_index`, wherever they lie in its f
 read it from here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """LeRobotDatasets by folder or Hub id: only the files that a conversion needs are fetched."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Read from the formats' definition (`lerobot/datasets` of lerobot 0.3.3 and 0.6.1
 conflict with this one's.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import warnings

@@ -3,8 +3,6 @@
 Kinds are explained in `vla0_trl.schema`.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Images in a parquet column `struct<bytes, path>`, from front to back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

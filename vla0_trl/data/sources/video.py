@@ -1,7 +1,5 @@
 """mp4 files from front to back, frame by frame at given times."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path

@@ -5,8 +5,6 @@ policy sees is what a plain loop around LIBERO's own environment gives, bit by b
 compares them). An open drawer or door may be up to 1.3 cm off: in LIBERO's own loop that depends on what ran before.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from pathlib import Path

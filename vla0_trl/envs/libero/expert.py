@@ -5,8 +5,6 @@ the hand kept upright as it starts. Boxes, cans and bottles are gripped across t
 here to make real demonstrations without a network, not to be a strong baseline.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 

@@ -4,8 +4,6 @@ Where not said otherwise: as in moojink/openvla-oft (experiments/robot/libero/ru
 and TinyVLA repeat. The simulator is not imported here.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 # Liu et al., "LIBERO: Benchmarking Knowledge Transfer for Lifelong Robot Learning" (2023). The step limits are a

@@ -9,8 +9,6 @@ hf-libero is used as installed. What has no setting there is changed from outsid
   own ways to find one are a folder beside its code, and a download that fails with huggingface_hub 1 and later.
 """
 
-from __future__ import annotations
-
 import ctypes.util
 import hashlib
 import importlib.util

@@ -5,8 +5,6 @@ Here the phase is read off the scene: is the thing between the fingers, over the
 any state can be labelled, those of noisy episodes and those that a policy came to (DAgger).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """PushT episodes as states alone, undrawn: the expert's, from a seed or from any state, and a teacher's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

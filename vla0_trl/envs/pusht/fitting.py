@@ -3,8 +3,6 @@
 What is drawn depends on the seed and the step alone, so that a stopped fit goes on as if it had not been stopped.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass

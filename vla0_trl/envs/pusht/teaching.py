@@ -10,8 +10,6 @@ All of it is in one folder and goes on where it was stopped:
     teacher.safetensors, .json      the teacher, when it is done, and its success
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

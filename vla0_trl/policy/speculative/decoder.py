@@ -19,8 +19,6 @@ rounds differently from a single row: where two logits agree to the last bits (i
 may win.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections import OrderedDict
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The options of the decoder, and what it counts. Nothing here imports torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from vla0_trl.internals import PARALLEL, STOCK

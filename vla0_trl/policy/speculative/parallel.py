@@ -24,8 +24,6 @@ A branch only writes the spelling that training showed, and ends where the model
 number, or the end of the turn. So every answer is one that the grammar allows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

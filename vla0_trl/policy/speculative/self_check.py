@@ -7,8 +7,6 @@ a robot, or move it wrongly. The check costs one stock chunk per model and proce
 share its outcome, such as those that roll out during training.
 """
 
-from __future__ import annotations
-
 from weakref import WeakKeyDictionary
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The spellings of numbers as tables, so that one step for many numbers takes a few look-ups."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

@@ -5,8 +5,6 @@ bfloat16 on a CPU with random weights, largest logit 4, three seeds: both ways a
 to 0.17 from the second; wrong positions, or a token that is missing in the cache, 0.9 to 2.4.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from copy import deepcopy
 

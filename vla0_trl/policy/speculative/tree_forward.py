@@ -22,8 +22,6 @@ The logits of the second token choose between 0 and 1. If they choose 1, the log
 what comes next. The next pass reads the chosen "1 " again, into slots 6 and 7, where the following tokens expect it.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 from functools import cache
