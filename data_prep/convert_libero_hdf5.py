@@ -16,7 +16,7 @@ from vla0_trl.command_line import option, parse
 from vla0_trl.data.arguments import ConversionArguments, Subset, chosen_tasks, command_line_errors
 from vla0_trl.data.sources.gripper import CONVENTIONS
 from vla0_trl.data.sources.libero_hdf5 import CAMERAS, LiberoDemos
-from vla0_trl.envs.libero.protocol import VECTORS
+from vla0_trl.envs.libero.protocol import CROP_RATIO, VECTORS
 
 
 @dataclass(kw_only=True)
@@ -35,12 +35,7 @@ def main() -> None:
     args = parse(Arguments, __doc__)
     with command_line_errors(args):
         source = LiberoDemos(args.source, args.drop_noops, args.gripper)
-        config = args.config(
-            cameras=args.chosen_cameras(list(CAMERAS)),
-            **VECTORS,
-            gripper="sign",
-            crop_ratio=230 / 256,  # VLA-0-Smol's crop
-        )
+        config = args.config(cameras=args.chosen_cameras(list(CAMERAS)), crop_ratio=CROP_RATIO, **VECTORS)
         tasks = chosen_tasks(args.tasks, dict(enumerate(source.tasks)))
         args.convert(source, config, tasks)
 

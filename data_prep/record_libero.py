@@ -81,12 +81,7 @@ def main() -> None:
         episodes = protocol.select_episodes(args.suite, args.task_ids, end)
         episodes = [episode for episode in episodes if episode.seed >= args.first_init_state]
         source = LiberoExpertEpisodes(episodes, find_assets(args.assets_dir))
-        config = args.config(
-            **protocol.VECTORS,
-            gripper="sign",
-            crop_ratio=230 / 256,  # VLA-0-Smol's crop
-        )
-        args.convert(source, config)
+        args.convert(source, args.config(crop_ratio=protocol.CROP_RATIO, **protocol.VECTORS))
 
 
 if __name__ == "__main__":

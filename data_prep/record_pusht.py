@@ -35,8 +35,7 @@ class Arguments(PushTArguments):
     action_noise: float = option(0.0, "noise on the executed actions, in pixels (default: %(default)s)")
     noise_fraction: float = option(1.0, "share of episodes with noise (default: %(default)s)")
     replan: bool = option(
-        False,
-        "the expert makes a new plan at every step, so its action depends on the state alone; on with --policy",
+        False, "the expert makes a new plan at every step, so its action depends on the state alone; on with --policy"
     )
     policy: str | None = option(None, "checkpoint that drives while the expert labels: a folder or a Hub id")
     expert_mix: float = option(0.0, "share of steps that the expert drives (default: %(default)s)")

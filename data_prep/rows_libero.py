@@ -38,12 +38,8 @@ def main() -> None:
         tasks = [episode.task_id for episode in protocol.select_episodes(SUITE, args.task_ids, 1)]
         assets = find_assets(args.assets_dir)
         settings = {"cameras": args.cameras.split(","), "render_size": args.render_size}
-        options = {
-            "task_ids": tasks,
-            "episodes_per_task": args.episodes_per_task,
-            "seed": args.seed,
-            "every": args.every,
-        }
+        options = {"task_ids": tasks, "episodes_per_task": args.episodes_per_task, "seed": args.seed}
+        options |= {"every": args.every}
         info = simulated(
             f"{SUITE}, states labelled by a teacher",
             f"{args.episodes_per_task} episodes of each task in the LIBERO simulator, of vla0_trl's teacher, disturbed"
@@ -56,8 +52,7 @@ def main() -> None:
         source = TeacherEpisodes(
             make_env, args.episodes_per_task, args.seed * SEED_STRIDE, args.chunk_size, args.every, info
         )
-        config = args.config(**protocol.VECTORS, gripper="sign")
-        args.convert(source, config)
+        args.convert(source, args.config(**protocol.VECTORS))
 
 
 if __name__ == "__main__":

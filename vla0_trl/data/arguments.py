@@ -102,8 +102,10 @@ class ConversionArguments:
             command=self.command(),
             recipe=self.train_with,
         )
-        if self.push_to_hub:
-            push_dataset(self.output_dir, self.push_to_hub)
+        if self.push_to_hub:  # the dataset's own files, not what else lies in its folder
+            files = {str(path.relative_to(self.output_dir)): path for path in claimed(self.output_dir)}
+            commit = upload(files, self.push_to_hub, "dataset", f"Dataset made by vla0_trl {__version__}")
+            print(f"uploaded: {address(self.push_to_hub, 'dataset')} at revision {commit}")
 
     def command(self) -> str:
         """A command that makes the same dataset, for its card."""
@@ -123,20 +125,12 @@ class Subset:
         return replace(super().selection(tasks), num_episodes=self.num_episodes)
 
 
-def push_dataset(directory: Path, repo_id: str) -> None:
-    """Upload a finished dataset, without what else lies in its folder, to a repository that is there."""
-    files = {str(path.relative_to(directory)): path for path in claimed(directory)}
-    commit = upload(files, repo_id, "dataset", f"Dataset made by vla0_trl {__version__}")
-    print(f"uploaded: {address(repo_id, 'dataset')} at revision {commit}")
-
-
 @contextmanager
 def command_line_errors(args: ConversionArguments) -> Iterator[None]:
     """A converter's work; expected failures are one line on stderr: exit status 1; 130 or 143 if a signal stopped it.
 
     The repository to upload to is opened first: what is wrong with it shows before hours of work.
     """
-    output_dir = args.output_dir
     try:
         with raising_stopped():
             if args.push_to_hub:
@@ -148,7 +142,7 @@ def command_line_errors(args: ConversionArguments) -> Iterator[None]:
         sys.exit(f"error: {error}")
     except Stopped as stopped:
         print(
-            f"\nstopped: finished episodes are kept in {output_dir}.partial; run the same command again to go on",
+            f"\nstopped: finished episodes are kept in {args.output_dir}.partial; run the same command again to go on",
             file=sys.stderr,
         )
         sys.exit(stopped.status)

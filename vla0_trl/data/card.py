@@ -53,7 +53,7 @@ def write_card(
         task_categories=["robotics"],
         tags=list(_TAGS),
         pretty_name=f"{one_line(info.source)} as chat",
-        size_categories=[_size_category(frames)],
+        size_categories=[next((name for bound, name in _SIZES if frames < bound), "n>10M")],
         source_datasets=[info.source] if is_hub_id(info.source) else ["original"],
     )
     action = "action − state" if config.relative_actions else "action"
@@ -101,10 +101,6 @@ def sample_picture(sample: list[list[bytes]]) -> Image.Image:
         for column, frame in enumerate(line):
             picture.paste(frame, (column * frame.width, row * _SAMPLE_HEIGHT))
     return picture
-
-
-def _size_category(rows: int) -> str:
-    return next((name for bound, name in _SIZES if rows < bound), "n>10M")
 
 
 def _per_dimension(stats: NormStats | None) -> list[tuple[float, ...]]:

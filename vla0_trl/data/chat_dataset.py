@@ -59,9 +59,11 @@ def chat_rows(raw: pa.Table, config: VLAConfig) -> pa.Table:
     """Rows as `RAW_SCHEMA` has them, with their text; the config has statistics."""
     states = _vectors(raw, "raw_state")
     windows = _vectors(raw, "raw_action").reshape(len(raw), config.chunk_size, config.action_dim)
-    tokenizer, quantizer = config.action_tokenizer(), _state_quantizer(config)
-    action = [tokenizer.encode(window, state) for window, state in zip(windows, states, strict=True)]
-    state = [""] * len(raw) if quantizer is None else [join_integers(row) for row in quantizer.encode(states)]
+    tokenizer, state = config.action_tokenizer(), [""] * len(raw)
+    action = [tokenizer.encode(window, now) for window, now in zip(windows, states, strict=True)]
+    if config.state_dim:  # also where the prompt does not show it
+        quantizer = Quantizer(config.state_stats, config.num_bins, config.normalization)
+        state = [join_integers(row) for row in quantizer.encode(states)]
     columns = dict(zip(raw.column_names, raw.columns, strict=True)) | {
         "state": state,
         "action": action,
@@ -199,12 +201,3 @@ def _written(config: VLAConfig, rows: pa.Table) -> np.ndarray:
 def _vectors(rows: pa.Table, column: str) -> np.ndarray:
     """float32 (rows, D)."""
     return rows[column].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
-
-
-def _state_quantizer(config: VLAConfig) -> Quantizer | None:
-    """The codec of the `state` column, which shows the state also when the prompt does not."""
-    if config.use_state:
-        return config.state_quantizer()
-    if not config.state_dim:
-        return None
-    return Quantizer(config.state_stats, config.num_bins, config.normalization)

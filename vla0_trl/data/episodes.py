@@ -140,6 +140,11 @@ def raw_rows(
         start = stop
 
 
+def rows_of(pieces: Iterable[dict[str, list]]) -> list[dict[str, Any]]:
+    """What [`raw_rows`] gives, row by row."""
+    return [dict(zip(piece, row, strict=True)) for piece in pieces for row in zip(*piece.values(), strict=True)]
+
+
 def action_windows(actions: np.ndarray, chunk_size: int) -> np.ndarray:
     """Every frame's next `chunk_size` actions: (T, D) -> (T, chunk_size, D).
 

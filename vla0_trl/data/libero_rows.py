@@ -4,6 +4,7 @@ Each frame has the actions that the teacher would have done there and at the sta
 """
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from vla0_trl import __version__
 from vla0_trl.config import VLAConfig
-from vla0_trl.data.episodes import Episode, SourceInfo, action_windows, raw_rows
+from vla0_trl.data.episodes import Episode, SourceInfo, action_windows, raw_rows, rows_of
 from vla0_trl.envs.libero.protocol import ACTION_DIM, CONTROL_FREQUENCY, STATE_DIM, UNITS
 from vla0_trl.envs.libero.setup import instruction, task_names
 from vla0_trl.envs.libero.teacher import SUITE, TeachingEnv, drive_with_noise, split_states
@@ -61,16 +62,13 @@ def rows_from_states(
     states: np.ndarray, make_env: Callable[[], TeachingEnv], chunk_size: int = CHUNK_SIZE
 ) -> list[dict[str, Any]]:
     """States that a policy came to, as rows with the raw columns of the chat dataset, drawn and labelled."""
-    env, rows = make_env(), []
-    config = VLAConfig(
-        cameras=env.cameras, action_dim=ACTION_DIM, state_dim=STATE_DIM, chunk_size=chunk_size, use_state=True
-    )
-    try:
+    rows = []
+    with closing(make_env()) as env:
+        config = VLAConfig(
+            cameras=env.cameras, action_dim=ACTION_DIM, state_dim=STATE_DIM, chunk_size=chunk_size, use_state=True
+        )
         for index, episode in enumerate(labelled_frames(states, env, chunk_size)):
-            for piece in raw_rows(episode, config, index):
-                rows += [dict(zip(piece, row, strict=True)) for row in zip(*piece.values(), strict=True)]
-    finally:
-        env.close()
+            rows += rows_of(raw_rows(episode, config, index))
     return rows
 
 

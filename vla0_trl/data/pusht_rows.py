@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vla0_trl.config import VLAConfig
-from vla0_trl.data.episodes import Episode, ImageFormat, SourceInfo, raw_rows
+from vla0_trl.data.episodes import Episode, SourceInfo, raw_rows, rows_of
 from vla0_trl.envs.pusht.env import CAMERA, STATE_MODES, TASK, WORKSPACE, PushTEnv
 from vla0_trl.envs.pusht.teacher import PushTTeacher, mirror_states
 
@@ -65,9 +65,7 @@ def labelled_frames(states: np.ndarray, teacher: PushTTeacher, state: str = "age
     return Episode(TASK, chunks, {CAMERA: frames}, seen[:, : STATE_MODES[state]], name)
 
 
-def rows_from_states(
-    states: np.ndarray, teacher: PushTTeacher, state: str = "agent", image_format: ImageFormat = "png"
-) -> list[dict[str, Any]]:
+def rows_from_states(states: np.ndarray, teacher: PushTTeacher, state: str = "agent") -> list[dict[str, Any]]:
     """Full states float[N, 5] that a policy came to, drawn and labelled: N rows with the chat dataset's raw columns.
 
     `frame_index` counts them, `episode_index` is 0; images are `{"bytes": …, "path": None}`.
@@ -75,10 +73,7 @@ def rows_from_states(
     config = VLAConfig(
         cameras=[CAMERA], state_dim=STATE_MODES[state], chunk_size=teacher.sizes["chunk_size"], use_state=True
     )
-    rows = []
-    for piece in raw_rows(labelled_frames(states, teacher, state), config, 0, image_format):
-        rows += [dict(zip(piece, values, strict=True)) for values in zip(*piece.values(), strict=True)]
-    return rows
+    return rows_of(raw_rows(labelled_frames(states, teacher, state), config, index=0))
 
 
 @dataclass

@@ -124,11 +124,7 @@ def _bad_integers(rows: pa.Table, column: str, size: int, num_bins: int) -> Iter
             yield column, _where(pc.equal(rows[column], "")), "is empty, and other rows have one"
         if not len(text):
             return
-    yield (
-        column,
-        _where(pc.invert(pc.match_substring_regex(text, r"^\d{1,9}( \d{1,9})*$"))),
-        "is not integers",
-    )
+    yield column, _where(pc.invert(pc.match_substring_regex(text, r"^\d{1,9}( \d{1,9})*$"))), "is not integers"
     counts = pc.add(pc.count_substring(text, " "), 1).to_numpy()
     bad = np.flatnonzero(counts != size)
     yield column, bad, f"has {counts[bad[0]]} integers, wanted {size}" if len(bad) else ""

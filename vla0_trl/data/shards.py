@@ -5,7 +5,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +26,15 @@ SHARD_BYTES = 400_000_000  # of staged episodes; with the text columns a shard s
 SAID_CLIPPED, MOST_CLIPPED = 0.001, 0.05  # of a dimension's values; quantiles clip 0.02
 
 
-class Outcome(Enum):
-    """What becomes of an episode of the source."""
-
-    INCLUDED = "its rows are in the dataset"
-    REJECTED = "the source rejected it, for example because the demonstration failed"
-    SKIPPED = "its data are bad, and bad episodes are skipped"
-
-
 @dataclass
 class ClassifiedEpisodes:
-    """The outcome of each episode, by its index in the source."""
+    """What becomes of each episode, by its index in the source."""
 
-    outcomes: dict[int, Outcome] = field(default_factory=dict)  # in the order of the dataset
+    included: list[int] = field(default_factory=list)  # in the order of the dataset
     frames: int = 0  # of all included episodes
-    skipped: dict[int, str] = field(default_factory=dict)  # why
+    rejected: list[int] = field(default_factory=list)  # by the source, for example because the demonstration failed
+    skipped: dict[int, str] = field(default_factory=dict)  # bad ones, and why
     clipped: list[str] = field(default_factory=list)  # a line per dimension that is partly outside of the bins' range
-
-    @property
-    def included(self) -> list[int]:
-        return self._with(Outcome.INCLUDED)
-
-    @property
-    def rejected(self) -> list[int]:
-        return self._with(Outcome.REJECTED)
-
-    def _with(self, outcome: Outcome) -> list[int]:
-        return [index for index, found in self.outcomes.items() if found is outcome]
 
 
 def classify_episodes(staging: Staging, indices: list[int]) -> ClassifiedEpisodes:
@@ -72,13 +53,12 @@ def classify_episodes(staging: Staging, indices: list[int]) -> ClassifiedEpisode
                 if not staging.skip_bad:
                     raise EpisodeError(error)
         if error:
-            result.outcomes[index] = Outcome.SKIPPED
             result.skipped[index] = error
         elif info.frames:
-            result.outcomes[index] = Outcome.INCLUDED
+            result.included.append(index)
             result.frames += info.frames
         else:
-            result.outcomes[index] = Outcome.REJECTED
+            result.rejected.append(index)
     if not result.included:
         reasons = "".join(f"\n  {reason}" for reason in result.skipped.values())
         raise ConversionError(
@@ -91,10 +71,9 @@ def write_dataset(
     final: Path, staging: Staging, result: ClassifiedEpisodes, key: dict[str, Any], command: str, recipe: str
 ) -> None:
     """Phase 2: write the whole dataset into the folder `final`, which is published afterwards."""
-    included = result.included
 
     def vectors() -> Iterator[pa.Table]:
-        return (rows for index in included for rows in staging.rows(index, ["raw_state", "raw_action"]))
+        return (rows for index in result.included for rows in staging.rows(index, ["raw_state", "raw_action"]))
 
     try:
         config = with_statistics(staging.config, vectors)
@@ -103,7 +82,7 @@ def write_dataset(
     result.clipped = _clipped(clipped_shares(config, vectors), config)
     shutil.rmtree(final, ignore_errors=True)
     (final / "data").mkdir(parents=True)
-    shards = _shards(staging, included)
+    shards = _shards(staging, result.included)
     for number, shard in enumerate(shards):
         name = f"train-{number:05d}-of-{len(shards):05d}.parquet"
         with tqdm(shard, desc=f"writing {name}", unit="episode") as episodes:
@@ -112,10 +91,10 @@ def write_dataset(
     if rows != result.frames:
         raise ConversionError(f"{rows} rows were written instead of {result.frames}: run the same command again")
     config.save_pretrained(final)
-    first = included[0]
+    first = result.included[0]
     sample = sampled_frames(staging.rows(first, ["images"]), staging.info(first).frames)
     left_out = sorted([*result.rejected, *result.skipped])
-    tasks = Counter(next(staging.rows(index, ["task"]))["task"][0].as_py() for index in included)
+    tasks = Counter(next(staging.rows(index, ["task"]))["task"][0].as_py() for index in result.included)
     write_card(
         final, sample, config, staging.source.info, tasks, result.frames, left_out, result.clipped, command, recipe
     )

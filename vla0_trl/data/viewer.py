@@ -105,16 +105,13 @@ def _caption(row: Row, columns: int) -> list[str]:
 def html_page(rows: list[Row], config: VLAConfig, title: str, collator: VLADataCollator | None = None) -> str:
     """A page that needs no other file; with a collator, also each row's prompt and tokens as it makes them."""
     shown = [_shown(row, config, collator) for row in rows]
-    return render("dataset.html", title=title, summary=_summary(config), legend=collator is not None, rows=shown)
-
-
-def _summary(config: VLAConfig) -> dict[str, str]:
     kind = "relative to the state" if config.relative_actions else "absolute"
-    return {
+    summary = {
         "source": f"{config.source} ({config.source_revision})",
         "robot": f"{config.robot}, {config.fps:g} Hz, cameras {', '.join(config.cameras)}",
         "action text": f"{config.chunk_size} steps × {config.action_dim}, 0…{config.num_bins}, {kind}",
     }
+    return render("dataset.html", title=title, summary=summary, legend=collator is not None, rows=shown)
 
 
 def _shown(row: Row, config: VLAConfig, collator: VLADataCollator | None) -> dict[str, Any]:

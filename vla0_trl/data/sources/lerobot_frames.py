@@ -5,7 +5,6 @@ An episode's rows are those with its `episode_index`, wherever they lie in its f
 read it from here.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,17 +149,9 @@ def _scalars(column: pa.ChunkedArray, wanted: str, where: str) -> np.ndarray:
     return whole
 
 
-_LISTS: tuple[Callable[[pa.DataType], bool], ...] = (
-    pa.types.is_list,
-    pa.types.is_large_list,
-    pa.types.is_fixed_size_list,
-    pa.types.is_list_view,
-    pa.types.is_large_list_view,
-)
-
-
 def _is_list(array: pa.Array) -> bool:
-    return any(kind(array.type) for kind in _LISTS)
+    kinds = pa.ListType | pa.LargeListType | pa.FixedSizeListType | pa.ListViewType | pa.LargeListViewType
+    return isinstance(array.type, kinds)
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -35,7 +35,8 @@ class VideoReader:
         row = 0
         try:
             self._go_to(times[0])
-            check_frame_size(*self._size(), f"{name}: {self.path}")
+            codec = self._container.streams.video[0].codec_context
+            check_frame_size(codec.width, codec.height, f"{name}: {self.path}")
             for row, time in enumerate(times):
                 yield self._frame_at(time, row, len(times), name).to_ndarray(format="rgb24")
             extra = self._take() if alone else None
@@ -101,10 +102,6 @@ class VideoReader:
         # --num_proc is what makes use of more cores, and every thread would keep frames.
         streams[0].codec_context.thread_count = 1
         self._decoded = self._decode()
-
-    def _size(self) -> tuple[int, int]:
-        codec = self._container.streams.video[0].codec_context
-        return codec.width, codec.height
 
     def _decode(self) -> Iterator[av.VideoFrame]:
         for packet in self._container.demux(self._container.streams.video[0]):

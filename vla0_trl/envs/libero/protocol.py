@@ -8,21 +8,9 @@ from typing import NamedTuple
 
 # Liu et al., "LIBERO: Benchmarking Knowledge Transfer for Lifelong Robot Learning" (2023). The step limits are a
 # little more than the longest demonstration of each suite: 193, 254, 270, 505 and 373 steps. LeRobot: 280 for spatial.
-MAX_STEPS = {
-    "libero_spatial": 220,
-    "libero_object": 280,
-    "libero_goal": 300,
-    "libero_10": 520,
-    "libero_90": 400,
-}
+MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 # the papers' column for each suite, in their order; "Avg" is the mean of the first four
-COLUMNS = {
-    "libero_spatial": "Spatial",
-    "libero_object": "Object",
-    "libero_goal": "Goal",
-    "libero_10": "Long",
-    "libero_90": "90",
-}
+COLUMNS = dict(zip(MAX_STEPS, ("Spatial", "Object", "Goal", "Long", "90"), strict=True))
 NUM_TASKS = {suite: 90 if suite == "libero_90" else 10 for suite in MAX_STEPS}  # hf-libero: libero_suite_task_map
 NUM_INIT_STATES = 50  # hf-libero: init_files/*/*.pruned_init, each float64[50, n]; the papers run all of them
 
@@ -33,19 +21,17 @@ RENDER_SIZES = (128, 256)
 ROTATION = (slice(None, None, -1), slice(None, None, -1))
 # A policy's camera -> the simulator's: the names of HuggingFaceVLA/libero (observation.images.image and .image2), and
 # of physical-intelligence/libero (image, wrist_image).
-CAMERAS = {
-    "image": "agentview",
-    "image2": "robot0_eye_in_hand",
-    "wrist_image": "robot0_eye_in_hand",
-}
+CAMERAS = {"image": "agentview", "image2": "robot0_eye_in_hand", "wrist_image": "robot0_eye_in_hand"}
 DEFAULT_CAMERAS = ("image", "image2")
 _POSE = ["x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z"]
 # Changes, each in [-1, 1] of the controller's range, and the gripper; the end effector's pose, and both fingers.
 ACTION_NAMES = [*(f"delta_{name}" for name in _POSE), "gripper"]
 STATE_NAMES = [*_POSE, "finger_left", "finger_right"]
 ACTION_DIM, STATE_DIM = len(ACTION_NAMES), len(STATE_NAMES)
-# What every dataset of LIBERO's own demonstrations says of its vectors, for a [`VLAConfig`].
+# What every dataset of LIBERO says of its vectors, for a [`VLAConfig`].
 VECTORS = {"action_dim": ACTION_DIM, "state_dim": STATE_DIM, "action_names": ACTION_NAMES, "state_names": STATE_NAMES}
+VECTORS |= {"gripper": "sign"}
+CROP_RATIO = 230 / 256  # VLA-0-Smol's
 # robosuite 1.4, OSC_POSE: output_max 0.05 m and 0.5 rad for an action of 1
 UNITS = (
     "action: changes of the end effector's position and rotation (1 is 0.05 m or 0.5 rad), and the gripper (−1 open, "
