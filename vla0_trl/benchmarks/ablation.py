@@ -130,8 +130,7 @@ def flags(options: dict[str, Any]) -> list[str]:
 def run_logged(command: list[str], log: Path) -> str | None:
     """Run a command with its output in `log`; None if it went well, else the error that it ended with.
 
-    Raises:
-        KeyboardInterrupt: once the command, which Ctrl-C reaches as well, has saved and ended.
+    `KeyboardInterrupt`: once the command, which Ctrl-C reaches as well, has saved and ended.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:

@@ -136,17 +136,13 @@ def bench(policy: VLAPolicy, size: int, chunks: int, warmup: int, jitter: int) -
     table = []
     for key in (key for key in VARIANTS if key in timings):
         stats = decoders[key].stats if key in decoders else None
-        row = {"variant": key, **_speeds(timings[key], size, policy.config.chunk_size, floors[key])}
+        median, p95 = np.quantile(timings[key], [0.5, 0.95])
+        row = {"variant": key, "median_ms": median * 1e3, "p95_ms": p95 * 1e3, "chunks_per_s": size / median}
+        row |= {"hz_n_step": policy.config.chunk_size / median, "hz_requery": 1 / median}
+        row |= {"of_floor": median / floors[key]}  # how many times the least possible time
         row |= {"passes_per_chunk": float(np.mean(counts[key])), "other_answers": wrong.get(key)}
         table.append(row | {"acceptance": stats.acceptance if stats and stats.drafted else None})
     return table
-
-
-def _speeds(seconds: list[float], size: int, chunk_size: int, floor: float) -> dict[str, float]:
-    """Of calls that answer `size` observations each, also as a multiple of the least possible time."""
-    median, p95 = np.quantile(seconds, [0.5, 0.95])
-    speeds = {"median_ms": median * 1e3, "p95_ms": p95 * 1e3, "chunks_per_s": size / median}
-    return speeds | {"hz_n_step": chunk_size / median, "hz_requery": 1 / median, "of_floor": median / floor}
 
 
 def _timed(policy: VLAPolicy, observations, max_new_tokens: int, **options) -> tuple[torch.Tensor, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -52,9 +52,9 @@ def _depth_fields(backbone: PreTrainedConfig) -> tuple[str, str]:
     return "num_hidden_layers", "depth" if backbone.model_type.startswith("qwen") else "num_hidden_layers"
 
 
-def measure(plan: Plan, kind: str, rows: int = 256) -> dict[str, float]:
+def measure(plan: Plan, kind: str) -> dict[str, float]:
     """Train the plan's model on a GPU for its `max_steps`: where the memory went, in GiB, and samples/s."""
-    trainer, parts = _trainer(plan, kind, rows)
+    trainer, parts = _trainer(plan, kind, rows=256)
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     figures = parts.sizes | {"activations": torch.cuda.max_memory_allocated() - sum(parts.sizes.values())}
@@ -118,16 +118,14 @@ def _measure_on_cpu(plan: Plan, kind: str) -> dict[str, int]:
     """Bytes of weights, gradients, optimizer, `kept` for a backward pass, `passing` during it; and answer tokens."""
     trainer, parts = _trainer(plan, kind, rows=plan[1].max_steps * plan[1].per_device_train_batch_size)
     for name in ("training_step", "compute_loss"):
-        setattr(trainer, name, _recorded(getattr(trainer, name), name))
+        setattr(trainer, name, record_function(name)(getattr(trainer, name)))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer.train()
     with tempfile.NamedTemporaryFile(suffix=".json") as trace:
         profiler.export_chrome_trace(trace.name)  # the only public place with every allocation and release in order
         events = json.loads(Path(trace.name).read_text())["traceEvents"]
-    times, changes = zip(
-        *sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"), strict=True
-    )
-    allocated = np.cumsum(changes)
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    times, allocated = [time for time, _ in changes], np.cumsum([size for _, size in changes])
     # The last of them: gradients and optimizer state are there, and are counted on their own.
     step, loss = (
         max((e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == name and "dur" in e)
@@ -138,14 +136,6 @@ def _measure_on_cpu(plan: Plan, kind: str) -> dict[str, int]:
     passing = allocated[ready - 1 : done].max() - allocated[ready - 1]
     answer = (trainer.eval_collator([trainer.train_dataset[0]])["labels"] >= 0).sum()
     return parts.sizes | {"kept": int(kept), "passing": int(passing), "answer_tokens": int(answer)}
-
-
-def _recorded(function: Callable, name: str) -> Callable:
-    def call(*args, **kwargs):
-        with record_function(name):
-            return function(*args, **kwargs)
-
-    return call
 
 
 def _trainer(plan: Plan, kind: str, rows: int) -> tuple[VLATrainer, _PartsCallback]:

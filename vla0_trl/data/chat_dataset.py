@@ -139,8 +139,7 @@ def align_config(dataset: Dataset, dataset_config: VLAConfig, **overrides: Any) 
         dataset ([`~datasets.Dataset`]): all rows that the statistics should cover, with the raw columns.
         overrides: [`VLAConfig`] fields.
 
-    Raises:
-        ValueError: the stored data can't give what is asked for; names the field, both values and the fix.
+    `ValueError`: the stored data can't give what is asked for; names the field, both values and the fix.
     """
     for field in ("action_dim", "state_dim", "fps"):
         stored, asked = getattr(dataset_config, field), overrides.get(field, getattr(dataset_config, field))

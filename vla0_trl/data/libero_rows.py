@@ -43,8 +43,7 @@ def labelled_frames(states: np.ndarray, env: TeachingEnv, chunk_size: int, every
     Args:
         states (`np.ndarray`): float64[N, S].
 
-    Returns:
-        `list[Episode]`: with drawn images, and actions float32[steps / every, chunk_size, 7].
+    Returns them with drawn images, and actions float32[steps / every, chunk_size, 7].
     """
     episodes = []
     for seed, actions, robot_states, simulator_states in split_states(states):

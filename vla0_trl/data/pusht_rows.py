@@ -29,8 +29,7 @@ def scatter(pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarra
     Args:
         pool (`np.ndarray`): float[N, 5], full states of episodes.
 
-    Returns:
-        `np.ndarray`: float64[count, 5].
+    Returns float64[count, 5].
     """
     states = pool[rng.integers(len(pool), size=count)].astype(np.float64)
     mirrored = rng.random(count) < 0.5
@@ -49,8 +48,7 @@ def scatter(pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarra
 def labelled_frames(states: np.ndarray, teacher: PushTTeacher, state: str = "agent", name: str = "states") -> Episode:
     """Full states float[N, 5] as frames with the teacher's chunks; `state`, of `STATE_MODES`, is told to the policy.
 
-    Returns:
-        [`Episode`]: with drawn images, and actions float32[N, chunk_size, 2]: absolute targets in px.
+    Returns them with drawn images, and actions float32[N, chunk_size, 2]: absolute targets in px.
     """
     env = PushTEnv("full")
     env.reset(0)

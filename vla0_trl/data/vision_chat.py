@@ -67,8 +67,7 @@ class VisionChats:
     def check(self, chat_tokenizer: ChatTokenizer, max_tokens: int) -> None:
         """Look at all rows, at images by their headers alone.
 
-        Raises:
-            ValueError: the first row that can't be trained on: dataset, row, what was found.
+        `ValueError`: the first row that can't be trained on: dataset, row, what was found.
         """
         columns = self._dataset.select_columns([*self._texts, *([self._images] if self._images else [])])
         start = 0

@@ -108,8 +108,9 @@ def evaluate(
         with user_errors():
             log = open_log(run, simulation, source, args)
         with log, stopping_well(log):
-            missing = missing_share(log, simulation.seeds, args)
+            missing = log.missing(simulation.seeds[args.rank :: args.num_processes])
             if missing:
+                (log.folder / RESULTS).unlink(missing_ok=True)  # it exists only when nothing is missing
                 with user_errors():
                     policy = policy or source.load(simulation.config)
                 policy.reset()
@@ -174,14 +175,6 @@ def execution_protocol(config: VLAConfig) -> dict[str, Any]:
     return always | {name: value for name in ("ensemble_weights", "temperature") if (value := getattr(config, name))}
 
 
-def missing_share(log: EpisodeLog, seeds: Sequence[Seed], args: EvaluationArguments) -> list[Seed]:
-    """The episodes that this process has to run; results.json, which exists when nothing is missing, goes."""
-    missing = log.missing(seeds[args.rank :: args.num_processes])
-    if missing:
-        (log.folder / RESULTS).unlink(missing_ok=True)
-    return missing
-
-
 def run_episodes(
     policy: Policy,
     log: EpisodeLog,
@@ -213,7 +206,10 @@ def finish(log: EpisodeLog, simulation: Simulation, source: PolicySource) -> boo
     rows = read_episodes(log.folder, asked)
     log.check(rows)
     merge_shards(log.folder)
-    results = log.run | aggregate(rows) | simulation.more_results(rows) | ways_of_decoding(rows) | {"seeds": asked}
+    # Both ways, where an evaluation went on after the decoder had failed its check; versions before did not note it.
+    ways = sorted({row["decoding"] for row in rows if "decoding" in row})
+    results = log.run | aggregate(rows) | simulation.more_results(rows)
+    results |= {"decoding": " and ".join(ways) or "not recorded", "seeds": asked}
     if count := len(source.trained_on.intersection(simulation.seeds)):
         results["num_trained_on"] = count
     results = json.loads(json.dumps(results))
@@ -221,12 +217,6 @@ def finish(log: EpisodeLog, simulation: Simulation, source: PolicySource) -> boo
     if there | results != there:
         write_json(log.folder / RESULTS, results | provenance(source.device, simulation.packages))
     return True
-
-
-def ways_of_decoding(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """`"fast"`, `"stock"`, or both where an evaluation went on after the decoder had failed its check."""
-    ways = {row["decoding"] for row in rows if "decoding" in row}  # a version that did not note it may have begun
-    return {"decoding": " and ".join(sorted(ways)) or "not recorded"}
 
 
 @contextmanager

@@ -70,14 +70,9 @@ def prepare(config: VLAConfig, args: LiberoArguments) -> Simulation:
         runs=runs,
         packages=protocol.PACKAGES,
         environments=worker_pool,
-        group=task_of,
+        group=lambda episode: (episode.suite, episode.task_id),  # within it, the environment stays
         more_results=suite_results,
     )
-
-
-def task_of(episode: LiberoEpisode) -> tuple[str, int]:
-    """What makes an episode cheap to run after another: the environment stays."""
-    return episode.suite, episode.task_id
 
 
 def suite_results(rows: list[dict[str, Any]]) -> dict[str, Any]:

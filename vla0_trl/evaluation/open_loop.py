@@ -44,7 +44,9 @@ def action_errors(policy: VLAPolicy, rows: Dataset, cameras: list[str], batch_si
     for batch in _batches(rows, batch_size, "predicting"):
         observations = [row_observation(row, cameras, policy.config) for row in batch]
         predicted.append(policy.predict_action_chunk(observations))
-        true += [_true_chunk(row, policy.config) for row in batch]
+        # Rows may hold longer chunks than the policy predicts.
+        windows = (np.array(row["raw_action"]).reshape(-1, policy.config.action_dim) for row in batch)
+        true += [window[: policy.config.chunk_size] for window in windows]
         states += [observation["state"] for observation in observations]
     chunks = np.stack(true)
     baselines = {
@@ -74,11 +76,6 @@ def token_accuracy(policy: VLAPolicy, rows: Dataset, cameras: list[str], batch_s
 def _batches(rows: Dataset, batch_size: int, description: str) -> Iterator[list[dict[str, Any]]]:
     for start in tqdm(range(0, len(rows), batch_size), desc=description, unit="batch"):
         yield [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
-
-
-def _true_chunk(row: dict[str, Any], config: VLAConfig) -> np.ndarray:
-    # rows may hold longer chunks than the policy predicts
-    return np.array(row["raw_action"]).reshape(-1, config.action_dim)[: config.chunk_size]
 
 
 def _baselines(config: VLAConfig, states: list[np.ndarray]) -> dict[str, np.ndarray]:

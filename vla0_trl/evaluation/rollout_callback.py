@@ -58,11 +58,7 @@ class RolloutCallback(TrainerCallback):
         self.trainer.log_beside_training(control, dict(zip(names, scores, strict=True)))
         earlier = [tuple(entry[name] for name in names) for entry in state.log_history[:-1] if names[0] in entry]
         if tuple(scores) > max(earlier, default=(-1.0, -1.0)):
-            self._keep(Path(args.output_dir))
-
-    def _keep(self, output_dir: Path) -> None:
-        """Replace `best` in one step, so that a kill leaves the old one or the new one."""
-        fresh = output_dir / f"{BEST}.partial"
-        self.trainer.save_policy(fresh)
-        if self.trainer.args.should_save:
-            replace_folder(fresh, output_dir / BEST)
+            fresh = Path(args.output_dir, f"{BEST}.partial")
+            self.trainer.save_policy(fresh)
+            if args.should_save:  # in one step: a kill leaves the old one or the new one
+                replace_folder(fresh, Path(args.output_dir, BEST))

@@ -78,8 +78,7 @@ def camera_image(image: Any, camera: str) -> np.ndarray:
     As it is: uint8 (H, W, 3). Converted: PIL images (turned as their EXIF data say), tensors, lists; channels first;
     one channel (grey); four channels, if all is opaque; floats in [0, 1]; other integers in 0…255.
 
-    Raises:
-        ValueError: it could be two things (uint16, floats above 1, …) or none; names camera, dtype, shape and the fix.
+    `ValueError`: it could be two things (uint16, floats above 1, …) or none; names camera, dtype, shape and the fix.
     """
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         pixels = image

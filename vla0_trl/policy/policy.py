@@ -199,7 +199,10 @@ class VLAPolicy:
         answers = decode(
             self.model, inputs, self.generation_config, self.grammar, self.decoder, drafts, beginnings, noise
         ).cpu()
-        chunks = np.stack([self._read_answer(a, o) for a, o in zip(answers, observations, strict=True)])
+        spelled = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        texts = self.processor.tokenizer.batch_decode(answers, **spelled)
+        chunks = [self.decode_answer(text, o["state"]) for text, o in zip(texts, observations, strict=True)]
+        chunks = np.stack(chunks)
         for chunk, prefix in zip(chunks, prefixes, strict=True):
             chunk[: len(prefix)] = prefix
         self._sessions.remember(keys, chunks)
@@ -277,10 +280,6 @@ class VLAPolicy:
         cameras = [camera.to(device) for camera in stack_cameras(images, self.config.cameras)]
         pixels = model_inputs(self.processor.image_processor, cameras, self.config)
         return batch | self.chat_tokenizer.token_types(batch["input_ids"]) | pixels
-
-    def _read_answer(self, answer: torch.Tensor, observation: Observation) -> np.ndarray:
-        text = self.processor.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return self.decode_answer(text, observation["state"])
 
 
 def resolve_device(

@@ -84,8 +84,7 @@ def visible(
     Args:
         own, visible_until, visible_from: fields of [`PassToken`]s, (B, Q) each.
 
-    Returns:
-        bool (B, Q, S).
+    Returns bool (B, Q, S).
     """
     before = (slots <= visible_until[..., None]) & not_padding[:, None]
     return before | (visible_from[..., None] <= slots) & (slots <= own[..., None])
@@ -115,8 +114,7 @@ class BranchedAnswer:
     def trunk(self, numbers: np.ndarray, hidden: np.ndarray) -> tuple[list[int], np.ndarray]:
         """An answer (N,) in which some numbers, bool (N,), are hidden, up to where the last number begins.
 
-        Returns:
-            its ids, and the roots (N,): the place of the token behind which each number begins.
+        Returns its ids, and the roots (N,): the place of the token behind which each number begins.
         """
         ids: list[int] = []
         roots = np.empty(len(numbers), np.int64)
@@ -129,8 +127,7 @@ class BranchedAnswer:
     def row(self, numbers: np.ndarray, first_slot: int) -> tuple[PassToken, list[int]]:
         """An answer (N,) for training in which all numbers are hidden, and their branches behind it.
 
-        Returns:
-            A tokens, fields of (A,), and the labels of these.
+        Returns A tokens, fields of (A,), and the labels of these.
         """
         hidden = np.ones(len(numbers), bool)
         ids, labels = self.chat_tokenizer.encode_answer(numbers, hidden)

@@ -55,8 +55,12 @@ def prompt_messages(config: VLAConfig, task: str, state: str = "") -> list[Messa
         raise ValueError(f"the task {mistake}")
     messages = []
     if config.use_system_prompt:
+        steps = f"the next {config.chunk_size} timesteps"
+        if config.waypoints is not None:
+            numbers = ", ".join(str(step + 1) for step in config.waypoints)
+            steps = f"timesteps {numbers} of the next {config.chunk_size}"
         system = SYSTEM_PROMPT.format(
-            steps=_steps(config),
+            steps=steps,
             num_steps=len(config.written_steps),
             action_dim=config.action_dim,
             num_values=config.num_values,
@@ -65,12 +69,6 @@ def prompt_messages(config: VLAConfig, task: str, state: str = "") -> list[Messa
         messages.append({"role": "system", "content": system})
     messages.append({"role": "user", "content": task + (STATE_LINE + state if config.use_state else "")})
     return messages
-
-
-def _steps(config: VLAConfig) -> str:
-    if config.waypoints is None:
-        return f"the next {config.chunk_size} timesteps"
-    return f"timesteps {', '.join(str(step + 1) for step in config.waypoints)} of the next {config.chunk_size}"
 
 
 def completion_messages(action: str) -> list[Message]:

@@ -95,16 +95,13 @@ class ChatTokenizer:
     def _head_and_tail(self, task: str) -> tuple[list[int], list[int]]:
         """Ids before and after the state text; all in the first if there is none."""
         if task not in self._prompts:
+            if mistake := task_mistake(task, self.special_tokens):
+                raise ValueError(f"the task {mistake}")
             if len(self._prompts) >= _KEPT_PROMPTS:
                 self._prompts.clear()
-            self._prompts[task] = self._render_ids(task)
+            before, after = self._around_state(task)
+            self._prompts[task] = self._expand(before), self._expand(after)
         return self._prompts[task]
-
-    def _render_ids(self, task: str) -> tuple[list[int], list[int]]:
-        if mistake := task_mistake(task, self.special_tokens):
-            raise ValueError(f"the task {mistake}")
-        before, after = self._around_state(task)
-        return self._expand(before), self._expand(after)
 
     def _expand(self, text: str) -> list[int]:
         """Ids of a part of a prompt; if the images are in it, with as many placeholders as they take."""
@@ -202,7 +199,9 @@ class ChatTokenizer:
         ids: list[int] = []
         labels: list[int] = []
         for number, turn in enumerate(turns):
-            found = self._ids_with_images(fill(turn, texts, trims))
+            tokens = self._ids(fill(turn, texts, trims))
+            expanded = (self.image_ids if token == self.image_token_id else [token] for token in tokens)
+            found = list(chain.from_iterable(expanded))
             ids += found
             labels += found if number % 2 else [IGNORED] * len(found)
         return ids, labels
@@ -213,10 +212,6 @@ class ChatTokenizer:
         if kind not in self._chat_turns:
             self._chat_turns[kind] = chat_turns(self.processor, messages, targets_from)
         return self._chat_turns[kind]
-
-    def _ids_with_images(self, text: str) -> list[int]:
-        found = (self.image_ids if token == self.image_token_id else [token] for token in self._ids(text))
-        return list(chain.from_iterable(found))
 
     @cached_property
     def image_ids(self) -> list[int]:

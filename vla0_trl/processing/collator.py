@@ -142,7 +142,8 @@ class VLADataCollator:
                 encoded.append((*self.chat_tokenizer.encode_chat(row["chat"], row["targets_from"]), None))
                 others += map(decoded_image, row["images"])
                 continue
-            rng = self._rng(row) if self.train else None
+            place = (row.get("episode_index", 0), row.get("frame_index", 0))
+            rng = np.random.default_rng((self.seed, self._epoch.item(), *place)) if self.train else None
             encoded.append(self._encode(row, rng))
             seen = row_images(row, self.stored_cameras, self.config.cameras)
             images.append([crop(image, self.config.crop_ratio, rng) for image in seen])
@@ -171,10 +172,6 @@ class VLADataCollator:
         if self.state_quantizer is not None:
             state = self.state_quantizer.encode(raw_state)
         return state, self.action_tokenizer.to_integers(actions, raw_state)
-
-    def _rng(self, row: Row) -> np.random.Generator:
-        key = (self.seed, self._epoch.item(), row.get("episode_index", 0), row.get("frame_index", 0))
-        return np.random.default_rng(key)
 
     def _encode(self, row: Row, rng: np.random.Generator | None) -> tuple[list[int], list[int], PassToken | None]:
         """Ids and labels of one row, not yet padded, and its answer's tokens if it has branches."""

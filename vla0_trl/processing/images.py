@@ -73,8 +73,7 @@ def jitter_colors(images: torch.Tensor, jitter: torch.Tensor) -> torch.Tensor:
         images: uint8 (B, 3, H, W).
         jitter: float32 (B, 4) from [`draw_jitter`].
 
-    Returns:
-        uint8 (B, 3, H, W).
+    Returns uint8 (B, 3, H, W).
     """
     to_yiq = images.new_tensor(_RGB_TO_YIQ, dtype=torch.float32)
     brightness, contrast, saturation, hue = (factor[:, None, None] for factor in jitter.to(images.device).unbind(1))
@@ -114,8 +113,7 @@ def model_inputs(
         others (`torch.Tensor`, *optional*): uint8 (N, 3, H, W) from [`fit_images`], of the rows behind those B. All
             images are then in one list, because these rows may have any number of them.
 
-    Returns:
-        `pixel_values` and what goes with them, as the model's own processor makes them of the same images.
+    Returns `pixel_values` and what goes with them, as the model's own processor makes them of the same images.
     """
     side = [config.image_size, config.image_size]
     resized = [tvF.resize(c, side, interpolation=tvF.InterpolationMode.BICUBIC, antialias=True) for c in cameras]

@@ -53,8 +53,7 @@ class PolicyConnection:
         metadata (`dict`): what the server said first.
         closed (`bool`): it can't be asked any more.
 
-    Raises:
-        ServerError: there is no server, or it refused the connection.
+    `ServerError`: there is no server, or it refused the connection.
     """
 
     def __init__(self, url: str, api_key: str | None = None, timeout_s: float = 10.0):
@@ -134,8 +133,7 @@ class ChunkStream:
     def ask(self, delay_steps: int) -> np.ndarray | None:
         """A request goes out with the current observation.
 
-        Returns:
-            `np.ndarray` or `None`: float32 (d, action_dim), its prefix: what the robot will execute meanwhile.
+        Returns its prefix, float32 (d, action_dim), or None: what the robot will execute meanwhile.
         """
         self.waiting, self._asked_at = True, self.executed
         committed = min(delay_steps, len(self._actions), self.chunk_size - 1)

@@ -31,8 +31,7 @@ def pack(message: Any) -> bytes:
 def unpack(data: bytes) -> Any:
     """Bytes -> the message; its arrays are read-only.
 
-    Raises:
-        CodecError: this is no whole message of msgpack, or an array of it is not what it says, or it is too large.
+    `CodecError`: this is no whole message of msgpack, or an array of it is not what it says, or it is too large.
     """
     entries = 0
 

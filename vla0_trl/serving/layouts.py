@@ -82,8 +82,7 @@ LAYOUTS = {
 def load_layout(name: str) -> Layout:
     """One of `LAYOUTS`, or that of a YAML file.
 
-    Raises:
-        ValueError: no such layout or file, or the file's fields are not those of [`Layout`]; one line each.
+    `ValueError`: no such layout or file, or the file's fields are not those of [`Layout`]; one line each.
     """
     if name in LAYOUTS:
         return LAYOUTS[name]

@@ -48,8 +48,7 @@ class RemotePolicy:
     def predict_action_chunk(self, observations: list[Observation]) -> np.ndarray:
         """B observations -> float32 (B, chunk_size, action_dim), as the server answers them, one after another.
 
-        Raises:
-            PolicyError: the server says that something is wrong, or has gone, or its actions have another shape.
+        `PolicyError`: the server says that something is wrong, or has gone, or its actions have another shape.
         """
         try:
             replies = self.connection.ask_all([self._message(observation) for observation in observations])
@@ -79,8 +78,7 @@ def remote_policy(args: EvaluationArguments, simulator: VLAConfig) -> PolicySour
     Args:
         simulator ([`VLAConfig`]): `PUSHT` or `LIBERO`: what is sent to servers that do not say what they need.
 
-    Raises:
-        ValueError: no server answers there, it is for another robot, or there are flags that it can't be given.
+    `ValueError`: no server answers there, it is for another robot, or there are flags that it can't be given.
     """
     useless = {"device": None, "dtype": None, "load_in_4bit": False, "decoding": "exact", "refine": 0}
     if given := [name for name, default in useless.items() if vars(args)[name] != default]:

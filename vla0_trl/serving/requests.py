@@ -47,8 +47,7 @@ class RequestReader:
     Attributes:
         cameras (`dict[str, str]`): the checkpoint's camera -> its key in a message.
 
-    Raises:
-        ValueError: the two don't fit; names both.
+    `ValueError`: the two don't fit; names both.
     """
 
     def __init__(self, layout: Layout, config: VLAConfig, units: str | None = None):
@@ -78,8 +77,7 @@ class RequestReader:
     def read(self, message: Any) -> Request:
         """The request in a message.
 
-        Raises:
-            ValueError: keys are absent or unknown, or a value is not what it must be; one line.
+        `ValueError`: keys are absent or unknown, or a value is not what it must be; one line.
         """
         if not isinstance(message, dict):
             raise ValueError(f"a request is a map of {sorted(self.known)}, not {type(message).__name__}")

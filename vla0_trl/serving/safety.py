@@ -36,8 +36,7 @@ class JointLimits:
             margin (`float`): fraction of a joint's range that it may go beyond either end.
             max_step (`float`, *optional*): for every joint, in its units. Default: its range in a second.
 
-        Raises:
-            ValueError: the margin is negative, or the step is not above 0.
+        `ValueError`: the margin is negative, or the step is not above 0.
         """
         if not 0 <= margin <= 1 or (max_step is not None and not 0 < max_step < np.inf):
             raise ValueError(f"margin={margin} must be from 0 to 1, max_step={max_step} above 0")

@@ -48,8 +48,7 @@ class ServerOptions:
         max_mb (`int`): MiB of a message.
         max_connections (`int`): at the same time; more are refused with status 503.
 
-    Raises:
-        ValueError: the address is not of this machine alone, and there is no key.
+    `ValueError`: the address is not of this machine alone, and there is no key.
     """
 
     host: str = "127.0.0.1"
@@ -123,6 +122,8 @@ class PolicyServer:
     def metadata(self) -> dict[str, Any]:
         """The first message."""
         config = self.engine.policy.config
+        # Of actions in the demonstrations; relative ones move the state, whose range it is then.
+        stats = config.state_stats if config.relative_actions else config.action_stats
         names = ("fps", "chunk_size", "n_action_steps", "ensemble_size", "action_dim", "state_dim", "robot")
         return {
             "server": f"vla0_trl {vla0_trl.__version__}",
@@ -130,16 +131,10 @@ class PolicyServer:
             "revision": self.revision,
             **{name: getattr(config, name) for name in names},
             **self.reader.describe(),
-            "action_range": self._action_range(),
+            "action_range": [stats.min, stats.max],
             "latency_ms": self.engine.percentiles(),
             "max_batch": self.engine.max_batch,
         }
-
-    def _action_range(self) -> list[list[float]]:
-        """Lowest and highest action of the demonstrations; of relative actions, the state's, which they move."""
-        config = self.engine.policy.config
-        stats = config.state_stats if config.relative_actions else config.action_stats
-        return [stats.min, stats.max]
 
     def _admit(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
         """None opens the connection."""

@@ -28,8 +28,7 @@ def read_observation(found: dict[str, Any], config: VLAConfig) -> Observation:
 
     LIBERO's orientation is given on the branch that training has seen, see [`nearest_axis_angle`].
 
-    Raises:
-        ValueError: it lacks a camera or the state.
+    `ValueError`: it lacks a camera or the state.
     """
     images = {}
     for name, image in found.get("images", {}).items():

@@ -67,8 +67,7 @@ class VlaEvalPolicy:
     Attributes:
         told (`dict`): the server's hello.
 
-    Raises:
-        PolicyError: no server answers there.
+    `PolicyError`: no server answers there.
     """
 
     decoding = "remote"
@@ -86,8 +85,7 @@ class VlaEvalPolicy:
     def predict_action_chunk(self, observations: list[Observation]) -> np.ndarray:
         """B observations of different episodes, all that are not finished -> float32 (B, 1, action_dim).
 
-        Raises:
-            PolicyError: the server says that something is wrong, or has gone, or its actions have another shape.
+        `PolicyError`: the server says that something is wrong, or has gone, or its actions have another shape.
         """
         try:
             sessions = self._sessions_of(observations)

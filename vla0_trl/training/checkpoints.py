@@ -115,8 +115,7 @@ def resume_point(output_dir: Path, asked: str | None, say: Callable[[str], None]
         asked (`str`, *optional*): `resume_from_checkpoint`.
         say (`Callable`): prints what is passed over, and why.
 
-    Raises:
-        FolderError: only checkpoints without an optimizer's state are left, so losses would be other ones.
+    `FolderError`: only checkpoints without an optimizer's state are left, so losses would be other ones.
     """
     problem = None
     for checkpoint in [Path(asked)] if asked else checkpoints(output_dir):

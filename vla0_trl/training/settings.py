@@ -100,10 +100,8 @@ def _silenced(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if values["lr_scheduler_type"] == "constant":
         yield "warmup_steps", "lr_scheduler_type=constant has no warmup; use constant_with_warmup"
     if values["lr_scheduler_type"].startswith("constant") and values["lr_scheduler_kwargs"] not in ({}, "{}"):
-        yield (
-            "lr_scheduler_kwargs",
-            f"lr_scheduler_type={values['lr_scheduler_type']} takes none; leave it out, or {{}}",
-        )
+        reason = f"lr_scheduler_type={values['lr_scheduler_type']} takes none; leave it out, or {{}}"
+        yield "lr_scheduler_kwargs", reason
     if values["loss_type"] == "dft":
         yield "label_smoothing_factor", "only loss_type=nll is smoothed; leave one out"
     if optim.startswith(_WITHOUT_ADAM):
@@ -135,11 +133,8 @@ def without_bfloat16() -> str | None:
 
 def check_cotraining(training: Any) -> None:
     """`ValueError` where a vision chat dataset can't be mixed in as asked."""
-    fraction, batch, size = (
-        training.cotrain_fraction,
-        training.per_device_train_batch_size,
-        global_batch_size(training),
-    )
+    fraction, batch = training.cotrain_fraction, training.per_device_train_batch_size
+    size = global_batch_size(training)
     if not 0 < fraction <= 0.5 or not round(fraction * size):
         raise ValueError(
             f"cotrain_fraction={fraction} must be in (0, 0.5], and at least one of the {size} rows of a step: raise "

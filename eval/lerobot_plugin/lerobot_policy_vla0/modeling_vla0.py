@@ -31,8 +31,7 @@ NOT_TRAINED = "vla0 is trained by vla0_trl (recipes/so100), not by LeRobot"
 class VLA0Policy(PreTrainedPolicy):
     """See [`VLA0Config`]. Its actions are the arm's next targets, held within limits (`safety.py`).
 
-    Raises:
-        ValueError: what is served is not for an arm of joint positions, or its joints have other units.
+    `ValueError`: what is served is not for an arm of joint positions, or its joints have other units.
     """
 
     config_class = VLA0Config

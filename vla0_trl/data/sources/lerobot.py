@@ -125,8 +125,7 @@ class LeRobotSource:
     def refuse_mixed_units(self, indices: Iterable[int]) -> None:
         """Where units are said, all of these episodes must be in them; merged recordings may not be.
 
-        Raises:
-            ConversionError: two episodes can't be in the same units.
+        `ConversionError`: two episodes can't be in the same units.
         """
         shown: dict[str, str] = {}
         for index in indices if self.units else ():

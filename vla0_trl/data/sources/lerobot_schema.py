@@ -54,8 +54,7 @@ VIDEO_FILE = {"chunk_index": whole, "file_index": whole, "from_timestamp": numbe
 def filled(where: str, name: str, template: str | None, **numbers: Any) -> str:
     """A path that info.json gives as a template, inside the dataset's folder.
 
-    Raises:
-        ConversionError: it is null, has other fields than `numbers` or other formats than a width, or leads outside.
+    `ConversionError`: it is null, has other fields than `numbers` or other formats than a width, or leads outside.
     """
     fields = ", ".join(f"{{{number}}}" for number in numbers)
     wanted = ConversionError(f"{where}: {name} is {short(template)}, wanted a path with {fields}, inside the dataset")

@@ -137,9 +137,11 @@ def moves(actions: np.ndarray) -> np.ndarray:
 
 def _seen_before(group: h5py.Group, frames: int) -> bool:
     """Whether `obs[t]` is from before `actions[t]`, as `states[t]` is: not in LIBERO's own, nor if nothing tells."""
+    from h5py import Dataset
+
     states, joints = group.get("states"), group.get("obs/joint_states")
     for found, least in ((states, _ARM.stop), (joints, _ARM.stop - _ARM.start)):
-        fits = _is_dataset(found) and found.ndim == 2 and found.dtype.kind in "fiu"
+        fits = isinstance(found, Dataset) and found.ndim == 2 and found.dtype.kind in "fiu"
         if not fits or len(found) != frames or not least <= found.shape[1] <= _MAX_STATE:
             return False
     arm, seen = states[:, _ARM], joints[:]
@@ -178,9 +180,11 @@ def _opened(path: Path, name: str) -> Iterator[h5py.File]:
 
 def _demos(path: Path) -> list[_Demo]:
     with _opened(path, str(path)) as file:
+        from h5py import Group
+
         data = file.get("data")
         # other entries beside them are not demonstrations
-        keys = [key for key in (data if _is_group(data) else ()) if re.fullmatch(r"demo_\d+", key)]
+        keys = [key for key in (data if isinstance(data, Group) else ()) if re.fullmatch(r"demo_\d+", key)]
         if not keys:
             raise ConversionError(f"{path} has no data/demo_*: it is not a file of LIBERO demonstrations")
         convention = _text(data.attrs.get("macros_image_convention", "opengl"))
@@ -217,18 +221,6 @@ def _text(attribute: object) -> str:
     return attribute.decode(errors="replace") if isinstance(attribute, bytes) else str(attribute)
 
 
-def _is_group(item: object) -> bool:
-    import h5py
-
-    return isinstance(item, h5py.Group)
-
-
-def _is_dataset(item: object) -> bool:
-    import h5py
-
-    return isinstance(item, h5py.Dataset)
-
-
 def _vectors(group: h5py.Group, key: str, name: str, dim: int, frames: int | None = None) -> h5py.Dataset:
     """`key` of a demonstration, checked to be (`frames`, `dim`) numbers."""
     found = _dataset(group, key, name, frames)
@@ -248,10 +240,13 @@ def _check_pictures(found: h5py.Dataset, where: str) -> None:
 
 def _dataset(group: h5py.Group, key: str, name: str, frames: int | None = None) -> h5py.Dataset:
     """`key` of a demonstration, whose every block is there, and which has `frames` rows, if they are given."""
-    found = group.get(key) if _is_group(group) else None
-    if not _is_dataset(found) or not found.shape:
-        obs = group.get("obs") if _is_group(group) else None
-        there = f"{sorted(group)} and obs/{sorted(obs if _is_group(obs) else [])}" if _is_group(group) else "no group"
+    from h5py import Dataset, Group
+
+    found, there = None, "no group"
+    if isinstance(group, Group):
+        found, obs = group.get(key), group.get("obs")
+        there = f"{sorted(group)} and obs/{sorted(obs if isinstance(obs, Group) else [])}"
+    if not isinstance(found, Dataset) or not found.shape:
         raise EpisodeError(f"{name}: has no {key}, it has {there}: {_FIX}")
     if found.file.filename != group.file.filename or found.is_virtual or found.external:
         raise EpisodeError(f"{name}: {key} lies in another file, which a dataset from elsewhere must not read: {_FIX}")

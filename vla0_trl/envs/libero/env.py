@@ -124,20 +124,17 @@ class LiberoEnv:
                 continue
         for robot in self.simulator.robots:
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
-        self._set_state(self.simulator.sim.get_state().flatten() if self.sampled else self._states[seed])
+        # As ControlEnv.regenerate_obs_from_state does it, with the perturbation in between.
+        sim = self.simulator.sim
+        sim.set_state_from_flattened(sim.get_state().flatten() if self.sampled else self._states[seed])
+        self.perturbation.change_state(self, np.random.default_rng([protocol.SEED, seed]))
+        sim.forward()
+        self.simulator._post_process()
+        self.simulator._update_observables(force=True)
         for _ in range(protocol.SETTLING_STEPS):
             self._observed, *_ = self.simulator.step(protocol.SETTLING_ACTION)
         self.steps = 0
         self.success = self._done = False
-
-    def _set_state(self, state: np.ndarray) -> None:
-        """As ControlEnv.regenerate_obs_from_state does it, with the perturbation in between."""
-        sim = self.simulator.sim
-        sim.set_state_from_flattened(state)
-        self.perturbation.change_state(self, np.random.default_rng([protocol.SEED, self.seed]))
-        sim.forward()
-        self.simulator._post_process()
-        self.simulator._update_observables(force=True)
 
     def observe(self) -> dict[str, Any]:
         """What the policy sees: `{"images": {camera: uint8[256, 256, 3]}, "state": float32[8], "task": str}`."""

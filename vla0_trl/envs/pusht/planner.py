@@ -50,10 +50,7 @@ DEPTH = 3  # pushes per plan
 BEAM = 48  # plans kept at each depth
 SOLVED = 0.965  # predicted coverage at which a plan ends; 0.95 is needed
 BEYOND_SOLVED = 60.0  # control steps that a unit of coverage beyond is worth: the environment stops a push in time
-REST_OVERHEAD, REST_SPEED = (
-    25.0,
-    0.8,
-)  # guess of what an unsolved plan leaves: control steps, px per control step
+REST_OVERHEAD, REST_SPEED = 25.0, 0.8  # guess of what an unsolved plan leaves: control steps, px per control step
 MIN_PROGRESS = 0.3  # share of the distance that a plan must cut
 
 
@@ -84,8 +81,7 @@ def simulate_pushes(walls: np.ndarray | None = None) -> np.ndarray:
     Args:
         walls (`np.ndarray`, *optional*): float[4, 2], their corners in the block frame; without, there are none.
 
-    Returns:
-        `np.ndarray`: float64[K, MAX_PUSH + 1, 3], the block's pose at the start and after every `PUSH_STEP` px.
+    Returns float64[K, MAX_PUSH + 1, 3], the block's pose at the start and after every `PUSH_STEP` px.
     """
     motions = np.zeros((len(CENTRES), MAX_PUSH + 1, 3))
     for motion, centre, normal in zip(motions, CENTRES, NORMALS, strict=True):
@@ -215,8 +211,7 @@ def plan_push(agent: np.ndarray, pose: np.ndarray) -> Push | None:
     A plan's score is the control steps that it takes, and a guess at those still needed after it. It has to solve the
     task or to cut the distance by `MIN_PROGRESS`: without that, pushes too small to matter can look best forever.
 
-    Returns:
-        [`Push`] or `None`: `None` if no push makes that progress or the agent gets to none.
+    Returns None if no push makes that progress or the agent gets to none.
     """
     beyond = float(beyond_walls(pose))
     allowed = max(beyond, 0.0) + 0.5  # px; a reset can put the block into a wall

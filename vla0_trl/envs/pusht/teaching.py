@@ -53,7 +53,12 @@ def teach(folder: Path, settings: TeachSettings, num_proc: int = 1) -> PushTTeac
 
     The expert drives in `num_proc` processes. `ValueError` if the folder was begun with other settings.
     """
-    _claim(folder, asdict(settings))
+    asked, path = asdict(settings), folder / "settings.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        for changed in differences(json.loads(path.read_text()), asked):
+            raise ValueError(f"{folder} was begun with other settings ({changed}): choose another folder")
+    write_whole(path, json.dumps(asked, indent=1) + "\n")
     data = TeacherData()
     with _each_in_parallel(num_proc) as run_each:
         data.add(_expert_episodes(folder, settings, run_each))
@@ -74,7 +79,7 @@ def teach(folder: Path, settings: TeachSettings, num_proc: int = 1) -> PushTTeac
                 if fit.done % SAVE_STEPS == 0:
                     fit.save(folder / "fit.safetensors")
     fit.save(folder / "fit.safetensors")
-    fit.teacher.eval().save(folder / "teacher.safetensors", asdict(settings))
+    fit.teacher.eval().save(folder / "teacher.safetensors", asked)
     return fit.teacher
 
 
@@ -180,16 +185,6 @@ def struggling_states(episodes: list[StateEpisode], rng: np.random.Generator) ->
 
 def _round_file(folder: Path, kind: str, number: int) -> Path:
     return folder / kind / f"round-{number:02d}.npz"
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, or make sure that it was begun with the same settings."""
-    path = folder / "settings.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        for changed in differences(json.loads(path.read_text()), settings):
-            raise ValueError(f"{folder} was begun with other settings ({changed}): choose another folder")
-    write_whole(path, json.dumps(settings, indent=1) + "\n")
 
 
 @contextmanager

@@ -73,7 +73,9 @@ def _load_run(folder: Path, name: str) -> Run:
     if not (folder / RESULTS).is_file():
         raise FileNotFoundError(f"{folder} has no {RESULTS}: no evaluation, or one to finish by running it again")
     results = read_results(folder / RESULTS)
-    offline = _read_offline(folder / OFFLINE) if (folder / OFFLINE).is_file() else None
+    offline = read_record(folder / OFFLINE, _OFFLINE) if (folder / OFFLINE).is_file() else None
+    for name, baseline in offline["baselines"].items() if offline else ():
+        checked(f"{folder / OFFLINE}: baseline {name}", baseline, _ERRORS)
     if offline is not None and offline["checkpoint_hash"] != results["checkpoint_hash"]:
         raise ValueError(
             f"{folder}/{OFFLINE} is of checkpoint {offline['checkpoint']} ({offline['checkpoint_hash'][:8]}), "
@@ -101,13 +103,6 @@ def read_results(path: Path) -> dict[str, Any]:
     else:
         checked(f"{path}: protocol", results["protocol"], {"success_coverage": share})
     return results
-
-
-def _read_offline(path: Path) -> dict[str, Any]:
-    offline = read_record(path, _OFFLINE)
-    for name, baseline in offline["baselines"].items():
-        checked(f"{path}: baseline {name}", baseline, _ERRORS)
-    return offline
 
 
 def summary_table(runs: list[tuple[str, dict[str, Any]]]) -> Table:

@@ -32,13 +32,7 @@ from transformers import Cache, PreTrainedModel
 from vla0_trl.internals import PARALLEL
 from vla0_trl.policy.grammar import ActionGrammar
 from vla0_trl.policy.speculative.draft_state import DraftState, Speller
-from vla0_trl.policy.speculative.options import (
-    DecodingOptions,
-    DecodingStats,
-    DraftChoice,
-    PromptError,
-    check_length,
-)
+from vla0_trl.policy.speculative.options import DecodingOptions, DecodingStats, DraftChoice, PromptError, check_length
 from vla0_trl.policy.speculative.parallel import ParallelReader, Reading
 from vla0_trl.policy.speculative.tree_forward import TreeForward
 
@@ -77,8 +71,7 @@ class ChunkDecoder:
         reading ([`Reading`] or `None`): the last parallel reading.
         scores (`list`): of the last exact answers, for each token that was chosen: row, place, float32 (columns).
 
-    Raises:
-        ValueError: parallel decoding without a reader, or with more rounds than numbers.
+    `ValueError`: parallel decoding without a reader, or with more rounds than numbers.
     """
 
     def __init__(
@@ -128,8 +121,7 @@ class ChunkDecoder:
             inputs: as `generate` prepares them: `attention_mask` (B, P), None without padding; `position_ids`
                 (…, B, P); other inputs of the prompt's pass, such as `pixel_values`.
 
-        Raises:
-            PromptError: prompt and answer are longer than the model's positions, or drafts don't match the batch.
+        `PromptError`: prompt and answer are longer than the model's positions, or drafts don't match the batch.
         """
         prompts, length = input_ids.shape
         if drafts is not None and len(drafts) != prompts:
@@ -227,8 +219,7 @@ class ChunkDecoder:
     ) -> np.ndarray:
         """One pass over the prompts and what is known, or guessed, of the answers.
 
-        Returns:
-            float32 (B, longest + 1, columns): logits after each known token and, last, after the prompt.
+        Returns float32 (B, longest + 1, columns): logits after each known token and, last, after the prompt.
         """
         width = max(map(len, known))
         ids = torch.tensor([tokens + [pad] * (width - len(tokens)) for tokens in known], dtype=torch.int64)

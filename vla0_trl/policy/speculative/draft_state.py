@@ -188,8 +188,7 @@ class DraftState:
         Args:
             logits: float32 (tokens of the tree, columns).
 
-        Raises:
-            LogitsError: they are NaN.
+        `LogitsError`: they are NaN.
         """
         certain, node, reached, place = len(self.tokens), tree.last, tree.last, (self.count, self.state)
         while node is not None and not self.done:
@@ -257,8 +256,7 @@ class DraftState:
     def begin_with(self, tokens: list[int]) -> None:
         """Write the answer's first tokens, which the caller has chosen, and what they force.
 
-        Raises:
-            ValueError: they leave the grammar.
+        `ValueError`: they leave the grammar.
         """
         for place, token in enumerate(tokens[len(self.tokens) :], start=len(self.tokens)):
             column = self.speller.column.get(token)

@@ -74,8 +74,7 @@ class ParallelReader:
     Attributes:
         num_slots (`int`): of the cache, that an answer needs behind its prompt.
 
-    Raises:
-        ValueError: chat and grammar disagree about the answer, or numbers can't be told apart by their tokens.
+    `ValueError`: chat and grammar disagree about the answer, or numbers can't be told apart by their tokens.
     """
 
     def __init__(self, chat: ChatTokenizer, grammar: ActionGrammar):
@@ -165,8 +164,7 @@ class ParallelReader:
     def _ask(self, forward: TreeForward, first_slot: int, reading: Reading, logits, roots, asked) -> list[np.ndarray]:
         """Write the asked numbers, bool (B, N), into a reading, from the logits of their trunks; reads the rest.
 
-        Returns:
-            The logits that chose each token of the numbers, float32 (B, N, columns).
+        Returns the logits that chose each token of the numbers, float32 (B, N, columns).
         """
         logits = np.take_along_axis(logits, roots[..., None], 1)
         node, open_ = np.broadcast_to(self.begin, asked.shape), asked.copy()

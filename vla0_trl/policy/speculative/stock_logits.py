@@ -25,8 +25,7 @@ def read_at_once(
         texts: ids behind each prompt, without an end of the turn.
         token_ids: whose logits are wanted, (columns,).
 
-    Returns:
-        B arrays float32 (len(text) + 1, columns): after the prompt, and after each token of the text.
+    Returns B arrays float32 (len(text) + 1, columns): after the prompt, and after each token of the text.
     """
     batch, lengths = _rows(inputs, texts)
     longest = batch["input_ids"].shape[1]

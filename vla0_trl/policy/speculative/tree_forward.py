@@ -130,8 +130,7 @@ class TreeForward:
             skip: the number of first columns whose keys and values are in the cache already.
             last: the number of last columns to compute logits for.
 
-        Returns:
-            float32 (B, last, columns).
+        Returns float32 (B, last, columns).
         """
         length, width = prompt_mask.shape[1], ids.shape[1]
         self._count(width - length)
