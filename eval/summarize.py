@@ -12,16 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vla0_trl.command_line import ScriptParser, option, user_errors
+from vla0_trl.evaluation.report import summary
 from vla0_trl.evaluation.report.page import REPORT, success_figure, write_report
-from vla0_trl.evaluation.report.summary import (
-    energy_table,
-    format_table,
-    load_runs,
-    offline_table,
-    suite_table,
-    summary_table,
-    task_table,
-)
 
 
 @dataclass(kw_only=True)
@@ -37,17 +29,18 @@ def main() -> None:
     args, others, _ = parser.parse()
     output = args.output or others.output_dirs[0]
     with user_errors():
-        runs = load_runs(others.output_dirs)
+        runs = summary.load_runs(others.output_dirs)
         commands = args.commands.read_text().splitlines() if args.commands else None
         output.mkdir(parents=True, exist_ok=True)
 
-    total = summary_table([(run.name, run.results) for run in runs])
-    tables = [suite_table(runs), total, task_table(runs), offline_table(runs), energy_table(runs)]
+    tables = [summary.suite_table(runs), summary.summary_table([(run.name, run.results) for run in runs])]
+    tables += [summary.task_table(runs), summary.offline_table(runs), summary.energy_table(runs)]
     tables = [table for table in tables if table is not None]
-    (output / "summary.md").write_text("\n\n".join(format_table(table, markdown=True) for table in tables) + "\n")
+    markdown = "\n\n".join(summary.format_table(table, markdown=True) for table in tables)
+    (output / "summary.md").write_text(markdown + "\n")
     success_figure(runs).savefig(output / "success.png", dpi=200)
     write_report(output / REPORT, runs, args.title, commands)
-    print("\n\n".join(format_table(table) for table in tables))
+    print("\n\n".join(map(summary.format_table, tables)))
     print(f"\nsummary.md, success.png and {REPORT}: {output}")
 
 

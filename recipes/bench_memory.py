@@ -38,7 +38,11 @@ def main() -> None:
     parser = ScriptParser(Arguments, __doc__)
     parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="YAML of a recipe")
     args, others, options = parser.parse(unknown_allowed=True)
-    check_options(parser, options)
+    fields = recipe_fields().keys()
+    for word in options:
+        name = word.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_")
+        if word.startswith("--") and name not in fields:
+            parser.error(unknown_flag(word, fields))
     import torch  # after parsing: it takes seconds
 
     from vla0_trl.evaluation.episode_log import provenance, write_json
@@ -56,15 +60,6 @@ def main() -> None:
         peaks = {name: figures.get("peak_gib") for name, figures in table.items()}
         report = {"estimated": device == "cpu", "limit_gib": ALLOCATOR_GIB, "peak_gib": peaks, "configs": table}
         write_json(args.json, report | provenance(device, PACKAGES))
-
-
-def check_options(parser: ScriptParser, options: list[str]) -> None:
-    """End the program where one of these words is a flag that no recipe has."""
-    names = recipe_fields().keys()
-    for word in options:
-        name = word.split("=")[0].lstrip("-").replace("-", "_")
-        if word.startswith("--") and name.removeprefix("no_") not in names:
-            parser.error(unknown_flag(word, names))
 
 
 def one(config: Path, args: Arguments, options: list[str]) -> dict[str, float | str]:

@@ -37,7 +37,7 @@ def in_simulator(trainer: "VLATrainer") -> "list[TrainerCallback]":
         return []
     from vla0_trl.data.libero_rows import rows_from_states
     from vla0_trl.envs.libero.teacher import TeachingEnv, tasks_of_teacher
-    from vla0_trl.evaluation.dagger_callback import DaggerCallback
+    from vla0_trl.evaluation.callbacks import DaggerCallback
 
     make_env = partial(TeachingEnv, tasks_of_teacher(args.dagger_teacher), cameras=config.cameras, render_size=128)
     return [DaggerCallback(trainer, make_env, partial(rows_from_states, make_env=make_env), num_envs=1)]

@@ -29,20 +29,17 @@ CONFIG = Path(__file__).parent / "pusht" / "full.yaml"
 
 def in_simulator(trainer: "VLATrainer") -> "list[TrainerCallback]":
     """Callbacks that run episodes; the simulator is only imported by a run that needs it."""
-    args, callbacks = trainer.args, []
+    args = trainer.args
     if not (args.rollout_steps or args.dagger_steps):
-        return callbacks
+        return []
     from vla0_trl.envs.pusht.env import PushTEnv, state_mode
+    from vla0_trl.evaluation.callbacks import DaggerCallback, RolloutCallback
 
     mode = state_mode(trainer.vla_config.state_dim)
-    if args.rollout_steps:
-        from vla0_trl.evaluation.rollout_callback import RolloutCallback
-
-        callbacks.append(RolloutCallback(trainer, lambda: PushTEnv(mode)))
+    callbacks = [RolloutCallback(trainer, lambda: PushTEnv(mode))] if args.rollout_steps else []
     if args.dagger_steps:
         from vla0_trl.data.pusht_rows import rows_from_states
         from vla0_trl.envs.pusht.teacher import PushTTeacher, mirror_states
-        from vla0_trl.evaluation.dagger_callback import DaggerCallback
 
         teacher = PushTTeacher.load(args.dagger_teacher)
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def merge_shards(folder: Path) -> None:
         shard.unlink(missing_ok=True)
 
 
-class EpisodeLog:
+class EpisodeLog(AbstractContextManager):
     """The episodes of one run in one output folder, open for appending. A context manager.
 
     Args:
@@ -218,9 +218,6 @@ class EpisodeLog:
     def close(self) -> None:
         self._file.close()
         self._held.close()
-
-    def __enter__(self) -> "EpisodeLog":
-        return self
 
     def __exit__(self, *error: object) -> None:
         if self.path.name != EPISODES and not os.fstat(self._file.fileno()).st_size:

@@ -49,10 +49,8 @@ def aggregate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     coverages = np.array([row["max_coverage"] for row in rows if "max_coverage" in row])
     coverage = {}
     if len(coverages):
-        coverage = {
-            "mean_max_coverage": float(coverages.mean()),
-            "mean_max_coverage_interval": bootstrap_interval(coverages),
-        }
+        coverage["mean_max_coverage"] = float(coverages.mean())
+        coverage["mean_max_coverage_interval"] = bootstrap_interval(coverages)
     return {
         "num_episodes": n,
         "successes": successes,

@@ -5,15 +5,15 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
-from vla0_trl.evaluation.env_runner import Environment, EnvRunner, EpisodeCrash, Seed, StepResult
+from vla0_trl.evaluation.env_runner import Environment, EnvRunner, EpisodeCrash, Seed, StepResult, local_envs
 
 WORKER_TIMEOUT = 900  # seconds for an answer; the slowest, to a first request, takes about ten
 
@@ -86,11 +86,9 @@ class Worker(EnvRunner):
             self._pipe.send(request)
 
 
-@contextmanager
-def worker_pool(make_env: Callable[[], Environment], count: int) -> Iterator[Sequence[Worker]]:
+def worker_pool(make_env: Callable[[], Environment], count: int) -> AbstractContextManager[list[Worker]]:
     """`count` workers that end with the block, however it ends."""
-    with ExitStack() as stack:
-        yield [stack.enter_context(closing(Worker(make_env))) for _ in range(count)]
+    return local_envs(lambda: Worker(make_env), count)
 
 
 def _serve(pipe: Connection) -> None:

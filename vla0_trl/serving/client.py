@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import numpy as np
@@ -167,7 +167,7 @@ class ChunkStream:
         return self._actions.popleft()
 
 
-class RobotClient:
+class RobotClient(AbstractContextManager):
     """A robot that acts while its server thinks; `step` never waits for the network.
 
     A thread sends a request as soon as the remaining actions last no longer than the 95th percentile of the latencies,
@@ -208,9 +208,6 @@ class RobotClient:
         self._changed, self._closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._ask_on, name="policy client", daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> RobotClient:
-        return self
 
     def __exit__(self, *_: object) -> None:
         with self._changed:

@@ -68,9 +68,8 @@ class ProbeCallback(TrainerCallback):
         loss, action, value = self._losses(rows)
         metrics = {"first_action_loss": action, "first_value_loss": value}
         for name in self.gaps:
-            mixed = [
-                row | {key: other[key] for key in _EXCHANGED[name]} for row, other in zip(rows, others, strict=True)
-            ]
+            pairs = zip(rows, others, strict=True)
+            mixed = [row | {key: other[key] for key in _EXCHANGED[name]} for row, other in pairs]
             metrics[name] = self._losses(mixed)[0] - loss
         return metrics | (self._chunk_errors(raw) if self.answers else {})
 

@@ -35,17 +35,7 @@ class VLA0Config(PreTrainedConfig):
     device: str | None = "cpu"  # here nothing is computed
     push_to_hub: bool = False
 
-    @property
-    def observation_delta_indices(self) -> None:
-        return None
-
-    @property
-    def action_delta_indices(self) -> None:
-        return None
-
-    @property
-    def reward_delta_indices(self) -> None:
-        return None
+    observation_delta_indices = action_delta_indices = reward_delta_indices = None  # of training, which is elsewhere
 
     def get_optimizer_preset(self) -> None:
         raise NotImplementedError("vla0 is trained by vla0_trl, not by lerobot-train")

@@ -16,16 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vla0_trl.data.sources.lerobot_schema import (
-    DATA_FILE,
-    EPISODE,
-    EPISODE_STATS,
-    FEATURE,
-    INFO,
-    TASK,
-    VIDEO_FILE,
-    filled,
-)
+from vla0_trl.data.sources import lerobot_schema
+from vla0_trl.data.sources.lerobot_schema import filled
 from vla0_trl.data.staging import ConversionError
 from vla0_trl.schema import Kinds, checked, items, line_of_text, parse_json, parse_yaml, short
 
@@ -110,9 +102,9 @@ def _read_meta(root: Path) -> LeRobotMeta:
             f"{path}: codebase_version {short(version)} is unknown, this reads {', '.join(VERSIONS)}: convert the "
             "dataset with LeRobot's own scripts, or update vla0_trl"
         )
-    info = checked(str(path), found, INFO)
+    info = checked(str(path), found, lerobot_schema.INFO)
     for key, feature in info["features"].items():
-        info["features"][key] = checked(f"{path}: features: {key}", feature, FEATURE)
+        info["features"][key] = checked(f"{path}: features: {key}", feature, lerobot_schema.FEATURE)
     video_keys = [key for key, feature in info["features"].items() if feature["dtype"] == "video"]
     tasks, tasks_file, episodes = (_v30 if version == "v3.0" else _v21)(root, info, video_keys)
     episodes.sort(key=lambda episode: episode.index)
@@ -146,13 +138,13 @@ def _license(card: Path) -> str:
 def _v21(root: Path, info: dict[str, Any], video_keys: list[str]) -> _Parts:
     """One parquet and one mp4 per camera, for each episode."""
     meta, where = root / "meta", f"{root}/meta/info.json"
-    tasks = _tasks(meta / "tasks.jsonl", _json_lines(meta / "tasks.jsonl", TASK))
+    tasks = _tasks(meta / "tasks.jsonl", _json_lines(meta / "tasks.jsonl", lerobot_schema.TASK))
     stats = {}
     if (meta / "episodes_stats.jsonl").is_file():
-        lines = _json_lines(meta / "episodes_stats.jsonl", EPISODE_STATS)
+        lines = _json_lines(meta / "episodes_stats.jsonl", lerobot_schema.EPISODE_STATS)
         stats = {line["episode_index"]: line["stats"] for line in lines}
     episodes = []
-    for line in _json_lines(meta / "episodes.jsonl", EPISODE):
+    for line in _json_lines(meta / "episodes.jsonl", lerobot_schema.EPISODE):
         index = line["episode_index"]
         numbers = {"episode_index": index, "episode_chunk": index // max(info["chunks_size"], 1)}
         data = filled(where, "data_path", info["data_path"], **numbers)
@@ -169,14 +161,14 @@ def _v30(root: Path, info: dict[str, Any], video_keys: list[str]) -> _Parts:
     path, where = root / "meta/tasks.parquet", f"{root}/meta/info.json"
     table = _table(path)
     text = _text_column(path, table.schema)
-    lines = [checked(str(path), row | {"task": row[text]}, TASK) for row in table.to_pylist()]
+    lines = [checked(str(path), row | {"task": row[text]}, lerobot_schema.TASK) for row in table.to_pylist()]
     tasks = _tasks(path, lines)
 
     path = root / "meta/stats.json"
     stats = checked(str(path), parse_json(str(path), _text(path)), {}) if path.is_file() else {}
-    kinds = EPISODE | DATA_FILE
+    kinds, video_file = lerobot_schema.EPISODE | lerobot_schema.DATA_FILE, lerobot_schema.VIDEO_FILE
     for key in video_keys:
-        kinds |= {f"videos/{key}/{part}": kind for part, kind in VIDEO_FILE.items()}
+        kinds |= {f"videos/{key}/{part}": kind for part, kind in video_file.items()}
     paths = sorted((root / "meta/episodes").rglob("*.parquet"))
     if not paths:
         raise ConversionError(f"{root}: meta/episodes has no parquet files: the copy is not complete, fetch it again")
@@ -188,7 +180,7 @@ def _v30(root: Path, info: dict[str, Any], video_keys: list[str]) -> _Parts:
             data = filled(where, "data_path", info["data_path"], **numbers)
             videos = {}
             for key in video_keys:
-                chunk, file, start, end = (row[f"videos/{key}/{part}"] for part in VIDEO_FILE)
+                chunk, file, start, end = (row[f"videos/{key}/{part}"] for part in video_file)
                 numbers = {"video_key": key, "chunk_index": chunk, "file_index": file}
                 videos[key] = VideoSpan(filled(where, "video_path", info["video_path"], **numbers), start, end)
             episodes.append(EpisodeMeta(row["episode_index"], row["length"], row["tasks"], data, videos, stats))

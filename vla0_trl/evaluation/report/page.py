@@ -7,18 +7,8 @@ from typing import Any
 from markupsafe import Markup
 
 from vla0_trl.evaluation.metrics import task_label
-from vla0_trl.evaluation.report import charts
-from vla0_trl.evaluation.report.summary import (
-    Run,
-    Table,
-    energy_table,
-    offline_table,
-    suite_table,
-    suites,
-    summary_table,
-    task_table,
-    tasks,
-)
+from vla0_trl.evaluation.report import charts, summary
+from vla0_trl.evaluation.report.summary import Run, Table
 from vla0_trl.files import write_whole
 from vla0_trl.templating import render
 
@@ -27,11 +17,11 @@ REPORT = "report.html"
 
 def success_figure(runs: list[Run]) -> charts.Figure:
     """Bars of all runs; where there are several suites or else tasks, of each of them, too."""
-    parts = suites(runs)
+    parts = summary.suites(runs)
     if len(parts) == 1:  # "libero_object 3: pick up the …" leaves no room for a bar
-        parts = {task.partition(":")[0]: numbers for task, numbers in tasks(runs).items()}
+        parts = {task.partition(":")[0]: numbers for task, numbers in summary.tasks(runs).items()}
     elif not parts:
-        parts = tasks(runs)
+        parts = summary.tasks(runs)
     groups = {"": [run.results for run in runs]} | (parts if len(parts) > 1 else {})
     return charts.success_bars(groups, [run.name for run in runs])
 
@@ -54,7 +44,7 @@ def write_report(path: Path, runs: list[Run], title: str, commands: list[str] | 
         task=names[0] if len(names) == 1 else f"{len(names)} tasks",
         runs=[(run, charts.color(index)) for index, run in enumerate(runs)],
         simulator=_simulator(runs),
-        open_loop={"table": offline_table(runs), "sources": sources},
+        open_loop={"table": summary.offline_table(runs), "sources": sources},
         training=_training(runs),
         videos=[video for index, run in enumerate(runs) for video in _videos(run, charts.color(index))],
         commands=commands,
@@ -71,7 +61,8 @@ def _simulator(runs: list[Run]) -> dict[str, Any]:
         coverages = [[e["max_coverage"] for e in run.episodes if "max_coverage" in e] for run in runs]
         threshold = runs[0].results["protocol"]["success_coverage"]
         figures.append(charts.coverage_strip(coverages, [run.name for run in runs], threshold))
-    tables = [suite_table(runs), summary_table([(run.name, run.results) for run in runs]), task_table(runs)]
+    total = summary.summary_table([(run.name, run.results) for run in runs])
+    tables = [summary.suite_table(runs), total, summary.task_table(runs)]
     return {"figures": _drawn(*figures), "coverage": coverage, "tables": [table for table in tables if table]}
 
 
@@ -79,7 +70,7 @@ def _training(runs: list[Run]) -> dict[str, Any]:
     logs = {run.name: run.log_history for run in runs}
     curves = {"loss": "loss", "mean_token_accuracy": "action-token accuracy"} if any(logs.values()) else {}
     figures = [charts.training_curve(logs, key, label) for key, label in curves.items()]
-    return {"figures": _drawn(*figures), "energy": energy_table(runs)}
+    return {"figures": _drawn(*figures), "energy": summary.energy_table(runs)}
 
 
 def _videos(run: Run, color: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from vla0_trl.data.episodes import SourceInfo
 from vla0_trl.data.pusht_rows import TeacherRows
 from vla0_trl.envs.pusht.env import PushTEnv
 from vla0_trl.envs.pusht.teacher import PushTTeacher
-from vla0_trl.evaluation.dagger_callback import DAGGER_SEED, StateRecorder
+from vla0_trl.evaluation.callbacks import DAGGER_SEED, StateRecorder
 
 SETTINGS = {"max_steps": 4, "save_steps": 2, "dagger_steps": 2, "dagger_episodes": 2, "dagger_fraction": 1.0}
 SETTINGS |= {"nano": {**TINY, "image_size": 96, "patch_size": 24}, "learning_rate": 1e-3}
