@@ -30,6 +30,7 @@ from vla0_trl.schema import (
 )
 from vla0_trl.stats import NormStats, check_range, stats_or_record
 
+Observation = dict[str, Any]  # what a policy sees: see `policy.observation`
 CONFIG_NAME = "vla_config.json"
 NANO = "nano"  # as a `model_name_or_path`: build the backbone (models/nano.py) instead of loading one
 ENSEMBLE_WEIGHTS = ("uniform", "vla0_v1", "vla0_v2")  # by name; see `policy.execution.TemporalEnsembler`

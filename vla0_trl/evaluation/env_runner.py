@@ -1,17 +1,14 @@
 """One environment: what a simulator must do, and how its steps are asked for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:  # it imports torch, which a worker does without
-    from vla0_trl.policy.observation import Observation
+from vla0_trl.config import Observation
 
 Seed = Hashable  # what an environment's `reset` takes: a number, or a tuple that names task and initial state
 

@@ -5,23 +5,18 @@ model, then each executes its share of it: one after another in this process, or
 (`vla0_trl.evaluation.workers`). One that finishes takes the next seed at once, so the batch stays full.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from vla0_trl.config import VLAConfig
+from vla0_trl.config import Observation, VLAConfig
 from vla0_trl.evaluation.env_runner import Environment, EnvRunner, EpisodeCrash, Seed
 from vla0_trl.policy.execution import ChunkExecutor
-
-if TYPE_CHECKING:  # it imports torch, and reports are made without
-    from vla0_trl.policy.observation import Observation
 
 
 class Policy(Protocol):

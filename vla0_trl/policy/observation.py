@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from vla0_trl.config import VLAConfig
+from vla0_trl.config import Observation, VLAConfig
 
-Observation = dict[str, Any]
 _PLAIN_MODES = ("RGB", "L")  # of PIL images, whose arrays are what they show
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ MASK_UNITS = ("value", "character")
 MASK_LABELS = ("ignore", "keep")
 
 
+@dataclass(eq=False, repr=False)
 class VLADataCollator:
     """Rows of a chat dataset -> what the model's `forward` takes.
 
@@ -58,54 +60,47 @@ class VLADataCollator:
             that a row with one of them can have: a single length, as `torch.compile` wants it.
     """
 
-    def __init__(
-        self,
-        processor: ProcessorMixin,
-        config: VLAConfig,
-        mask_max: float = 0.4,
-        mask_skip: float = 0.1,
-        mask_full: float = 0.0,
-        mask_branches: float = 0.0,
-        mask_labels: str = "ignore",
-        label_smoothing_bins: float = 0.0,
-        train: bool = True,
-        mask_unit: str = "value",
-        seed: int = 0,
-        defer_images: bool = False,
-        stored_cameras: Sequence[str] | None = None,
-        pad_to_multiple_of: int | None = None,
-        static_tasks: Sequence[str] = (),
-    ):
-        shares = {"mask_max": mask_max, "mask_skip": mask_skip, "mask_full": mask_full, "mask_branches": mask_branches}
-        for name, value in shares.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}={value} must be in [0, 1]")
-        if mask_unit not in MASK_UNITS:
-            raise ValueError(f"mask_unit={mask_unit!r} must be one of {MASK_UNITS}")
-        if mask_labels not in MASK_LABELS:
-            raise ValueError(f"mask_labels={mask_labels!r} must be one of {MASK_LABELS}")
-        if label_smoothing_bins < 0:
-            raise ValueError(f"label_smoothing_bins={label_smoothing_bins} must not be negative")
-        self.processor, self.config = processor, config
-        self.mask_max, self.mask_skip, self.mask_full, self.mask_unit = mask_max, mask_skip, mask_full, mask_unit
-        self.keep_labels, self.label_smoothing_bins = mask_labels == "keep", label_smoothing_bins
-        self.chat_tokenizer = ChatTokenizer(processor, config)
-        self._check_tokens(mask_branches)
-        self.mask_branches = mask_branches if train else 0.0
-        self.train, self.seed, self.defer_images = train, seed, defer_images
-        self.stored_cameras = list(stored_cameras or config.cameras)
+    processor: ProcessorMixin
+    config: VLAConfig
+    mask_max: float = 0.4
+    mask_skip: float = 0.1
+    mask_full: float = 0.0
+    mask_branches: float = 0.0
+    mask_labels: str = "ignore"
+    label_smoothing_bins: float = 0.0
+    train: bool = True
+    mask_unit: str = "value"
+    seed: int = 0
+    defer_images: bool = False
+    stored_cameras: Sequence[str] | None = None
+    pad_to_multiple_of: int | None = None
+    static_tasks: Sequence[str] = ()
+
+    def __post_init__(self):
+        for name in ("mask_max", "mask_skip", "mask_full", "mask_branches"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
+        for name, known in (("mask_unit", MASK_UNITS), ("mask_labels", MASK_LABELS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {known}")
+        if self.label_smoothing_bins < 0:
+            raise ValueError(f"label_smoothing_bins={self.label_smoothing_bins} must not be negative")
+        config, self.keep_labels = self.config, self.mask_labels == "keep"
+        self.chat_tokenizer = ChatTokenizer(self.processor, config)
+        self._check_tokens()
+        if not self.train:
+            self.mask_branches = 0.0
+        self.stored_cameras = list(self.stored_cameras or config.cameras)
         self.branched = BranchedAnswer(self.chat_tokenizer)
-        self.action_tokenizer = config.action_tokenizer()
-        self.state_quantizer = config.state_quantizer()
-        self._multiple = pad_to_multiple_of or 1
-        self._min_length = max(map(self.longest_text, static_tasks), default=0)
-        if static_tasks and self.mask_branches:
+        self.action_tokenizer, self.state_quantizer = config.action_tokenizer(), config.state_quantizer()
+        self._min_length = max(map(self.longest_text, self.static_tasks), default=0)
+        if self.static_tasks and self.mask_branches:
             longest = max(len(self.branched.branch(1, number)) for number in range(config.num_bins + 1))
             self._min_length += config.num_values * longest + 1
         # Shared memory: the trainer turns the epoch while worker processes live on.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def _check_tokens(self, mask_branches: float) -> None:
+    def _check_tokens(self) -> None:
         """`ValueError` for a kind of masking that this tokenizer or this model can't do."""
         if self.keep_labels and (self.mask_unit != "value" or not self.chat_tokenizer.can_keep_labels):
             raise ValueError(
@@ -116,14 +111,14 @@ class VLADataCollator:
             raise ValueError(
                 "label_smoothing_bins needs numbers of one token each, whose neighbours fit in their place: use 0"
             )
-        if mask_branches and self.chat_tokenizer.can_keep_labels:
+        if self.mask_branches and self.chat_tokenizer.can_keep_labels:
             raise ValueError(
-                f"mask_branches={mask_branches}: with one token per number a branch has no tokens of its own: use "
-                "mask_full and mask_labels='keep'"
+                f"mask_branches={self.mask_branches}: with one token per number a branch has no tokens of its own: "
+                "use mask_full and mask_labels='keep'"
             )
-        if mask_branches and self.chat_tokenizer.extra_keys:
+        if self.mask_branches and self.chat_tokenizer.extra_keys:
             raise ValueError(
-                f"mask_branches={mask_branches}: this model takes positions or attention from "
+                f"mask_branches={self.mask_branches}: this model takes positions or attention from "
                 f"{', '.join(sorted(self.chat_tokenizer.extra_keys))}, which branches don't have: use 0, or SmolVLM"
             )
 
@@ -207,7 +202,8 @@ class VLADataCollator:
 
     def _pad(self, encoded: list[tuple[list[int], list[int], PassToken | None]]) -> dict[str, torch.Tensor]:
         length = max(self._min_length, *(len(ids) for ids, *_ in encoded))
-        length = math.ceil(length / self._multiple) * self._multiple
+        multiple = self.pad_to_multiple_of or 1
+        length = math.ceil(length / multiple) * multiple
         shape = (len(encoded), length)
         input_ids = np.full(shape, self.chat_tokenizer.pad_id)
         labels = np.full(shape, IGNORED)

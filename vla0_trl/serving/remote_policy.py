@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vla0_trl.config import VLAConfig
+from vla0_trl.config import Observation, VLAConfig
 from vla0_trl.evaluation.arguments import EvaluationArguments
 from vla0_trl.evaluation.policy_source import PolicyError, PolicySource
-from vla0_trl.policy.observation import Observation
 from vla0_trl.serving.client import PolicyConnection, ServerError
 from vla0_trl.serving.layouts import LAYOUTS
 from vla0_trl.serving.server import PROTOCOL

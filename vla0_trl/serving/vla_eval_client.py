@@ -13,10 +13,9 @@ import numpy as np
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
-from vla0_trl.config import VLAConfig
+from vla0_trl.config import Observation, VLAConfig
 from vla0_trl.envs.libero.protocol import STATE_DIM
 from vla0_trl.evaluation.policy_source import PolicyError
-from vla0_trl.policy.observation import Observation
 from vla0_trl.schema import one_line
 from vla0_trl.serving.codec import CodecError, pack, unpack, unpack_array
 from vla0_trl.serving.vla_eval import AXIS_ANGLE

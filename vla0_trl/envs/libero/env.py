@@ -127,7 +127,7 @@ class LiberoEnv:
         # As ControlEnv.regenerate_obs_from_state does it, with the perturbation in between.
         sim = self.simulator.sim
         sim.set_state_from_flattened(sim.get_state().flatten() if self.sampled else self._states[seed])
-        self.perturbation.change_state(self, np.random.default_rng([protocol.SEED, seed]))
+        self.perturbation.change_state(self.simulator, np.random.default_rng([protocol.SEED, seed]))
         sim.forward()
         self.simulator._post_process()
         self.simulator._update_observables(force=True)

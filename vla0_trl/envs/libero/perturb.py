@@ -4,17 +4,12 @@ The dimensions are those of LIBERO-Plus (Fei et al. 2025) and LIBERO-PRO (Zhou e
 scores compare with our clean ones, not with theirs. What is random depends on the episode's initial state alone.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from vla0_trl.envs.libero.setup import instruction, task_names
-
-if TYPE_CHECKING:
-    from vla0_trl.envs.libero.env import LiberoEnv
 
 CAMERA_SHIFT = 0.03  # m per severity: how far the camera that looks at the scene moves
 LIGHT_STEP = 0.16  # share of the light that is lost with each severity
@@ -65,13 +60,12 @@ class Perturbation:
         for light in (*lights, headlight.diffuse, headlight.ambient, headlight.specular):
             light *= 1 - self.light * LIGHT_STEP
 
-    def change_state(self, env: LiberoEnv, rng: np.random.Generator) -> None:
-        """Change the scene of an episode, before objects settle."""
+    def change_state(self, simulator: Any, rng: np.random.Generator) -> None:
+        """Change the scene of an episode in robosuite's environment, before objects settle."""
         if not self.objects:
             return
         angle = rng.uniform(0, 2 * np.pi)
         shift = self.objects * OBJECT_SHIFT * np.array([np.cos(angle), np.sin(angle)])
-        simulator = env.simulator
         for item in simulator.objects_dict.values():
             qpos = simulator.sim.data.get_joint_qpos(item.joints[-1])
             qpos[:2] += shift
