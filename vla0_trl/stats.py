@@ -51,11 +51,9 @@ class NormStats:
 
     @classmethod
     def from_batches(cls, batches) -> NormStats:
-        """Statistics in constant memory.
+        """Statistics in constant memory, of the arrays (n, D) that `batches()` yields.
 
-        Args:
-            batches (`Callable[[], Iterable[np.ndarray]]`): called twice, each time yields arrays (n, D); the first
-                pass finds range and moments, the second counts a histogram for the quantiles.
+        It is called twice: for range and moments, then for a histogram, which gives the quantiles.
         """
         low = high = total = squares = None
         count = 0

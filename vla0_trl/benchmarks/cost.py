@@ -46,11 +46,9 @@ class Cost:
 
 
 def recipe_cost(plan: Plan, kind: str, source: str | Path) -> Cost:
-    """What a recipe costs.
+    """What a recipe costs, with rows of a kind (see [`synthetic_dataset`]).
 
-    Args:
-        kind (`str`): whose rows, such as `libero`; see [`synthetic_dataset`].
-        source (`str` or `Path`): folder or Hub id of the model, of which only config and processor are read.
+    Of `source`, the folder or Hub id of the model, only config and processor are read.
     """
     data, training, model_args = plan
     dataset, stored = synthetic_dataset(kind, 2)

@@ -31,11 +31,9 @@ _DATASETS = {
 
 
 def synthetic_dataset(kind: str, rows: int, **overrides: Any) -> tuple[Dataset, VLAConfig]:
-    """Rows as a conversion for a folder of recipes/ gives them: integers of mostly three digits, the usual length, and
-    images as smooth as photographs, as JPEG.
+    """Rows as a conversion for a folder of recipes/ gives them, with some fields of the [`VLAConfig`] changed.
 
-    Args:
-        overrides: fields of the [`VLAConfig`].
+    They have integers of mostly three digits, the usual length, and images as smooth as photographs, as JPEG.
     """
     task, config, side = _DATASETS[kind]
     rng = np.random.default_rng(0)

@@ -92,7 +92,7 @@ def convert(
     command: str = "",
     recipe: str = "recipes/sft_pusht.py",
 ) -> Path:
-    """Write a source's episodes as a chat dataset; what is there already is continued or reused.
+    """Write a source's episodes as a chat dataset, and return its absolute path; what is there is continued or reused.
 
     Args:
         config (`VLAConfig`): without statistics; gives cameras, widths, chunks and text options.
@@ -102,9 +102,6 @@ def convert(
         skip_bad_episodes (`bool`): leave bad episodes out and list them in the end, instead of stopping at the first.
         overwrite (`bool`): replace a finished dataset or the rest of another conversion.
         command, recipe (`str`): how this was called, and what to train with, for card and report.
-
-    Returns:
-        The absolute `output_dir`.
 
     Raises:
         EpisodeError: bad data, unless `skip_bad_episodes`; episodes read so far are kept.

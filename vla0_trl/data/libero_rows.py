@@ -38,12 +38,9 @@ def simulated(source: str, how: str, assets_dir: Path, options: dict[str, Any]) 
 
 
 def labelled_frames(states: np.ndarray, env: TeachingEnv, chunk_size: int, every: int = EVERY) -> list[Episode]:
-    """The states that `TeachingEnv.full_state` gave, of one episode or more, as frames with the teacher's chunks.
+    """Each episode of some `TeachingEnv.full_state`s, float64[N, S], as frames with the teacher's chunks.
 
-    Args:
-        states (`np.ndarray`): float64[N, S].
-
-    Returns them with drawn images, and actions float32[steps / every, chunk_size, 7].
+    Images are drawn, and actions are float32[steps / every, chunk_size, 7].
     """
     episodes = []
     for seed, actions, robot_states, simulator_states in split_states(states):

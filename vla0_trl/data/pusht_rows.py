@@ -24,12 +24,8 @@ BLOCK_EDGE = 80.0  # px that a uniformly drawn block's origin keeps
 
 
 def scatter(pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """States for rows: of a pool, half of them mirrored, jittered, and a share from anywhere.
-
-    Args:
-        pool (`np.ndarray`): float[N, 5], full states of episodes.
-
-    Returns float64[count, 5].
+    """States for rows, float64[count, 5]: of a pool of full states, float[N, 5], half of them mirrored, all of them
+    jittered; and a share from anywhere.
     """
     states = pool[rng.integers(len(pool), size=count)].astype(np.float64)
     mirrored = rng.random(count) < 0.5
@@ -48,7 +44,7 @@ def scatter(pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarra
 def labelled_frames(states: np.ndarray, teacher: PushTTeacher, state: str = "agent", name: str = "states") -> Episode:
     """Full states float[N, 5] as frames with the teacher's chunks; `state`, of `STATE_MODES`, is told to the policy.
 
-    Returns them with drawn images, and actions float32[N, chunk_size, 2]: absolute targets in px.
+    Images are drawn, and actions are float32[N, chunk_size, 2]: absolute targets in px.
     """
     env = PushTEnv("full")
     env.reset(0)

@@ -115,9 +115,7 @@ class ActionGrammar:
     def choices(self, count: int, state: int) -> list[int]:
         """The columns that may follow, lowest token id first; for a loop that decodes on the host.
 
-        Args:
-            count (`int`): numbers finished so far, or `BEFORE_PREFIX`.
-            state (`int`): see the class.
+        `count` is of the numbers finished so far, or `BEFORE_PREFIX`; for `state` see the class.
         """
         key = (self._classes[count], state)
         if key not in self._choices:

@@ -221,10 +221,8 @@ class VLAPolicy:
     def decode_answer(self, text: str, state: np.ndarray | None = None) -> np.ndarray:
         """An answer's text, from whatever decoded it, -> float32 (chunk_size, action_dim) in environment units.
 
-        `ActionParseError` if the text is not an answer; [`ActionGrammar`] exports what is one.
-
-        Args:
-            state: of the observation that was asked about, (≥ action_dim,), if actions are relative.
+        Relative actions need the `state` (≥ action_dim,) of the observation that was asked about. `ActionParseError`
+        if the text is not an answer; [`ActionGrammar`] exports what is one.
         """
         return self.action_tokenizer.decode(text, state)
 

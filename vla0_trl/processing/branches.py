@@ -79,12 +79,9 @@ def visible(
     visible_from: torch.Tensor,
     not_padding: torch.Tensor,
 ) -> torch.Tensor:
-    """Which of the slots (S,), bool `not_padding` (B, S), tokens attend to.
+    """Which of the slots (S,), bool `not_padding` (B, S), tokens attend to: bool (B, Q, S).
 
-    Args:
-        own, visible_until, visible_from: fields of [`PassToken`]s, (B, Q) each.
-
-    Returns bool (B, Q, S).
+    `own`, `visible_until` and `visible_from` are fields of [`PassToken`]s, (B, Q) each.
     """
     before = (slots <= visible_until[..., None]) & not_padding[:, None]
     return before | (visible_from[..., None] <= slots) & (slots <= own[..., None])

@@ -64,16 +64,11 @@ def draw_jitter(strength: Sequence[float], rng: np.random.Generator) -> np.ndarr
 
 
 def jitter_colors(images: torch.Tensor, jitter: torch.Tensor) -> torch.Tensor:
-    """Change the colours of a batch, each sample by its own draw, in a handful of batched operations.
+    """Change the colours of a batch, uint8 (B, 3, H, W), each sample by its own draw, `jitter` (B, 4) from
+    [`draw_jitter`], in a handful of batched operations.
 
     Brightness, saturation and hue (a rotation of the YIQ plane, where `ColorJitter` goes through HSV) are one matrix
     per sample; contrast is about the sample's mean luma.
-
-    Args:
-        images: uint8 (B, 3, H, W).
-        jitter: float32 (B, 4) from [`draw_jitter`].
-
-    Returns uint8 (B, 3, H, W).
     """
     to_yiq = images.new_tensor(_RGB_TO_YIQ, dtype=torch.float32)
     brightness, contrast, saturation, hue = (factor[:, None, None] for factor in jitter.to(images.device).unbind(1))

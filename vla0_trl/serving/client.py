@@ -230,10 +230,8 @@ class RobotClient(AbstractContextManager):
     def step(self, message: Message) -> np.ndarray | None:
         """The current observation -> the action of this step, float32 (action_dim,); None: hold the position.
 
-        Args:
-            message: or a function that makes it. The thread calls it only for a message that is sent: compressing
-                pictures takes time.
-                What it raises becomes `last_error` and is logged; the robot holds its position meanwhile.
+        Instead of a message, a function may make it, which the thread calls only for one that is sent: compressing
+        pictures takes time. What it raises becomes `last_error` and is logged; the robot holds its position meanwhile.
         """
         with self._changed:
             if self.stream.is_due(self.delay_steps):

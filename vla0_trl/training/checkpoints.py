@@ -111,11 +111,8 @@ class CheckpointingTrainer(SFTTrainer):
 def resume_point(output_dir: Path, asked: str | None, say: Callable[[str], None]) -> Path | None:
     """The checkpoint to go on from: the newest that is whole and has an optimizer's state; None: from the beginning.
 
-    Args:
-        asked (`str`, *optional*): `resume_from_checkpoint`.
-        say (`Callable`): prints what is passed over, and why.
-
-    `FolderError`: only checkpoints without an optimizer's state are left, so losses would be other ones.
+    `asked` is `resume_from_checkpoint`; `say` prints what is passed over, and why. `FolderError` if only checkpoints
+    without an optimizer's state are left, so that losses would be other ones.
     """
     problem = None
     for checkpoint in [Path(asked)] if asked else checkpoints(output_dir):

@@ -28,9 +28,7 @@ class VideoReader:
     def frames(self, times: np.ndarray, name: str, alone: bool) -> Iterator[np.ndarray]:
         """The frames at `times`, ascending, in seconds of the file: uint8 (H, W, 3), decoded one at a time.
 
-        Args:
-            name (`str`): episode and camera, for messages.
-            alone (`bool`): the file has to end after the last of them.
+        `name` is of episode and camera, for messages. `alone`: the file has to end after the last of them.
         """
         row = 0
         try:

@@ -76,10 +76,8 @@ APPROACHES = CENTRES - APPROACH * NORMALS
 
 
 def simulate_pushes(walls: np.ndarray | None = None) -> np.ndarray:
-    """Push a block at the zero pose at every contact, straight inward, with gym-pusht's own bodies.
-
-    Args:
-        walls (`np.ndarray`, *optional*): float[4, 2], their corners in the block frame; without, there are none.
+    """Push a block at the zero pose at every contact, straight inward, with gym-pusht's own bodies, between `walls`,
+    float[4, 2], their corners in the block frame, or without any.
 
     Returns float64[K, MAX_PUSH + 1, 3], the block's pose at the start and after every `PUSH_STEP` px.
     """
@@ -210,8 +208,7 @@ def plan_push(agent: np.ndarray, pose: np.ndarray) -> Push | None:
 
     A plan's score is the control steps that it takes, and a guess at those still needed after it. It has to solve the
     task or to cut the distance by `MIN_PROGRESS`: without that, pushes too small to matter can look best forever.
-
-    Returns None if no push makes that progress or the agent gets to none.
+    None if no push makes that progress or the agent gets to none.
     """
     beyond = float(beyond_walls(pose))
     allowed = max(beyond, 0.0) + 0.5  # px; a reset can put the block into a wall

@@ -181,14 +181,9 @@ class DraftState:
         return tree
 
     def follow(self, tree: Tree, logits: np.ndarray) -> None:
-        """Choose tokens while the pass has logits for them.
+        """Choose tokens while the pass has logits, float32 (tokens of the tree, columns); `LogitsError` if one is NaN.
 
         A guess that was right stays in the cache. A candidate's cache slot is not its own, so it is read once more.
-
-        Args:
-            logits: float32 (tokens of the tree, columns).
-
-        `LogitsError`: they are NaN.
         """
         certain, node, reached, place = len(self.tokens), tree.last, tree.last, (self.count, self.state)
         while node is not None and not self.done:
@@ -221,9 +216,7 @@ class DraftState:
         """Replace what follows in the draft by what the model would write behind the draft's own beginning.
 
         The pass has read that already, and it is nearer to the answer (Jacobi decoding, Santilli et al. 2023).
-
-        Args:
-            place: count and state where the tree's guess began.
+        `place` is count and state where the tree's guess began.
         """
         numbers: dict[int, list[tuple[int, int]]] = {}  # by count: the draft's columns, and the model's
         separate = set()  # counts of numbers that begin behind a space of its own
@@ -256,7 +249,7 @@ class DraftState:
     def begin_with(self, tokens: list[int]) -> None:
         """Write the answer's first tokens, which the caller has chosen, and what they force.
 
-        `ValueError`: they leave the grammar.
+        `ValueError` if they leave the grammar.
         """
         for place, token in enumerate(tokens[len(self.tokens) :], start=len(self.tokens)):
             column = self.speller.column.get(token)
