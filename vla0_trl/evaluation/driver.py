@@ -21,22 +21,10 @@ import torch.distributed
 
 from vla0_trl.command_line import user_errors
 from vla0_trl.config import VLAConfig
+from vla0_trl.evaluation import episode_log
 from vla0_trl.evaluation.arguments import EvaluationArguments
 from vla0_trl.evaluation.env_runner import Environment, EnvRunner, EpisodeCrash, Seed, local_envs
-from vla0_trl.evaluation.episode_log import (
-    RESULTS,
-    VIDEOS,
-    EpisodeLog,
-    WriteError,
-    can_film,
-    merge_shards,
-    provenance,
-    read_episodes,
-    seed_ranges,
-    video_name,
-    write_json,
-    write_video,
-)
+from vla0_trl.evaluation.episode_log import RESULTS, EpisodeLog, WriteError
 from vla0_trl.evaluation.metrics import aggregate
 from vla0_trl.evaluation.policy_source import PolicyError, PolicySource, checkpoint_policy
 from vla0_trl.evaluation.rollout import EpisodeResult, Policy, rollout
@@ -184,28 +172,28 @@ def run_episodes(
 ) -> list[EpisodeResult]:
     """Run these episodes and write each as it ends; returns those whose simulator crashed twice: they have no line."""
     crashed = []
-    filmed = simulation.filmed if simulation.filmed and can_film() else ()
+    filmed = simulation.filmed if simulation.filmed and episode_log.can_film() else ()
     for episode in rollout(policy, envs, seeds, filmed, group=simulation.group):
         if not episode.result:
             crashed.append(episode)
             continue
         if episode.frames:  # before the line: an episode that has one is never run again
             seed = episode.seed[-1] if isinstance(episode.seed, tuple) else episode.seed
-            path = log.folder / VIDEOS / video_name({"seed": seed} | episode.result)
-            write_video(path, episode.frames, simulation.fps)
+            path = log.folder / episode_log.VIDEOS / episode_log.video_name({"seed": seed} | episode.result)
+            episode_log.write_video(path, episode.frames, simulation.fps)
         log.append(episode, decoding=policy.decoding)
     return crashed
 
 
 def finish(log: EpisodeLog, simulation: Simulation, source: PolicySource) -> bool:
     """Write results.json of exactly these episodes if all are there, whichever process ran them; whether they are."""
-    log.episodes = read_episodes(log.folder)
+    log.episodes = episode_log.read_episodes(log.folder)
     if log.missing(simulation.seeds):
         return False
-    asked = seed_ranges(simulation.seeds)
-    rows = read_episodes(log.folder, asked)
+    asked = episode_log.seed_ranges(simulation.seeds)
+    rows = episode_log.read_episodes(log.folder, asked)
     log.check(rows)
-    merge_shards(log.folder)
+    episode_log.merge_shards(log.folder)
     # Both ways, where an evaluation went on after the decoder had failed its check; versions before did not note it.
     ways = sorted({row["decoding"] for row in rows if "decoding" in row})
     results = log.run | aggregate(rows) | simulation.more_results(rows)
@@ -215,7 +203,8 @@ def finish(log: EpisodeLog, simulation: Simulation, source: PolicySource) -> boo
     results = json.loads(json.dumps(results))
     there = read_json(log.folder / RESULTS) or {}
     if there | results != there:
-        write_json(log.folder / RESULTS, results | provenance(source.device, simulation.packages))
+        about = episode_log.provenance(source.device, simulation.packages)
+        episode_log.write_json(log.folder / RESULTS, results | about)
     return True
 
 

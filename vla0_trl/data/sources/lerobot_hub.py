@@ -7,20 +7,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    DryRunError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub import constants, errors, snapshot_download
 
 from vla0_trl.data.convert import Selection
 from vla0_trl.data.sources.lerobot import LeRobotSource
 from vla0_trl.data.sources.lerobot_meta import LeRobotMeta, read_meta
 from vla0_trl.data.staging import ConversionError
 from vla0_trl.schema import one_line
+
+_FAILED = (errors.HFValidationError, errors.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
 
 
 def open_dataset(name: str, revision: str | None = None) -> LeRobotMeta:
@@ -66,7 +61,7 @@ def _say_what_is_left(hub_id: str, revision: str | None, patterns: list[str]) ->
     try:
         with _readable(hub_id, revision):
             files = snapshot_download(hub_id, **options, dry_run=True)
-    except DryRunError:  # no connection, or offline on purpose: what is here may do
+    except errors.DryRunError:  # no connection, or offline on purpose: what is here may do
         return
     missing = [file for file in files if file.will_download]
     if not missing:
@@ -97,7 +92,7 @@ def _readable(hub_id: str, revision: str | None) -> Iterator[None]:
     """What the Hub's client raises, as a [`ConversionError`] of one line."""
     try:
         yield
-    except (HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except _FAILED as error:
         at = f" at revision {revision}" if revision else ""
         raise ConversionError(
             f"no folder {hub_id!r} here, and the Hub's dataset of that name{at} can't be read "

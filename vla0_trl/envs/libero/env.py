@@ -13,16 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from vla0_trl.envs.libero import protocol
+from vla0_trl.envs.libero import protocol, setup
 from vla0_trl.envs.libero.perturb import Perturbation
-from vla0_trl.envs.libero.setup import (
-    LiberoError,
-    initial_states,
-    instruction,
-    package_folder,
-    prepare_simulator,
-    task_names,
-)
 
 
 class LiberoEnv:
@@ -52,25 +44,25 @@ class LiberoEnv:
         render_size: int = protocol.IMAGE_SIZE,
         sampled: bool = False,
     ):
-        names = task_names(suite)
+        names = setup.task_names(suite)
         if not 0 <= task_id < len(names):
             raise ValueError(f"{suite} has tasks 0 to {len(names) - 1}, not {task_id}")
         unknown = set(cameras) - protocol.CAMERAS.keys()
         if unknown:
             raise ValueError(f"LIBERO has no cameras {sorted(unknown)}: they are called {sorted(protocol.CAMERAS)}")
-        prepare_simulator(assets_dir)
+        setup.prepare_simulator(assets_dir)
         from libero.libero.envs import OffScreenRenderEnv
 
         self.suite, self.task_id, self.cameras = suite, task_id, tuple(cameras)
         self.max_steps = max_steps or protocol.MAX_STEPS[suite]
         self.render_size, self.sampled = render_size, sampled
         self.perturbation = perturbation or Perturbation()
-        self.task = self.perturbation.task(suite, task_id, instruction(names[task_id]))
-        self._states = initial_states(suite, names[task_id])
+        self.task = self.perturbation.task(suite, task_id, setup.instruction(names[task_id]))
+        self._states = setup.initial_states(suite, names[task_id])
         # ControlEnv.reset, of the wrapper, swallows every exception, Ctrl-C too: only what is inside is used
         try:
             self.simulator = OffScreenRenderEnv(
-                bddl_file_name=str(package_folder() / "bddl_files" / suite / f"{names[task_id]}.bddl"),
+                bddl_file_name=str(setup.package_folder() / "bddl_files" / suite / f"{names[task_id]}.bddl"),
                 control_freq=protocol.CONTROL_FREQUENCY,
                 use_camera_obs=False,
                 # The same model again instead of a new one from XML: seconds less an episode. What robosuite then
@@ -79,7 +71,7 @@ class LiberoEnv:
                 horizon=self.max_steps + protocol.SETTLING_STEPS + 1,
             ).env
         except FileNotFoundError as error:
-            raise LiberoError(
+            raise setup.LiberoError(
                 f"{suite} task {task_id} needs {error.filename}, which is missing: these are not all of LIBERO's "
                 "assets, which come from the Hub if no folder is given"
             ) from error

@@ -15,15 +15,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from vla0_trl.internals import FAST, PARALLEL, STOCK, disagreement, raised, warn_fallback
 from vla0_trl.policy.grammar import ActionGrammar, ActionGrammarLogitsProcessor
+from vla0_trl.policy.speculative import stock_logits
 from vla0_trl.policy.speculative.decoder import ChunkDecoder
 from vla0_trl.policy.speculative.options import PromptError, check_length
-from vla0_trl.policy.speculative.stock_logits import (
-    AddedNoise,
-    ForcedBeginnings,
-    beyond_rounding,
-    read_at_once,
-    read_one_by_one,
-)
 
 # Models that were compared, in which mode: None where ours agreed, else what it did instead.
 _outcomes: WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = WeakKeyDictionary()
@@ -68,8 +62,8 @@ def decode(
     """
     length, limit = inputs["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
     check_length(length, grammar.max_new_tokens, limit)
-    begin = [] if noise is None else [AddedNoise(length, grammar.token_ids, noise)]
-    begin += [ForcedBeginnings(length, beginnings)] if beginnings else []
+    begin = [] if noise is None else [stock_logits.AddedNoise(length, grammar.token_ids, noise)]
+    begin += [stock_logits.ForcedBeginnings(length, beginnings)] if beginnings else []
     if way_of_decoding(model, decoder) == STOCK:
         return _stock(model, inputs, config, grammar, *begin)
     more = {"drafts": drafts, "beginnings": beginnings, "noise": noise}
@@ -149,5 +143,6 @@ def _parallel_difference(stock: tuple, decoder: ChunkDecoder) -> str | None:
 
 def _difference(model, inputs, config, decoder: ChunkDecoder, texts: list[list[int]], scores: list) -> str | None:
     ids = decoder.grammar.token_ids
-    at_once = read_at_once(model, inputs, texts, ids)
-    return beyond_rounding(scores, at_once, read_one_by_one(model, inputs, config, texts, ids))
+    at_once = stock_logits.read_at_once(model, inputs, texts, ids)
+    one_by_one = stock_logits.read_one_by_one(model, inputs, config, texts, ids)
+    return stock_logits.beyond_rounding(scores, at_once, one_by_one)
