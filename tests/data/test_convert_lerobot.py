@@ -286,7 +286,7 @@ def test_all_episodes_are_fetched_by_a_few_patterns(tmp_path, script, monkeypatc
 
 def test_no_such_dataset(tmp_path, script, monkeypatch):
     def snapshot_download(*args, **kwargs):
-        raise lerobot_hub.LocalEntryNotFoundError("offline")
+        raise lerobot_hub.errors.LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(lerobot_hub, "snapshot_download", snapshot_download)
     with pytest.raises(SystemExit, match="error: no folder 'me/none' here, and the Hub's dataset of that name can't"):
