@@ -74,8 +74,8 @@ def _load_run(folder: Path, name: str) -> Run:
         raise FileNotFoundError(f"{folder} has no {RESULTS}: no evaluation, or one to finish by running it again")
     results = read_results(folder / RESULTS)
     offline = read_record(folder / OFFLINE, _OFFLINE) if (folder / OFFLINE).is_file() else None
-    for name, baseline in offline["baselines"].items() if offline else ():
-        checked(f"{folder / OFFLINE}: baseline {name}", baseline, _ERRORS)
+    for baseline, errors in offline["baselines"].items() if offline else ():
+        checked(f"{folder / OFFLINE}: baseline {baseline}", errors, _ERRORS)
     if offline is not None and offline["checkpoint_hash"] != results["checkpoint_hash"]:
         raise ValueError(
             f"{folder}/{OFFLINE} is of checkpoint {offline['checkpoint']} ({offline['checkpoint_hash'][:8]}), "
