@@ -22,8 +22,8 @@ training (`models/attention.py`, `training/trainer.py`), compared with the stock
   `compute_loss` and `log` count metrics by `model.training`.
 
 not compared: a change stops the program, or a test
-- `Trainer._prepare_inputs`, `_get_train_sampler` and `_save_checkpoint` are overridden (`training/trainer.py`,
-  `training/checkpoints.py`); `_train_batch_size`, `_metrics`;
+- `Trainer._prepare_inputs`, `_get_train_sampler`, `_save_checkpoint` and `_issue_warnings_after_load` are overridden
+  (`training/trainer.py`, `training/checkpoints.py`); `all_tied_weights_keys`; `_train_batch_size`, `_metrics`;
   `rotate_checkpoints`, `trainer_state.json`, `unset_hf_deepspeed_config`, `get_model_param_count`;
 - benchmarks: `trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE` (`benchmarks/memory.py`) and TRL's own collator.
 

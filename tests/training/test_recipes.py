@@ -173,6 +173,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(number, workers, dot_datase
         [*command, str(step + 1)], cwd=REPOSITORY, env=ENV, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0 and f"continuing from {checkpoint}" in done.stdout, done.stderr[-2000:]
+    assert "missing keys" not in done.stderr
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == step + 1
 
 

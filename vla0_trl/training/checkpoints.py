@@ -66,6 +66,11 @@ class CheckpointingTrainer(SFTTrainer):
                 if path.name != best and path not in self.uploads.busy():
                     delete_claimed(path)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # Tied embeddings are saved once, and loaded twice; a user would take Trainer's warning for lost weights.
+        missing = [key for key in load_result.missing_keys if key not in self.model.all_tied_weights_keys]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Nothing: `prepare` opened the repository before the model was loaded."""
         self.hub_model_id = self.args.hub_model_id
