@@ -1,6 +1,6 @@
 """A metric against the samples seen, for one run or several: what training has bought so far.
 
-    python recipes/curves.py runs/pusht_nano --key observation_gap --output gap.png
+    python recipes/curves.py runs/pusht_nano --key loss --output loss.png
     python recipes/curves.py runs/a runs/b --key success_rate --output success.png
 
 Keys are those of the training log (loss, mean_token_accuracy, observation_gap, …) and, where checkpoints were
@@ -56,9 +56,12 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a recipe")
     args, others, _ = parser.parse()
     with user_errors():
-        logs = {run.name: [entry for entry in read_run(run) if args.key in entry] for run in others.runs}
+        entries = {run.name: read_run(run) for run in others.runs}
+        logs = {name: [entry for entry in log if args.key in entry] for name, log in entries.items()}
         if not any(logs.values()):
-            raise ValueError(f"{args.key} is in no log of {', '.join(map(str, others.runs))}")
+            known = sorted({key for log in entries.values() for entry in log for key in entry} - {"step", "samples"})
+            runs = ", ".join(map(str, others.runs))
+            raise ValueError(f"{args.key} is in no log of {runs}, which have {', '.join(known)}")
     speed = args.samples_per_minute
     unit = speed or 1
     figure = training_curve(
