@@ -31,7 +31,7 @@ def test_a_dimension_that_never_moves_converts_and_spares_the_others(tmp_path):
 def test_a_range_that_ruins_the_actions_is_refused_and_what_was_read_kept(tmp_path, capsys):
     degrees = replace(small_episode(), actions=small_episode().actions * 10)
     source = SmallSource(count=1, broken=degrees, broken_index=0)
-    message = r"action\[0\]: 100.0% of .* outside of \[-1.*and clipped; they run from .*: use --normalization min"
+    message = r"action\[0\]: 100.0% of .* outside of \[-1.*and clipped; they run from .*: --normalization min_max"
     with pytest.raises(ConversionError, match=message):
         convert(source, small_config(normalization=[-1, 1]), tmp_path / "dataset")
     convert(source, small_config(), tmp_path / "dataset")
@@ -45,9 +45,11 @@ def test_what_clips_more_than_a_thousandth_is_said_in_terminal_card_and_record(t
     states = np.tile(np.float32([0, 5, 0.5]), (400, 1))
     source = SmallSource(count=1, broken=Episode("push", actions, images, states, "long"), broken_index=0)
     convert(source, small_config(normalization=[-1, 1]), tmp_path / "dataset")
+    clipped = "of the values are outside of [-1, 1] and clipped; they run from"
+    fix = "--normalization min_max gives every dimension its range"
     lines = [
-        "action[1]: 0.2% of the values are outside of [-1, 1] and clipped",
-        "state[1]: 100.0% of the values are outside of [-1, 1] and clipped",
+        f"action[1]: 0.2% {clipped} {actions[:, 1].min():g} to 1.5: {fix}",
+        f"state[1]: 100.0% {clipped} 5 to 5: {fix}",
     ]
     assert "clipped:\n  " + "\n  ".join(lines) in capsys.readouterr().out
     card = (tmp_path / "dataset/README.md").read_text()

@@ -113,11 +113,12 @@ def _clipped(shares: dict[str, np.ndarray], config: VLAConfig) -> list[str]:
     for name, of_dimensions in shares.items():
         for dim, share in enumerate(of_dimensions):
             line = f"{name}[{dim}]: {share:.1%} of the values are outside of {config.normalization} and clipped"
+            if fixed:
+                stats = config.action_stats if name == "action" else config.state_stats
+                span = f"{stats.min[dim]:g} to {stats.max[dim]:g}"
+                line += f"; they run from {span}: --normalization min_max gives every dimension its range"
             if name == "action" and fixed and share > MOST_CLIPPED:
-                span = f"{config.action_stats.min[dim]:g} to {config.action_stats.max[dim]:g}"
-                raise ConversionError(
-                    f"{line}; they run from {span}: use --normalization min_max, which gives every dimension its range"
-                )
+                raise ConversionError(line)
             lines += [line] if share > SAID_CLIPPED else []
     return lines
 
