@@ -75,11 +75,8 @@ def main() -> None:
             if args.peak_tflops:
                 table[name]["mfu"] = figures["samples_per_s"] * sample["tflop"] / args.peak_tflops
         ratios |= {f"step_vs_{other}": ratio(table, "steps_per_s", other) for other in ("trl", "trl_tuned")}
-        print(
-            "a sample: {tokens} tokens, {image_tokens} of them of images; {tflop:.3g} TFLOP to train on\n".format(
-                **sample
-            )
-        )
+        tokens, of_images, tflop = (sample[name] for name in ("tokens", "image_tokens", "tflop"))
+        print(f"a sample: {tokens} tokens, {of_images} of them of images; {tflop:.3g} TFLOP to train on\n")
     print_table(table)
     if not args.skip_steps:
         print("\nforward pass: " + ", ".join(f"{name} {way}" for name, way in bench.forward_way.items()))

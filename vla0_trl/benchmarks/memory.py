@@ -93,9 +93,8 @@ def estimate(plan: Plan, kind: str, source: str, folder: Path) -> dict[str, floa
     few, more = _BATCHES
     figures = {name: whole(name, few) for name in PARTS[:-1]}
     kept = whole("kept", few) + (batch - few) * (whole("kept", more) - whole("kept", few))
-    passing = found[1, 1, few]["passing"] + (batch - few) * (
-        found[1, 1, more]["passing"] - found[1, 1, few]["passing"]
-    )
+    of_few, of_more = (found[1, 1, size]["passing"] for size in _BATCHES)
+    passing = of_few + (batch - few) * (of_more - of_few)
     tile = min(chunked_logprob.TOKEN_CHUNK_SIZE, batch * found[1, 1, few]["answer_tokens"])
     head = tile * backbone.get_text_config().vocab_size * torch.bfloat16.itemsize
     figures["activations"] = kept + passing + head

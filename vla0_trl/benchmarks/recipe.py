@@ -60,9 +60,8 @@ def _bare_step(trainer: VLATrainer, inputs: dict[str, torch.Tensor]) -> None:
     answers = targets.shape[1] - (targets != IGNORED).any(0).int().argmax()
     given = {name: value for name, value in inputs.items() if name not in ("labels", "row_indices")}
     logits = trainer.model(**given, use_cache=False, logits_to_keep=int(answers) + 1).logits[:, :-1]
-    nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets[:, -answers:].flatten(), ignore_index=IGNORED
-    ).backward()
+    answer = targets[:, -answers:].flatten()
+    nn.functional.cross_entropy(logits.flatten(0, 1).float(), answer, ignore_index=IGNORED).backward()
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
 

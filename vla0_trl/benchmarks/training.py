@@ -205,9 +205,8 @@ def _peer_collator(
     batch = processor(text=texts, images=images, padding=True, return_tensors="pt", add_special_tokens=False)
     labels = batch["input_ids"].clone()
     for label, row in zip(labels, rows, strict=True):
-        prompt = processor.apply_chat_template(
-            with_images(row["prompt"], len(config.cameras)), add_generation_prompt=True
-        )
+        messages = with_images(row["prompt"], len(config.cameras))
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
         length = len(processor(text=[prompt], images=[row["images"]], add_special_tokens=False)["input_ids"][0])
         label[:length] = IGNORED
     labels[batch["attention_mask"] == 0] = IGNORED

@@ -40,9 +40,8 @@ def drive(
             results = [episode.result for episode in rollout(policy, envs, seeds, progress=False)]
     finally:
         model.train()
-    return tuple(
-        sum(float(r.get(key, r["success"])) for r in results) / len(results) for key in ("success", "max_coverage")
-    )
+    scores = ([float(r.get(name, r["success"])) for r in results] for name in ("success", "max_coverage"))
+    return tuple(sum(values) / len(values) for values in scores)
 
 
 class RolloutCallback(TrainerCallback):

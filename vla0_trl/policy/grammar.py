@@ -105,9 +105,8 @@ class ActionGrammar:
 
     def gbnf(self) -> str:
         """The answers, without the end of the turn, in GBNF, for llama.cpp and others that read its grammars."""
-        numbers = " | ".join(
-            " ".join(_spelled(digit, '"') for digit in digits) for digits in _digit_ranges(self.num_bins)
-        )
+        spelled = ([_spelled(digit, '"') for digit in digits] for digits in _digit_ranges(self.num_bins))
+        numbers = " | ".join(map(" ".join, spelled))
         prefix = '" " ' if self.prefix else ""
         more = f' (" " number){{{self.num_values - 1}}}' if self.num_values > 1 else ""
         return f"root ::= {prefix}number{more}\nnumber ::= {numbers}\n"

@@ -253,9 +253,8 @@ class VLAPolicy:
             rest = last[found[0] if len(found) else self.config.n_action_steps :]
             guess = np.concatenate([rest, np.repeat(last[-1:], self.config.chunk_size - len(rest), axis=0)])
         elif self.config.relative_actions:
-            guess = np.tile(
-                relative_reference(observation["state"], self.config.action_dim), (self.config.chunk_size, 1)
-            )
+            here = relative_reference(observation["state"], self.config.action_dim)
+            guess = np.tile(here, (self.config.chunk_size, 1))
         else:
             return None
         return self.chat_tokenizer.encode_answer(self.action_tokenizer.to_integers(guess, observation["state"]))[0]

@@ -194,11 +194,10 @@ class VLADataCollator:
 
     def longest_text(self, task: str) -> int:
         """Tokens of a row with this task, if all of its numbers are as long as they can be."""
-        widest = max(
-            range(self.config.num_bins + 1), key=lambda number: len(self.chat_tokenizer.encode_answer([0, number])[0])
-        )
-        state, action = ([widest] * count for count in (self.config.state_dim, self.config.num_values))
-        return len(self.chat_tokenizer.encode_prompt(task, state)) + len(self.chat_tokenizer.encode_answer(action)[0])
+        config, chat = self.config, self.chat_tokenizer
+        widest = max(range(config.num_bins + 1), key=lambda number: len(chat.encode_answer([0, number])[0]))
+        state, action = ([widest] * count for count in (config.state_dim, config.num_values))
+        return len(chat.encode_prompt(task, state)) + len(chat.encode_answer(action)[0])
 
     def _pad(self, encoded: list[tuple[list[int], list[int], PassToken | None]]) -> dict[str, torch.Tensor]:
         length = max(self._min_length, *(len(ids) for ids, *_ in encoded))

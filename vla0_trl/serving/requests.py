@@ -101,9 +101,8 @@ class RequestReader:
     def example(self) -> dict[str, Any]:
         """A message that this reads, of noise."""
         rng, side = np.random.default_rng(0), max(64, self.config.image_size)
-        message: dict[str, Any] = {
-            key: rng.integers(0, 256, (side, side, 3), np.uint8) for key in self.cameras.values()
-        }
+        keys = self.cameras.values()
+        message: dict[str, Any] = {key: rng.integers(0, 256, (side, side, 3), np.uint8) for key in keys}
         if self._reads_state:
             stats = self.config.state_stats or self.config.action_stats
             state = np.resize(np.asarray(stats.mean, np.float64), self.config.state_dim)

@@ -41,9 +41,8 @@ def describe_run(trainer: SFTTrainer, collator: VLADataCollator) -> str:
     of_images = int((sample["input_ids"] == collator.chat_tokenizer.image_token_id).sum())
     of_answer = int((sample["labels"] >= 0).sum())
     batch = global_batch_size(args)
-    steps = (
-        args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(rows / (batch - chats)))
-    )
+    of_epochs = math.ceil(args.num_train_epochs * math.ceil(rows / (batch - chats)))
+    steps = args.max_steps if args.max_steps > 0 else of_epochs
     lines = {
         "model": f"{model.name_or_path or type(model).__name__}, {total / 1e6:.1f} M parameters, "
         f"{trainable / 1e6:.1f} M of them trained ({trainable / total:.1%})",

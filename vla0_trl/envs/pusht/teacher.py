@@ -67,10 +67,8 @@ def features(states: torch.Tensor) -> torch.Tensor:
     shift = block - torch.tensor([goal_x, goal_y])
     turn = torch.remainder(angle - goal_angle + torch.pi, 2 * torch.pi) - torch.pi
     error = [torch.tanh(shift / 8), torch.tanh(shift / 30), torch.tanh(turn / 0.1), torch.tanh(turn / 0.4)]
-    center = WORKSPACE / 2
-    return torch.cat(
-        [(agent - center) / 150, (block - center) / 150, 1.5 * cos, 1.5 * sin, local, offset, *waves, *error], dim=1
-    )
+    places = [(position - WORKSPACE / 2) / 150 for position in (agent, block)]
+    return torch.cat([*places, 1.5 * cos, 1.5 * sin, local, offset, *waves, *error], dim=1)
 
 
 class PushTTeacher(nn.Module):

@@ -174,10 +174,8 @@ class DraftState:
             node, begin = tree.last, first_slot + self.read + len(tree.tokens)
             for step, column in enumerate(path):
                 tree.children[node, column] = node = len(tree.tokens)
-                token = self.speller.token_ids[column]
-                tree.tokens.append(
-                    PassToken(token, length + step, begin + step, visible_until=last_certain, visible_from=begin)
-                )
+                token = (self.speller.token_ids[column], length + step, begin + step)
+                tree.tokens.append(PassToken(*token, visible_until=last_certain, visible_from=begin))
         return tree
 
     def follow(self, tree: Tree, logits: np.ndarray) -> None:
