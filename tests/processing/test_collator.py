@@ -96,8 +96,8 @@ def test_draws_reach_worker_processes_and_do_not_depend_on_their_number(tiny_nan
     for epoch in (0, 1, 0):
         collator.set_epoch(epoch)
         epochs.append(list(loader))
-        for batch, start in zip(epochs[-1], range(0, len(dataset), 8), strict=True):
-            here = collator(dataset.select(range(start, min(start + 8, len(dataset)))))
+        for batch, first in zip(epochs[-1], range(0, len(dataset), 8), strict=True):
+            here = collator(dataset.select(range(first, min(first + 8, len(dataset)))))
             torch.testing.assert_close(batch, here, rtol=0, atol=0)
     torch.testing.assert_close(epochs[0], epochs[2], rtol=0, atol=0)
     for part in (lambda b: b["input_ids"], lambda b: b["images"]["cameras"][0], lambda b: b["images"]["jitter"]):
