@@ -122,7 +122,7 @@ def _shown(row: Row, config: VLAConfig, collator: VLADataCollator | None) -> dic
         "task": row["task"],
         "state": row["state"] or "none",
         "action": row["action"],
-        "decoded": f"differs from the stored chunk by at most {decoding_error(row, config):.2f} half bins",
+        "decoded": f"at most {decoding_error(row, config):.2f} half bins from the stored chunk (up to 1: rounding)",
     }
     shown = {
         "name": f"episode {row['episode_index']}, frame {row['frame_index']}",
