@@ -14,6 +14,7 @@ from support.general import load_script
 from vla0_trl.envs.pusht.env import FPS, PushTEnv
 from vla0_trl.evaluation.episode_log import EpisodeLog, provenance, video_name, write_json, write_video
 from vla0_trl.evaluation.metrics import aggregate
+from vla0_trl.evaluation.report.charts import training_curve
 from vla0_trl.evaluation.report.page import write_report
 from vla0_trl.evaluation.report.summary import energy_table, format_table, load_runs, task_table
 from vla0_trl.evaluation.rollout import rollout
@@ -209,3 +210,8 @@ def test_format_table():
     assert format_table(table) == "run        success\n---------  -------\nuntrained    0.0 %\na           78.1 %"
     markdown = "| run       | success |\n| --------- | ------: |\n| untrained |   0.0 % |\n| a         |  78.1 % |"
     assert format_table(table, markdown=True) == markdown
+
+
+def test_a_metric_that_was_logged_once_is_a_dot():
+    [line] = training_curve({"short": [{"step": 10, "loss": 2.0}]}, "loss", "loss").axes[0].lines
+    assert line.get_marker() == "o" and line.get_xydata().tolist() == [[10, 2]]

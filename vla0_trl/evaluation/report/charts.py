@@ -94,6 +94,7 @@ def training_curve(logs: dict[str, list[dict[str, Any]]], key: str, label: str) 
         for metric, style, suffix in ((key, "-", ""), (f"eval_{key}", "o--", ", held out")):
             points = [(entry["step"], entry[metric]) for entry in history if metric in entry]
             if points:
+                style = style if len(points) > 1 else "o"  # one point is no line
                 axes.plot(*zip(*points, strict=True), style, color=color(index), alpha=0.55 if suffix else 1)
                 axes.lines[-1].set(label=name + suffix, markersize=4, linewidth=1.6)
     axes.set_xlabel("optimizer step")
