@@ -82,7 +82,7 @@ def test_a_finished_run_is_not_trained_again(full_run, dot_dataset):
 def test_muon_in_bfloat16_resumes_bit_for_bit(dot_dataset, tmp_path):
     """Float32 copies of the weights, momentum, schedule: with one token per number, labels kept and waypoints."""
     options = {"optim": "muon", "muon_adamw_learning_rate": 2e-2, "lr_scheduler_type": "cosine", "warmup_steps": 1}
-    options |= {"nano": TINY | {"number_tokens": True, "init": "code"}, "mask_labels": "keep", "mask_full": 0.75}
+    options |= {"nano": TINY | {"number_tokens": True}, "mask_labels": "keep", "mask_full": 0.75}
     shared = {"model": {"dtype": "bfloat16"}, "data": {"waypoints": [0, 3]}, "max_steps": 4, "save_steps": 2}
     whole = run(dot_dataset, tmp_path / "whole", save_initial=True, **shared, **options)
     assert all(moved(whole / "initial", whole).values())

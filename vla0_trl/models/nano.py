@@ -17,11 +17,8 @@ from transformers import (
     SmolVLMProcessor,
 )
 
-from vla0_trl.models.nano_init import init_as_code
-from vla0_trl.models.nano_processor import SPECIAL_TOKENS, nano_processor, number_token
+from vla0_trl.models.nano_processor import SPECIAL_TOKENS, nano_processor
 from vla0_trl.schema import between, boolean, checked, items, mistakes, optional, positive, share
-
-INITS = ("normal", "code")
 
 
 @dataclass
@@ -42,8 +39,6 @@ class NanoConfig:
         image_std (`list[float]`): colours are divided by it.
         patch_size (`int`): side of a patch; (image_size / patch_size / scale_factor)² tokens per image.
         scale_factor (`int`): side of the square of patches that becomes one token.
-        init (`str`): `"code"` gives the weights a start from which looking is learnt within minutes, see
-            [`nano_init`], with a head of its own; `"normal"` is transformers' own.
     """
 
     hidden_size: int = 192
@@ -60,13 +55,10 @@ class NanoConfig:
     image_std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     patch_size: int = 12
     scale_factor: int = 2
-    init: str = "normal"
 
     def __post_init__(self):
         if lines := mistakes(vars(self), _KINDS):
             raise ValueError(f"nano: {'; '.join(lines)}")
-        if self.init not in INITS:
-            raise ValueError(f"nano: init={self.init!r} must be one of {INITS}")
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(f"nano: hidden_size={self.hidden_size} must be a multiple of 2 · num_heads")
         if self.image_size < self.patch_size * self.scale_factor:
@@ -98,12 +90,8 @@ def build_nano(
     image_tokens = (config.image_size // config.patch_size // config.scale_factor) ** 2
     largest = num_bins if config.number_tokens else None
     processor = nano_processor(config.image_size, image_tokens, config.image_mean, config.image_std, largest, texts)
-    tokenizer = processor.tokenizer
     torch.manual_seed(seed)
-    model = SmolVLMForConditionalGeneration(_smolvlm_config(config, tokenizer)).to(torch.float32)
-    if config.init == "code":
-        numbers = range(num_bins + 1) if config.number_tokens else ()
-        init_as_code(model, [tokenizer.convert_tokens_to_ids(number_token(number)) for number in numbers])
+    model = SmolVLMForConditionalGeneration(_smolvlm_config(config, processor.tokenizer)).to(torch.float32)
     return model, processor
 
 
@@ -136,7 +124,7 @@ def _smolvlm_config(config: NanoConfig, tokenizer: PreTrainedTokenizerBase) -> S
         image_token_id=ids["<image>"],
         pad_token_id=ids["<|pad|>"],
         eos_token_id=ids["<end_of_utterance>"],
-        tie_word_embeddings=config.init == "normal",
+        tie_word_embeddings=True,
     )
 
 

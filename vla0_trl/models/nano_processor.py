@@ -40,11 +40,6 @@ _MASK = " ?"  # a token that ChatTokenizer can put in a number's place
 _WORDS = Regex(r" ?[^\s]+|\s")
 
 
-def number_token(number: int) -> str:
-    """The vocabulary's entry for an integer behind a space, " 524"."""
-    return f"Ġ{number}"
-
-
 def nano_processor(
     image_size: int,
     image_tokens: int,
@@ -67,7 +62,7 @@ def nano_processor(
     if brief:
         splitter = pre_tokenizers.Sequence([pre_tokenizers.Split(_WORDS, "isolated"), bytes_only])
         words = [word for text in [*texts, _MASK] for word, _ in splitter.pre_tokenize_str(text)]
-        entries += [*map(number_token, range(largest_number + 1)), *words]
+        entries += [*(f"Ġ{number}" for number in range(largest_number + 1)), *words]  # " 524" is one token
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(entries))}
     # What is in the vocabulary is one token, all else bytes: there are no merges to learn.
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=brief))
