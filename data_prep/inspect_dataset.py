@@ -37,11 +37,14 @@ class Arguments:
 def main() -> None:
     args = parse(Arguments, __doc__)
     from vla0_trl.data.chat_dataset import load_chat_dataset  # after parsing: datasets and torch take seconds
+    from vla0_trl.data.row_check import check_rows
     from vla0_trl.data.viewer import contact_sheet, html_page
 
     with user_errors():
         dataset, config = load_chat_dataset(args.dataset)
-        rows = [dataset[index] for index in row_indices(args.rows, len(dataset))]
+        chosen = dataset.select(row_indices(args.rows, len(dataset)))
+        check_rows(args.dataset, chosen, config)
+        rows = list(chosen)
         collator = None
         if args.output is not None and args.model_name_or_path is not None:
             collator = _collator(args.model_name_or_path, config, args.image_size)

@@ -44,9 +44,15 @@ class Arguments(ModelArguments):
     max_steps: int | None = option(None, "time limit of an episode (default: the protocol's)")
     suite: str | None = option(None, "a task of LIBERO, in place of PushT")
     task_id: int = option(0, "of the suite (default: %(default)s)")
-    render_size: int = option(protocol.IMAGE_SIZE, "of LIBERO's cameras, in pixels (default: %(default)s)")
+    render_size: int = option(
+        protocol.IMAGE_SIZE, "of LIBERO's cameras, in pixels (default: %(default)s)", choices=protocol.RENDER_SIZES
+    )
     assets_dir: str | None = option(None, "LIBERO's assets (default: $LIBERO_ASSETS, else the Hub's)")
     json: Path | None = option(None, "write the cells to this file, too")
+
+    def __post_init__(self):
+        if self.suite is not None:
+            protocol.select_episodes(self.suite, str(self.task_id), 1)  # whether there is such a task
 
 
 def open_simulator(args: Arguments, config: VLAConfig) -> tuple[PushTEnv | LiberoEnv, int]:

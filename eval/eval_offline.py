@@ -57,6 +57,7 @@ def check_fits(policy: VLAConfig, dataset: VLAConfig) -> None:
 def main() -> None:
     args = parse(Arguments, __doc__)
     from vla0_trl.data.chat_dataset import load_chat_dataset  # after parsing: datasets and torch take seconds
+    from vla0_trl.data.row_check import check_rows
     from vla0_trl.evaluation.episode_log import provenance, write_json
     from vla0_trl.evaluation.open_loop import action_errors, pick_frames, token_accuracy
     from vla0_trl.evaluation.report.summary import OFFLINE
@@ -73,6 +74,7 @@ def main() -> None:
         check_fits(config, dataset_config)
         options = args.decoding_options(config)
         rows = pick_frames(dataset, *episodes, args.num_frames)
+        check_rows(args.dataset_name, rows, dataset_config)
         run = {"checkpoint": args.model_name_or_path, "checkpoint_hash": checkpoint_hash(checkpoint)}
         args.output_dir.mkdir(parents=True, exist_ok=True)
         policy = VLAPolicy.from_pretrained(checkpoint, args.device, args.dtype, decoding=options)

@@ -70,8 +70,9 @@ def main() -> None:
         args.label or args.key,
     )
     figure.axes[0].set_xlabel(f"minutes, at {speed:g} samples per minute" if speed else "samples")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=150)
+    with user_errors():
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(args.output, dpi=150)
     kept = ("step", "samples", args.key, *EVALUATED)
     points = {name: [{k: e[k] for k in kept if k in e} for e in entries] for name, entries in logs.items()}
     write_whole(args.output.with_suffix(".json"), json.dumps(points, indent=1) + "\n")

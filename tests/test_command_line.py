@@ -27,6 +27,7 @@ class Arguments:
     dry: bool = option(False)
     names: list[str] = option([])
     state: str = option("agent", choices=["agent", "full"])
+    json: Path | None = option(None)
 
     def __post_init__(self):
         if self.count < 1:
@@ -40,6 +41,7 @@ def read(*words: str) -> Arguments:
 def test_flags_in_every_form():
     assert read() == Arguments(source=Path("data"))
     assert read("--span", "-1,1").span == read("--span=-1,1").span == "-1,1"
+    assert read("--span", "-1e-3").span == "-1e-3" and read("--span", "-inf").span == "-inf"
     for words in (["--no-use_state"], ["--no-use-state"], ["--use_state", "false"]):
         assert read(*words).use_state is False
     assert read("--dry").dry and read("--dry", "true").dry and not read("--dry", "false").dry
@@ -54,8 +56,8 @@ def test_help_of_the_flag_that_turns_a_field_off(capsys):
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     path = tmp_path / "settings.yaml"
-    path.write_text("source: elsewhere\ncount: 5\nuse_state: false\nnames: [a]\n")
-    expected = Arguments(source=Path("elsewhere"), count=7, use_state=False, names=["a"])
+    path.write_text("source: elsewhere\ncount: 5\nuse_state: false\nnames: [a]\nspan: 2026-01-01\n")
+    expected = Arguments(source=Path("elsewhere"), count=7, use_state=False, names=["a"], span="2026-01-01")
     for words in (["--config", str(path)], [f"--config={path}"]):
         assert parse(Arguments, "", [*words, "--count", "7"]) == expected
 
@@ -64,11 +66,30 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     ("words", "yaml", "message"),
     [
         (["--cuont", "4"], "", "unknown argument --cuont: did you mean --count?"),
-        ([], "cuont: 4", "unknown argument --cuont: did you mean --count?"),
+        ([], "cuont: 4", "unknown argument cuont: did you mean --count?"),
         (["--count", "0"], "", "--count 0 must be at least 1"),
-        ([], "state: agnt", "state: 'agnt' is not one of agent, full"),
+        ([], "state: agnt", "argument --state: invalid choice: 'agnt' (choose from"),
         (["--count", "many"], "", "argument --count: invalid int value: 'many'"),
-        ([], "- a", "must contain a YAML mapping"),
+        (["--config"], "", "argument --config: expected one argument"),
+        ([], "- a", "found ['a'], wanted an object with fields"),
+        ([], "count: 1.5", "argument --count: invalid int value: '1.5'"),
+        ([], "count: true", "argument --count: invalid int value: 'true'"),
+        ([], "count: -5", "--count -5 must be at least 1"),
+        ([], "count: [4]", "count is [4], wanted what --count takes"),
+        ([], "span: {a: 1}", "span is {'a': 1}, wanted what --span takes"),
+        ([], "names: [a, [b]]", "names is ['a', ['b']], wanted what --names takes"),
+        ([], "dry: 3", "argument --dry: Truthy value expected: got 3"),
+        ([], "3: 1", "unknown argument 3"),
+        ([], "cou: 4", "unknown argument cou: did you mean --count?"),
+        (
+            ["--json", "absent/folder/x.json"],
+            "",
+            "--json absent/folder/x.json can't be written: name a file in a folder",
+        ),
+        (["--json", "/"], "", "--json / can't be written"),
+        ([], "env: 3", "env is 3, wanted an object with fields"),
+        ([], "a: [", "is not YAML"),
+        ([], "a: " + "[" * 5000, "is nested too deep"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, words, yaml, message):

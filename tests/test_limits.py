@@ -43,6 +43,11 @@ BAD = [
     ({"router_aux_loss_coef": -1.0}, "--router_aux_loss_coef -1.0 must be at least 0"),
     ({"adam_beta1": 1.0}, "--adam_beta1 1.0 must be at most 0.999999999"),
     ({"dataloader_num_workers": 10**9}, "--dataloader_num_workers 1000000000 must be at most 1000"),
+    ({"temperature": -1.0}, "--temperature -1.0 must be at least 0"),
+    ({"temperature": 1e26}, "--temperature 1e\\+26 must be at most 100"),
+    ({"ensemble_decay": -1e3}, "--ensemble_decay -1000.0 must be at least -100"),
+    ({"every": -1}, "--every -1 must be at least 1"),
+    ({"task_id": -1}, "--task_id -1 must be at least 0"),
     ({"ddp_bucket_cap_mb": 0}, "--ddp_bucket_cap_mb 0 must be at least 1"),
 ]
 

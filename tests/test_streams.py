@@ -54,6 +54,24 @@ def test_all_text_is_utf8_whatever_the_locale(evaluation):
     assert TASK in (evaluation / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("code", "redirected", "status", "said"),
+    [
+        ("print(1)", ">/dev/full", 1, "error: what was printed can't be written: [Errno 28] No space left on device"),
+        ("print(1, flush=True)", ">/dev/full", 1, "error: [Errno 28] No space left on device"),
+        ("raise OSError(28, 'No space left on device', 'a')", "", 1, "error: [Errno 28] No space left on device: 'a'"),
+        ("open('/proc/x', 'w')", "", 1, "error: [Errno 2] No such file or directory: '/proc/x'"),
+        ("print(open('/dev/null').fileno() > 2, file=sys.stderr)", "<&- >&-", 0, "True"),
+        ("print(1), print(1, file=sys.stderr), sys.stdin.read()", "<&- >&- 2>&-", 0, ""),
+    ],
+)
+def test_a_full_disk_and_closed_streams(code, redirected, status, said):
+    code = f"import sys; from vla0_trl.streams import prepare_streams; prepare_streams(); {code}"
+    command = ["sh", "-c", f'exec "$0" -c "$1" {redirected}', sys.executable, code]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (status, said)
+
+
 @pytest.mark.parametrize("cache", ["/proc/home/datasets", "/dev/null/datasets"])
 def test_a_home_that_can_not_be_written_is_one_line(dot_dataset, monkeypatch, cache):
     monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", cache)

@@ -6,19 +6,25 @@ mistake in a flag are answered at once.
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
+from datetime import date
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from trl import TrlParser
 
 from vla0_trl.limits import check_limits
+from vla0_trl.schema import checked, parse_yaml, short
 from vla0_trl.streams import prepare_streams
 
 T = TypeVar("T")
+_FILES = {"json", "png", "trace"}  # fields: files that a script writes when its work is done
 
 
 def option(default: Any = MISSING, help: str = "", **argparse_options: Any) -> Any:
@@ -52,30 +58,53 @@ class ScriptParser(TrlParser):
         self.add_argument("--config", metavar="YAML", help="a file with any of these settings; flags win")
 
     def parse(self, words: list[str] | None = None, unknown_allowed: bool = False):
-        """`(arguments, the others as a namespace, unknown words)`; ends the program where unknown ones aren't allowed.
-
-        The values that YAML gives to fields with `choices` are checked as well, which argparse leaves out.
-        """
+        """`(arguments, others as a namespace, unknown words)`; ends the program where unknown ones aren't allowed."""
         if words is None:
             prepare_streams()
         words = separated(sys.argv[1:] if words is None else words)
         try:
-            arguments, others, unknown = self.parse_args_and_config(words, return_remaining_strings=True)
+            config = next((Path(path) for flag, path in pairwise(words) if flag == "--config"), None)
+            words = (self._words_of(config) if config else []) + words
+            arguments, others, unknown = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
             check_limits(vars(arguments) | vars(others))
+            for name in _FILES & vars(arguments).keys():
+                _check_writable(name, getattr(arguments, name))
         except (ValueError, OSError) as error:
             self.error(str(error))
         if unknown and not unknown_allowed:
             self.error(unknown_flag(unknown[0], {f.name for f in fields(arguments)}))
-        for f in fields(arguments):
-            value, choices = getattr(arguments, f.name), f.metadata.get("choices")
-            values = value if isinstance(value, list) else [value]
-            if choices is not None and value is not None and not set(values) <= set(choices):
-                self.error(f"{f.name}: {value!r} is not one of {', '.join(map(str, choices))}")
         return arguments, others, unknown
+
+    def _words_of(self, config: Path) -> list[str]:
+        """A YAML's settings as the command line would give them, which checks them alike; `env` sets variables."""
+        settings = checked(str(config), parse_yaml(str(config), config.read_bytes()), {})
+        variables = settings.pop("env", {})
+        if not isinstance(variables, dict):
+            raise ValueError(f"{config}: env is {short(variables)}, wanted an object with fields")
+        os.environ.update({str(name): str(value) for name, value in variables.items()})
+        takes_list = {action.dest: action.nargs in ("+", "*") for action in self._actions}
+        words = []
+        for name, value in settings.items():
+            if name not in takes_list:
+                raise ValueError(unknown_flag(str(name), takes_list))
+            if value is None or value == []:  # not set
+                continue
+            values = value if isinstance(value, list) and takes_list[name] else [value]
+            if not all(isinstance(value, str | int | float | date) for value in values):
+                raise ValueError(f"{config}: {name} is {short(value)}, wanted what --{name} takes")
+            texts = [str(value).lower() if isinstance(value, bool) else str(value) for value in values]
+            words += [f"--{name}", *texts] if takes_list[name] else [f"--{name}={texts[0]}"]
+        return [*words, "--config", str(config)]  # so that a list ends
 
     def error(self, message: str) -> None:
         """One line, exit status 2."""
         self.exit(2, f"error: {message}\n")
+
+
+def _check_writable(name: str, path: Path | None) -> None:
+    """`ValueError` for a file that can't be written: found before the work of which it takes the result."""
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise ValueError(f"--{name} {path} can't be written: name a file in a folder that exists")
 
 
 def unknown_flag(word: str, names: Collection[str]) -> str:
@@ -87,14 +116,14 @@ def unknown_flag(word: str, names: Collection[str]) -> str:
 def separated(words: list[str]) -> list[str]:
     """Words as TRL's parser takes them.
 
-    It knows `--config FILE` but not `--config=FILE`, and argparse takes a value such as `-1,1` for a flag unless "="
-    joins the two.
+    It knows `--config FILE` but not `--config=FILE`, and argparse takes a value such as `-1,1` or `-1e-3` for a flag
+    unless "=" joins the two.
     """
     result: list[str] = []
     for word in words:
         if word.startswith("--config="):
             result += word.split("=", 1)
-        elif re.match(r"-[\d.]+,", word) and result and result[-1].startswith("--"):
+        elif re.match(r"-([\d.]+[,e]|inf|nan)", word, re.IGNORECASE) and result and result[-1].startswith("--"):
             result[-1] += f"={word}"
         else:
             result.append(word)

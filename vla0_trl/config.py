@@ -19,8 +19,8 @@ from vla0_trl.schema import (
     items,
     line_of_text,
     mistakes,
-    not_negative,
     number,
+    numeric,
     optional,
     positive,
     positive_share,
@@ -244,6 +244,7 @@ class VLAConfig:
             raise ValueError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from error
 
 
+_UP_TO_100 = numeric(lambda value: 0 <= value <= 100, "a number from 0 to 100")
 _KINDS: dict[str, Kind] = {
     "cameras": items(line_of_text, 1, _MAX_CAMERAS),
     "action_dim": between(1, _MAX_DIM),
@@ -252,9 +253,9 @@ _KINDS: dict[str, Kind] = {
     "waypoints": optional(items(whole, 1)),
     "n_action_steps": optional(between(*LIMITS["n_action_steps"])),
     "ensemble_decay": optional(number),
-    "temperature": not_negative,
+    "temperature": _UP_TO_100,
     "crop_ratio": positive_share,
-    "image_jitter": optional(items(not_negative, 4, 4)),  # brightness, contrast, saturation, hue
+    "image_jitter": optional(items(_UP_TO_100, 4, 4)),  # brightness, contrast, saturation, hue
     **dict.fromkeys(("tile_images", "use_state", "relative_actions", "use_system_prompt"), boolean),
     **dict.fromkeys(("action_stats", "state_stats"), optional(stats_or_record)),
     "fps": positive,

@@ -11,12 +11,12 @@ _NAMES = {
         ddp_bucket_cap_mb pad_to_multiple_of dataloader_prefetch_factor max_steps
         max_episodes_per_task episodes_per_task num_episodes_per_task num_frames
         batch_size batch_sizes rows steps turns chunks dagger_episodes num_rows round_episodes
-        max_batch max_mb max_connections requests samples_per_minute
+        max_batch max_mb max_connections requests samples_per_minute every
     """,
     _MAYBE_NONE: """
         num_eval_episodes rollout_steps probe_steps dagger_steps warmup_steps eval_delay
         eval_accumulation_steps torch_empty_cache_steps ddp_timeout num_videos first_init_state warmup jitter
-        num_workers window_ms delays_ms
+        num_workers window_ms delays_ms task_id
     """,
     _SHARE: """
         mask_max mask_skip mask_full mask_branches label_smoothing_factor lora_dropout crop_ratio
@@ -24,7 +24,7 @@ _NAMES = {
     """,
     _SIZE: """
         learning_rate muon_adamw_learning_rate weight_decay max_grad_norm adam_epsilon neftune_noise_alpha
-        num_train_epochs timeout_s ensemble_decay label_smoothing_bins router_aux_loss_coef card_gib max_gb peak_tflops
+        num_train_epochs timeout_s label_smoothing_bins router_aux_loss_coef card_gib max_gb peak_tflops
     """,
     _SEED: "seed data_seed",
 }
@@ -32,6 +32,7 @@ LIMITS = {name: limits for limits, names in _NAMES.items() for name in names.spl
 # Sizes of a policy: above the largest that is trained anywhere, and low enough that a typing error fills no memory.
 LIMITS |= {"chunk_size": (1, 1000), "n_action_steps": (1, 1000), "ensemble_size": (1, 1000)}
 LIMITS |= {"num_episodes": (1, 10**6), "num_envs": (1, 10**4), "num_proc": (1, 10**4), "width": (1, 2**14)}
+LIMITS |= {"temperature": (0, 100), "ensemble_decay": (-100, 100)}
 LIMITS |= {"num_clients": (1, 10**4), "image_side": (1, 4096), "port": (0, 2**16 - 1), "refine": (0, 1000)}
 LIMITS |= {"dataloader_num_workers": (0, 1000), "lora_r": (1, 2**14)}
 LIMITS |= {"adam_beta1": (0, 0.999999999), "adam_beta2": (0, 0.999999999)}

@@ -38,11 +38,13 @@ class NormStats:
             for dim, value in enumerate(values):
                 if not is_number(value):
                     raise ValueError(f"statistics: {name} of dimension {dim} is {value}, not a finite number")
-        for dim, (low, high) in enumerate(zip(self.min, self.max, strict=True)):
-            if low > high:
-                raise ValueError(f"statistics: dimension {dim} runs from {low:g} down to {high:g}: min is above max")
-            if not _fits_float32(low, high):
-                raise ValueError(f"statistics: dimension {dim} runs from {low:g} to {high:g}, too wide for a float32")
+        for lowest, highest in (("min", "max"), ("q01", "q99")):
+            for dim, (low, high) in enumerate(zip(getattr(self, lowest), getattr(self, highest), strict=True)):
+                where = f"statistics: dimension {dim} runs from {low:g}"
+                if low > high:
+                    raise ValueError(f"{where} down to {high:g}: {lowest} is above {highest}")
+                if not _fits_float32(low, high):
+                    raise ValueError(f"{where} to {high:g}, too wide for a float32")
 
     @classmethod
     def from_array(cls, values: np.ndarray) -> NormStats:

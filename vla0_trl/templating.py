@@ -4,6 +4,7 @@ All that an HTML page shows is escaped, because names and commands come from fil
 figure) says so as `markupsafe.Markup`. A value that a template names but that is not given is an error.
 """
 
+import re
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -18,8 +19,8 @@ def render(template: str, **values: Any) -> str:
 
 
 def markdown_line(text: object) -> str:
-    """Text that stays in its line and in its cell of a Markdown table, and is not HTML."""
-    return " ".join(str(text).split()).replace("|", r"\|").replace("<", "&lt;")
+    """Text that stays in its line and in its cell of a Markdown table, and is no HTML, link, picture or code."""
+    return re.sub(r"([\\|\[`])", r"\\\1", " ".join(str(text).split())).replace("<", "&lt;")
 
 
 _ENVIRONMENT = Environment(

@@ -13,12 +13,12 @@ action_dim) in the dataset's units: {"actions": [[[…], …], …], "n_action_s
 
 import base64
 import binascii
-import io
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from vla0_trl import VLAPolicy
+from vla0_trl.serving.requests import decoded_picture
 
 
 class EndpointHandler:
@@ -48,6 +48,6 @@ def _observation(sent: Any) -> dict[str, Any]:
 
 def _picture(text: Any, camera: str) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
-    except (binascii.Error, TypeError, ValueError, UnidentifiedImageError) as error:
+        return decoded_picture(base64.b64decode(text, validate=True))
+    except (binascii.Error, TypeError, ValueError) as error:
         raise ValueError(f"camera {camera!r}: not the base64 text of a PNG or JPEG ({error})") from error

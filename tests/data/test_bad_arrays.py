@@ -83,6 +83,8 @@ DEMOS = [
     ("actions", DEMO["actions"][:, 0], "actions is float64 of shape (6,), wanted (frames, 7) numbers"),
     ("actions", DEMO["actions"].astype(complex), "actions is complex128"),
     ("actions", DEMO["actions"][:4], "actions has 4"),
+    ("actions", DEMO["actions"][:0], "actions is of shape (0, 7), and holds nothing"),
+    ("obs/ee_states", DEMO["obs/ee_states"][:, :0], "obs/ee_states is of shape (6, 0), and holds nothing"),
     ("actions", long, "at most 1000000 are read"),
     ("actions", elsewhere, "actions lies in another file"),
     ("obs/ee_states", None, "has no obs/ee_states"),

@@ -21,6 +21,10 @@ PNG_COMPRESS_LEVEL = 2
 # halved it once already.
 JPEG_OPTIONS = {"quality": 95, "subsampling": "4:4:4"}
 MAX_PIXELS = 1 << 24  # of a frame; 8K video has twice as many
+MAX_ASPECT = 200  # longer side over shorter; Qwen's processor has the same limit
+# What is read; Pillow knows many more, and runs Ghostscript for one of them.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+IMAGE_ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}  # bytes that a file lacks if it is cut off
 PIECE_FRAMES = 100  # of an episode in memory at once: 10 MB of two 256 px cameras as JPEG
 
 # What Pillow raises for damaged files.
@@ -213,11 +217,13 @@ def _checked_bytes(data: bytes, where: str) -> tuple[bytes, tuple[int, int]]:
     An image whose EXIF data say that it is rotated is rotated back first, because some readers ignore EXIF.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.format not in ("PNG", "JPEG"):
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            if image.format not in IMAGE_ENDS:
                 raise EpisodeError(f"{where} is {image.format}, expected PNG or JPEG: choose other cameras")
             check_frame_size(*image.size, where)
             image.load()
+            if IMAGE_ENDS[image.format] not in data:
+                raise OSError("it is cut off")
             turned = None
             if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                 turned = np.asarray(ImageOps.exif_transpose(image))
@@ -232,12 +238,20 @@ def _checked_bytes(data: bytes, where: str) -> tuple[bytes, tuple[int, int]]:
     return data, image.size
 
 
-def check_frame_size(width: int, height: int, where: str) -> None:
-    """`EpisodeError` for a frame that is larger than any camera's: a few kB can unpack to gigabytes."""
+def size_mistake(width: int, height: int) -> str | None:
+    """What is wrong with a picture's size: a few kB can unpack to gigabytes."""
     if width * height > MAX_PIXELS:
+        return f"{width}×{height} pixels, at most {MAX_PIXELS} are read"
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        return f"{width}×{height} pixels, one side at most {MAX_ASPECT} times as long as the other is read"
+    return None
+
+
+def check_frame_size(width: int, height: int, where: str) -> None:
+    """`EpisodeError` for a frame of a size that no camera has."""
+    if mistake := size_mistake(width, height):
         raise EpisodeError(
-            f"{where} has {width}×{height} pixels, at most {MAX_PIXELS} are read: make the frames smaller, or leave "
-            "the episode out with --skip_bad_episodes"
+            f"{where} has {mistake}: make the frames smaller, or leave the episode out with --skip_bad_episodes"
         )
 
 

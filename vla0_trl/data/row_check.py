@@ -1,5 +1,6 @@
 """All rows of a chat dataset are looked at before training starts: column by column, images by their headers alone."""
 
+import io
 import warnings
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Image
 
 from vla0_trl.config import VLAConfig
-from vla0_trl.data.episodes import DAMAGED_IMAGE, MAX_PIXELS
+from vla0_trl.data.episodes import DAMAGED_IMAGE, IMAGE_ENDS, IMAGE_FORMATS, MAX_PIXELS, size_mistake
 from vla0_trl.processing.chat import task_mistake
 from vla0_trl.processing.collator import VLADataCollator
 from vla0_trl.schema import one_line
@@ -103,16 +104,23 @@ def _mistakes(rows: pa.Table, config: VLAConfig, known: set[str]) -> Iterator[tu
 
 
 def image_mistake(file: pa.Buffer) -> str | None:
-    """What keeps an image file from being read, as far as its header shows: that alone is read, not the pixels."""
+    """What keeps an image file from being read. PNG and JPEG: header and end alone are looked at."""
+    data = file.to_pybytes()
     try:
         with warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning):
-            image = PIL.Image.open(pa.BufferReader(file))
+            image = PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        if mistake := size_mistake(*image.size):
+            return f"holds an image of {mistake}"
+        if image.format not in IMAGE_ENDS:
+            image.load()
+        elif IMAGE_ENDS[image.format] not in data:
+            return f"holds a {image.format} that is cut off"
     except PIL.Image.DecompressionBombError:
         return f"holds an image of more than {MAX_PIXELS} pixels"
+    except PIL.UnidentifiedImageError:
+        return f"holds no image that can be read: wanted {', '.join(IMAGE_FORMATS)}"
     except DAMAGED_IMAGE as error:
         return f"holds no image that can be read ({one_line(error, 100)})"
-    if image.width * image.height > MAX_PIXELS:
-        return f"holds an image of {image.width}×{image.height} pixels, at most {MAX_PIXELS} are read"
     return None
 
 

@@ -35,7 +35,7 @@ def decoded_image(image: Image.Image | np.ndarray | dict) -> np.ndarray:
 def crop(image: np.ndarray, ratio: float, rng: np.random.Generator | None = None) -> np.ndarray:
     """Cut `ratio` of each side out of an image (H, W, 3): at random, or from the centre without `rng`."""
     height, width = image.shape[:2]
-    new_height, new_width = round(height * ratio), round(width * ratio)
+    new_height, new_width = max(1, round(height * ratio)), max(1, round(width * ratio))
     if rng is None:
         top, left = (height - new_height) // 2, (width - new_width) // 2
     else:

@@ -227,11 +227,19 @@ def _picture(value: Any, key: str) -> Any:
             )
         return value
     try:
-        image = Image.open(io.BytesIO(value), formats=("JPEG", "PNG"))
+        return decoded_picture(value)
+    except ValueError as error:
+        raise ValueError(f"{key} is no JPEG or PNG that can be read: {error}") from error
+
+
+def decoded_picture(data: bytes) -> Image.Image:
+    """A JPEG or PNG, decoded; `ValueError` if it is neither, damaged or too large."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"it has {image.width} × {image.height} pixels, at most {MAX_PIXELS} are read")
         image.load()
     # Image.DecompressionBombError is no ValueError, SyntaxError is what Pillow says of a broken PNG.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{key} is no JPEG or PNG that can be read: {one_line(str(error), 200)}") from error
+        raise ValueError(one_line(str(error), 200)) from error
     return image

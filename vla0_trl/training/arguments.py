@@ -143,6 +143,8 @@ class VLASFTConfig(SFTConfig):
     overwrite: bool = option(False, "Start again in an output_dir that another run has used.")
 
     def __post_init__(self):
+        if not (self.pad_to_multiple_of in (None, "auto") or str(self.pad_to_multiple_of).isdecimal()):
+            raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of} must be a whole number, or auto")
         check_settings(self)
         card = None if self.use_cpu else without_bfloat16()
         if card and self.bf16:

@@ -254,6 +254,8 @@ def _dataset(group: h5py.Group, key: str, name: str, frames: int | None = None) 
         raise EpisodeError(f"{name}: {key} has {len(found)} frames, actions has {frames}: {_FIX}")
     if len(found) > _MAX_FRAMES:
         raise EpisodeError(f"{name}: {key} has {len(found)} frames, at most {_MAX_FRAMES} are read: {_FIX}")
+    if 0 in found.shape:
+        raise EpisodeError(f"{name}: {key} is of shape {found.shape}, and holds nothing: {_FIX}")
     blocks = math.prod(-(-size // part) for size, part in zip(found.shape, found.chunks or found.shape, strict=True))
     if found.chunks and found.id.get_num_chunks() < blocks:
         raise EpisodeError(f"{name}: {key} lacks blocks, which would read as zeros: {_FIX}")
