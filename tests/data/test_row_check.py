@@ -15,7 +15,7 @@ from support.runs import run
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.episodes import EpisodeError, raw_rows
-from vla0_trl.data.row_check import check_rows, check_tasks
+from vla0_trl.data.row_check import check_rows, check_tasks, image_mistake
 from vla0_trl.models.loading import load_processor
 from vla0_trl.processing.chat_tokenizer import ChatTokenizer
 from vla0_trl.processing.collator import VLADataCollator
@@ -29,6 +29,13 @@ def blank(width: int, height: int) -> dict:
     file = io.BytesIO()
     Image.new("1", (width, height)).save(file, "PNG")
     return {"bytes": file.getvalue(), "path": None}
+
+
+def saved(kind: str, end: int | None = None) -> dict:
+    """A picture's file, or its first bytes."""
+    file = io.BytesIO()
+    Image.radial_gradient("L").convert("RGB").save(file, kind)
+    return {"bytes": file.getvalue()[:end], "path": None}
 
 
 BAD_ROWS = [
@@ -69,6 +76,12 @@ BAD_ROWS = [
     ("images", [{"bytes": b"", "path": None}], "images holds no image that can be read"),
     ("images", [{"bytes": b"\x89PNG\r\n\x1a\n" + b"\0" * 20, "path": None}], "images holds no image that can be read"),
     ("images", [{"bytes": b"GIF87a\1", "path": None}], "images holds no image that can be read"),
+    ("images", [{"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "path": None}], "wanted PNG, JPEG, "),
+    ("images", [{"bytes": b"DDS " + bytes(200), "path": None}], "images holds no image that can be read: wanted PNG"),
+    ("images", [saved("PNG", -20)], "images holds a PNG that is cut off"),
+    ("images", [saved("JPEG", -2)], "images holds a JPEG that is cut off"),
+    ("images", [saved("GIF", -20)], "images holds no image that can be read (image file is truncated"),
+    ("images", [blank(60_000, 1)], "60000×1 pixels, one side at most 200 times as long as the other is read"),
     ("images", [blank(5000, 5000)], "images holds an image of 5000×5000 pixels, at most 16777216 are read"),
     ("images", [blank(20_000, 20_000)], "images holds an image of more than 16777216 pixels"),
 ]
@@ -100,6 +113,11 @@ def check(table: pa.Table, config: VLAConfig) -> None:
     check_rows("dots", Dataset(table.replace_schema_metadata(None)), config)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_every_usual_picture_is_read(kind):
+    assert image_mistake(pa.py_buffer(saved(kind)["bytes"])) is None
+
+
 def test_whole_rows_pass(table, dot_dataset):
     check(table, VLAConfig.from_pretrained(dot_dataset))
     without_state_text = changed(table, "state", [""] * len(table), pa.string())
@@ -111,6 +129,12 @@ def test_a_bad_row_is_named(table, dot_dataset, column, value, message):
     with pytest.raises(ValueError, match=PLACE) as error:
         check(one_changed(table, column, value), VLAConfig.from_pretrained(dot_dataset))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("index", [-1, 2**63 - 1])
+def test_an_index_that_no_seed_can_be_made_of(table, dot_dataset, index):
+    with pytest.raises(ValueError, match=rf"row 13 \(episode {index}, frame 3\): episode_index is negative, or too"):
+        check(one_changed(table, "episode_index", index), VLAConfig.from_pretrained(dot_dataset))
 
 
 @pytest.mark.parametrize(("column", "kind", "value", "message"), BAD_COLUMNS, ids=short_words)

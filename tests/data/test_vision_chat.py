@@ -119,7 +119,9 @@ def test_content_parts_and_a_single_image_column_are_read(tiny_nano, example_con
         ({"images": [], "messages": [turn("user", "long " * 200), turn("assistant", "x")]}, "the model reads 512"),
         ({"images": [], "messages": [turn("assistant", "x"), turn("user", "x")] * 2}, "begins with the assistant"),
         ({"images": [None], "messages": []}, "images holds a path in place of an image: embed it"),
-        ({"images": [{"bytes": b"GIF?"}], "messages": []}, "images holds no image that can be read ("),
+        ({"images": [{"bytes": b"GIF?"}], "messages": []}, "images holds no image that can be read: wanted PNG"),
+        ({"images": [], "messages": [None]}, "messages has a turn that is null"),
+        ({"images": [], "messages": [turn("user", "x"), turn("assistant", "y")] * 51}, "has 102 turns, at most 100"),
     ],
 )
 def test_bad_rows_are_named(row, message, tiny_nano, example_config, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, Image, List, Value, load_dataset
 from datasets import config as datasets_config
+from datasets.exceptions import DatasetsError
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
@@ -19,6 +20,7 @@ from vla0_trl.actions import NormStats, Quantizer, join_integers
 from vla0_trl.config import VLAConfig
 from vla0_trl.manifest import CONVERSION_NAME, read_json
 from vla0_trl.processing.chat import completion_messages, prompt_messages
+from vla0_trl.schema import one_line
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 # One row per frame. `prompt` and `completion` are TRL's own form of the text columns, for training with plain TRL. Our
@@ -76,9 +78,7 @@ def chat_rows(raw: pa.Table, config: VLAConfig) -> pa.Table:
 def load_chat_dataset(name_or_path: str | Path, revision: str | None = None) -> tuple[Dataset, VLAConfig]:
     """A chat dataset and its config, from a local folder or the Hub; all columns of the contract are there."""
     config = VLAConfig.from_pretrained(name_or_path, repo_type="dataset", revision=revision)
-    check_loadable(name_or_path)
-    _check_cache(Path(datasets_config.HF_DATASETS_CACHE))
-    dataset = load_dataset(str(name_or_path), split="train", revision=revision)
+    dataset = load_rows(str(name_or_path), revision)
     missing = FEATURES.keys() - set(dataset.column_names)
     if missing:
         raise ValueError(
@@ -86,6 +86,20 @@ def load_chat_dataset(name_or_path: str | Path, revision: str | None = None) -> 
             "the episodes again with data_prep/"
         )
     return dataset, config
+
+
+def load_rows(name: str, revision: str | None = None) -> Dataset:
+    """The split `train` of a local folder or a Hub repository; `ValueError` for files that can't be read."""
+    check_loadable(name)
+    _check_cache(Path(datasets_config.HF_DATASETS_CACHE))
+    try:
+        dataset = load_dataset(name, split="train", revision=revision)
+    except DatasetsError as error:  # whatever is in its files
+        why = one_line(error.__cause__ or error, 200)
+        raise ValueError(f"{name}: its files can't be read ({why}): get or convert it again") from error
+    if not len(dataset):
+        raise ValueError(f"{name}: has no rows: convert the episodes again")
+    return dataset
 
 
 def conversion_record(name_or_path: str | Path, revision: str | None = None) -> dict[str, Any] | None:

@@ -85,6 +85,9 @@ def _mistakes(rows: pa.Table, config: VLAConfig, known: set[str]) -> Iterator[tu
         bad = np.flatnonzero(lengths != size)
         found = f"has {lengths[bad[0]]} values, wanted {size}" if len(bad) else ""
         yield column, bad, found
+    for column in ("episode_index", "frame_index"):
+        numbers = rows[column].to_numpy()
+        yield column, np.flatnonzero((numbers < 0) | (numbers >= 2**62)), "is negative, or too large"
     files = pc.struct_field(rows["images"].combine_chunks().flatten(), "bytes")
     outside = np.flatnonzero(pc.is_null(files).to_numpy(zero_copy_only=False))
     yield "images", outside // len(config.cameras), "holds a path in place of an image: embed it"

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
-from datasets import Image, List, load_dataset
+from datasets import Image, List
 from trl import prepare_multimodal_messages
 
-from vla0_trl.data.chat_dataset import check_loadable
+from vla0_trl.data.chat_dataset import load_rows
 from vla0_trl.data.row_check import image_mistake
 from vla0_trl.processing.chat_tokenizer import ChatTokenizer
 from vla0_trl.schema import one_line
@@ -15,6 +15,7 @@ from vla0_trl.schema import one_line
 CHAT_EPISODE = -1  # in the place of an episode's index
 _ROLES = ("system", "user", "assistant")
 _TURN_TOKENS = 32  # more than a chat template writes around a turn
+_MAX_TURNS = 100  # the template runs once per answer, over all that was before it
 _BATCH = 10_000  # rows
 
 
@@ -33,8 +34,7 @@ class VisionChats:
     """
 
     def __init__(self, name: str):
-        check_loadable(name)
-        self.name, self._dataset = name, load_dataset(name, split="train")
+        self.name, self._dataset = name, load_rows(name)
         features = self._dataset.features
         self._texts = ["messages"] if "messages" in features else ["prompt", "completion"]
         if any("role" not in getattr(features.get(text), "feature", ()) for text in self._texts):
@@ -99,6 +99,8 @@ class VisionChats:
                 return f"{self._images} {mistake}"
         for column in self._texts:
             for message in row[column] or ():
+                if message is None:
+                    return f"{column} has a turn that is null"
                 if message["role"] not in _ROLES:
                     return f"{column} has the role {message['role']!r}, wanted one of {', '.join(_ROLES)}"
                 if mistake := _content_mistake(message["content"], tokenizer.special_tokens):
@@ -109,6 +111,8 @@ class VisionChats:
             chat, targets_from = self._conversation(row, len(files))
             if chat[0]["role"] == "assistant":
                 return "begins with the assistant: nothing was asked"
+            if len(chat) > _MAX_TURNS:
+                return f"has {len(chat)} turns, at most {_MAX_TURNS} are read"
             if all(message["role"] != "assistant" for message in chat[targets_from:]):
                 return "the assistant says nothing, so there is nothing to learn"
             tokenizer.chat_turns(chat, targets_from)
@@ -137,8 +141,8 @@ def _content_mistake(content: Any, special_tokens: set[str]) -> str | None:
     if not parts:
         return "has a turn without content"
     for part in parts:
-        if part["type"] not in ("text", "image"):
-            return f"has a part of type {part['type']!r}, wanted text or image"
+        if part is None or part["type"] not in ("text", "image"):
+            return f"has a part of type {part and part['type']!r}, wanted text or image"
         if part["type"] == "text":
             text = part.get("text")
             if text is None:
