@@ -78,6 +78,7 @@ BAD_ROWS = [
     ("images", [{"bytes": b"GIF87a\1", "path": None}], "images holds no image that can be read"),
     ("images", [{"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "path": None}], "wanted PNG, JPEG, "),
     ("images", [{"bytes": b"DDS " + bytes(200), "path": None}], "images holds no image that can be read: wanted PNG"),
+    ("images", [blank(48, 40)], "images holds an image of 48×40 pixels, that of the first row has 48×48"),
     ("images", [saved("PNG", -20)], "images holds a PNG that is cut off"),
     ("images", [saved("JPEG", -2)], "images holds a JPEG that is cut off"),
     ("images", [saved("GIF", -20)], "images holds no image that can be read (image file is truncated"),

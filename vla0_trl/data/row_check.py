@@ -28,9 +28,10 @@ def check_rows(name: str, dataset: Dataset, config: VLAConfig) -> None:
     """
     _check_types(name, dataset.select_columns(list(_COLUMNS)).features.arrow_schema)
     known: set[str] = set()
+    sizes: dict[int, tuple[int, int]] = {}  # of each camera's images
     start = 0
     for rows in dataset.select_columns(list(_COLUMNS)).with_format("arrow").iter(_BATCH):
-        for column, bad, wanted in _mistakes(rows, config, known):
+        for column, bad, wanted in _mistakes(rows, config, known, sizes):
             if len(bad):
                 row = int(bad[0])
                 raise ValueError(f"{_place(name, rows, row, start)}: {column} {wanted}: {_FIX}")
@@ -72,8 +73,13 @@ def _check_types(name: str, schema: pa.Schema) -> None:
             raise ValueError(f"{name}: column {column} is of {schema.field(column).type}, wanted {words}: {_FIX}")
 
 
-def _mistakes(rows: pa.Table, config: VLAConfig, known: set[str]) -> Iterator[tuple[str, np.ndarray, str]]:
-    """(column, indices of bad rows, what is wrong), each column's null values first."""
+def _mistakes(
+    rows: pa.Table, config: VLAConfig, known: set[str], sizes: dict[int, tuple[int, int]]
+) -> Iterator[tuple[str, np.ndarray, str]]:
+    """(column, indices of bad rows, what is wrong), each column's null values first.
+
+    `known` tasks are those of earlier rows, `sizes` those of each camera.
+    """
     for column in _COLUMNS:
         yield column, _where(pc.is_null(rows[column])), "is null"
     for column, size in (
@@ -92,8 +98,14 @@ def _mistakes(rows: pa.Table, config: VLAConfig, known: set[str]) -> Iterator[tu
     outside = np.flatnonzero(pc.is_null(files).to_numpy(zero_copy_only=False))
     yield "images", outside // len(config.cameras), "holds a path in place of an image: embed it"
     for place, file in enumerate(files):
-        if mistake := image_mistake(file.as_buffer()):
-            yield "images", np.array([place // len(config.cameras)]), mistake
+        row, camera = divmod(place, len(config.cameras))
+        try:
+            size = image_size(file.as_buffer())
+            if sorted(size) != sorted(sizes.setdefault(camera, size)):  # EXIF data may turn some of them
+                first = "×".join(map(str, sizes[camera]))
+                raise ValueError(f"holds an image of {size[0]}×{size[1]} pixels, that of the first row has {first}")
+        except ValueError as error:
+            yield "images", np.array([row]), str(error)
     for column in ("raw_state", "raw_action"):
         values = rows[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         bad = np.flatnonzero(~np.isfinite(values).reshape(len(rows), -1).all(1))
@@ -107,24 +119,37 @@ def _mistakes(rows: pa.Table, config: VLAConfig, known: set[str]) -> Iterator[tu
 
 
 def image_mistake(file: pa.Buffer) -> str | None:
-    """What keeps an image file from being read. PNG and JPEG: header and end alone are looked at."""
+    """What keeps an image file from being read."""
+    try:
+        image_size(file)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def image_size(file: pa.Buffer) -> tuple[int, int]:
+    """Width and height; of a PNG or JPEG only header and end are looked at, other images are decoded.
+
+    `ValueError` for one that can't be read.
+    """
     data = file.to_pybytes()
     try:
         with warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning):
             image = PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        if mistake := size_mistake(*image.size):
-            return f"holds an image of {mistake}"
-        if image.format not in IMAGE_ENDS:
+        mistake = size_mistake(*image.size)
+        if mistake is None and image.format not in IMAGE_ENDS:
             image.load()
-        elif IMAGE_ENDS[image.format] not in data:
-            return f"holds a {image.format} that is cut off"
-    except PIL.Image.DecompressionBombError:
-        return f"holds an image of more than {MAX_PIXELS} pixels"
-    except PIL.UnidentifiedImageError:
-        return f"holds no image that can be read: wanted {', '.join(IMAGE_FORMATS)}"
+    except PIL.Image.DecompressionBombError as error:
+        raise ValueError(f"holds an image of more than {MAX_PIXELS} pixels") from error
+    except PIL.UnidentifiedImageError as error:
+        raise ValueError(f"holds no image that can be read: wanted {', '.join(IMAGE_FORMATS)}") from error
     except DAMAGED_IMAGE as error:
-        return f"holds no image that can be read ({one_line(error, 100)})"
-    return None
+        raise ValueError(f"holds no image that can be read ({one_line(error, 100)})") from error
+    if mistake is not None:
+        raise ValueError(f"holds an image of {mistake}")
+    if IMAGE_ENDS.get(image.format, b"") not in data:
+        raise ValueError(f"holds a {image.format} that is cut off")
+    return image.size
 
 
 def _bad_integers(rows: pa.Table, column: str, size: int, num_bins: int) -> Iterator[tuple[str, np.ndarray, str]]:
