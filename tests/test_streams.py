@@ -68,7 +68,8 @@ def test_all_text_is_utf8_whatever_the_locale(evaluation):
 def test_a_full_disk_and_closed_streams(code, redirected, status, said):
     code = f"import sys; from vla0_trl.streams import prepare_streams; prepare_streams(); {code}"
     command = ["sh", "-c", f'exec "$0" -c "$1" {redirected}', sys.executable, code]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    env = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr.strip()) == (status, said)
 
 

@@ -13,8 +13,10 @@ import pyarrow as pa
 from datasets import Dataset, Features, Image, List, Value, load_dataset
 from datasets import config as datasets_config
 from datasets.exceptions import DatasetsError
+from datasets.utils.logging import CRITICAL, set_verbosity
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from yaml import YAMLError
 
 from vla0_trl.actions import NormStats, Quantizer, join_integers
 from vla0_trl.config import VLAConfig
@@ -89,12 +91,23 @@ def load_chat_dataset(name_or_path: str | Path, revision: str | None = None) -> 
 
 
 def load_rows(name: str, revision: str | None = None) -> Dataset:
-    """The split `train` of a local folder or a Hub repository; `ValueError` for files that can't be read."""
+    """The split `train` of a local folder or a Hub repository; `ValueError` for files that can't be read.
+
+    Of a folder in our layout its own files are read, whatever its card names as data files: others, or addresses.
+    """
     check_loadable(name)
     _check_cache(Path(datasets_config.HF_DATASETS_CACHE))
+    set_verbosity(CRITICAL)  # pages about a damaged file
+    files = [str(path) for path in sorted(Path(name).glob("data/train-*.parquet")) if path.is_file()]
     try:
-        dataset = load_dataset(name, split="train", revision=revision)
-    except DatasetsError as error:  # whatever is in its files
+        if files:
+            dataset = load_dataset("parquet", data_files=files, split="train")
+        else:
+            dataset = load_dataset(name, split="train", revision=revision)
+    except FileNotFoundError:
+        raise
+    # What `datasets` raises for damaged files, and for cards that are no YAML, or not what it expects.
+    except (DatasetsError, ValueError, RuntimeError, AttributeError, ImportError, YAMLError) as error:
         why = one_line(error.__cause__ or error, 200)
         raise ValueError(f"{name}: its files can't be read ({why}): get or convert it again") from error
     if not len(dataset):

@@ -23,7 +23,7 @@ JPEG_OPTIONS = {"quality": 95, "subsampling": "4:4:4"}
 MAX_PIXELS = 1 << 24  # of a frame; 8K video has twice as many
 MAX_ASPECT = 200  # longer side over shorter; Qwen's processor has the same limit
 # What is read; Pillow knows many more, and runs Ghostscript for one of them.
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 IMAGE_ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}  # bytes that a file lacks if it is cut off
 PIECE_FRAMES = 100  # of an episode in memory at once: 10 MB of two 256 px cameras as JPEG
 
