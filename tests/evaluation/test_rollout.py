@@ -36,7 +36,7 @@ def test_the_model_is_asked_every_n_action_steps_and_with_a_full_batch():
 def test_the_progress_bar_ends_with_all_episodes(capsys):
     list(rollout(PushBlock(n_action_steps=5), [PushTEnv(state="full", max_episode_steps=8)], SEEDS[:1]))
     last = capsys.readouterr().err.rsplit("\r", 1)[-1]
-    assert "| 1/1 [" in last and last.rstrip().endswith("episode, success 0/1]")
+    assert "| 1/1 [" in last and last.rstrip().endswith(", success 0/1]")
 
 
 def test_a_finished_environment_takes_the_next_seed_at_once():
