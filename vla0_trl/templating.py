@@ -20,7 +20,7 @@ def render(template: str, **values: Any) -> str:
 
 def markdown_line(text: object) -> str:
     """Text that stays in its line and in its cell of a Markdown table, and is no HTML, link, picture or code."""
-    return re.sub(r"([\\|\[`])", r"\\\1", " ".join(str(text).split())).replace("<", "&lt;")
+    return re.sub(r"([\\|\[\]`])", r"\\\1", " ".join(str(text).split())).replace("<", "&lt;")
 
 
 _ENVIRONMENT = Environment(

@@ -13,6 +13,7 @@ from vla0_trl.config import VLAConfig
 from vla0_trl.manifest import damage, files_of, write_manifest
 from vla0_trl.models.fingerprint import checkpoint_hash
 from vla0_trl.policy.card import write_model_card
+from vla0_trl.templating import markdown_line
 
 SHIPPED = REPOSITORY / "recipes/pusht/checkpoint"
 
@@ -26,6 +27,10 @@ def folder(tmp_path, example_config):
 
 def read(folder) -> ModelCard:
     return ModelCard((folder / "README.md").read_text())
+
+
+def test_a_name_in_a_card_is_no_link_picture_or_code():
+    assert markdown_line("![a](http://x) `b` c|d\n<i>") == r"!\[a\](http://x) \`b\` c\|d &lt;i>"
 
 
 def test_metadata_and_rows_are_the_files_own(folder):
