@@ -12,6 +12,7 @@ from typing import Any
 
 _STDOUT = 1
 _ended_by: list[BaseException] = []  # writes whose reader had gone
+_said: list[BaseException] = []  # printed as one line
 
 
 def prepare_streams() -> None:
@@ -45,6 +46,7 @@ def _unless_nobody_reads(kind: type[BaseException], error: BaseException, trace:
         _ended_by.append(error)
     elif isinstance(error, OSError) and (error.errno == errno.ENOSPC or error.filename is not None):
         print(f"error: {error}", file=sys.stderr)
+        _said.append(error)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -55,7 +57,8 @@ def _end_if_nobody_reads() -> None:
     except BrokenPipeError as error:
         _ended_by.append(error)
     except OSError as error:
-        print(f"error: what was printed can't be written: {error}", file=sys.stderr, flush=True)
+        if not _said:
+            print(f"error: what was printed can't be written: {error}", file=sys.stderr, flush=True)
         os._exit(1)
     if _ended_by:
         os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)

@@ -1,5 +1,8 @@
 """Golden tests: what is rendered, and which ids it becomes, pinned for the three backbones."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,6 +10,7 @@ from support.backbones import QWEN, SMOLVLM, TINY
 
 from vla0_trl.models.loading import load_processor, set_image_size
 from vla0_trl.models.nano import NanoConfig, build_nano
+from vla0_trl.processing import template_check
 from vla0_trl.processing.chat import SYSTEM_PROMPT, prompt_messages, with_images
 from vla0_trl.processing.chat_tokenizer import ChatTokenizer
 
@@ -151,6 +155,23 @@ def test_a_template_of_a_stranger_has_limits(tiny_nano, example_config, template
         ChatTokenizer(processor, example_config)
     assert str(error.value).startswith(f"{tiny_nano}: its chat template ") and "\n" not in str(error.value)
     assert message in str(error.value)
+
+
+def test_a_fork_that_is_stuck_is_tried_again(monkeypatch):
+    """As one is, in `os.fork()` itself, if another thread held a lock of Python's at that moment."""
+    fork, forks = os.fork, []
+
+    def stuck_at_first() -> int:
+        child = fork()
+        forks.append(child)
+        if not child and len(forks) == 1:
+            signal.pause()
+        return child
+
+    monkeypatch.setattr(os, "fork", stuck_at_first)
+    monkeypatch.setattr(template_check, "_START_SECONDS", 2)
+    assert template_check.within_limits(lambda: ["text"], "model") == ["text"]
+    assert len(forks) >= 2
 
 
 def test_an_empty_template(tiny_nano, example_config):

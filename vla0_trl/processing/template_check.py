@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import select
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ from vla0_trl.processing.chat import completion_messages, prompt_messages, with_
 from vla0_trl.schema import one_line
 
 SECONDS, BYTES, CHARACTERS = 2, 1 << 30, 100_000  # a real one takes a millisecond and writes a few hundred characters
+_START_SECONDS, _ATTEMPTS = 20, 3  # for a fork to begin
 
 # Characters that no text uses: they show where a template writes task, state and answer.
 _TASK, _STATE, _ANSWER = "\ue000", "\ue001", "\ue002"
@@ -107,16 +109,11 @@ def within_limits(render: Callable[[], list[str]], name: str) -> list[str]:
     Transformers' sandbox keeps a template from files and from Python, not from looping forever. `ValueError` if it ran
     into a limit, or raised; `name` is the model's, for that message.
     """
-    result, answer = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(result)
-        _answer(render, answer)
-    os.close(answer)
-    with open(result, "rb") as file:
-        data = file.read()
-    _, status = os.waitpid(child, 0)
-    if status or not data:
+    for _ in range(_ATTEMPTS):
+        data, stuck = _forked(render)
+        if not stuck:
+            break
+    if not data:
         raise ValueError(
             f"{name}: its chat template takes more than {SECONDS} s or {BYTES >> 30} GiB for one row: it is damaged "
             "or malicious, take the model from a place that you trust"
@@ -125,6 +122,27 @@ def within_limits(render: Callable[[], list[str]], name: str) -> list[str]:
     if isinstance(found, str):
         raise ValueError(f"{name}: its chat template can't be used: {found}")
     return found
+
+
+def _forked(render: Callable[[], list[str]]) -> tuple[bytes, bool]:
+    """What a fork of this process answers, nothing if it ended before; whether it was stuck: no template's doing.
+
+    A fork may wait forever for a lock that another thread held at that moment: in `render`, or even within Python's
+    own `os.fork()`, where no alarm is set yet. So it says when it begins.
+    """
+    result, answer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(result)
+        _answer(render, answer)
+    os.close(answer)
+    with open(result, "rb") as file:
+        begun, *_ = select.select([file], [], [], _START_SECONDS)
+        if not begun:
+            os.kill(child, signal.SIGKILL)
+        data = file.read()[1:]
+    _, status = os.waitpid(child, 0)
+    return (b"" if status else data), not begun or os.WTERMSIG(status) == signal.SIGALRM
 
 
 def _answer(render: Callable[[], list[str]], pipe: int) -> None:
@@ -136,7 +154,8 @@ def _answer(render: Callable[[], list[str]], pipe: int) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
-        signal.alarm(15 * SECONDS)  # on a busy machine, or if a lock was held when this process was forked
+        signal.alarm(15 * SECONDS)  # on a busy machine, or if it is stuck
+        os.write(pipe, b".")  # it has begun
         try:
             found: list[str] | str = render()
             if any(len(text) > CHARACTERS for text in found):
