@@ -137,7 +137,9 @@ def _forked(render: Callable[[], list[str]]) -> tuple[bytes, bool]:
         _answer(render, answer)
     os.close(answer)
     with open(result, "rb") as file:
-        begun, *_ = select.select([file], [], [], _START_SECONDS)
+        poll = select.poll()
+        poll.register(file, select.POLLIN)
+        begun = poll.poll(_START_SECONDS * 1000)
         if not begun:
             os.kill(child, signal.SIGKILL)
         data = file.read()[1:]
