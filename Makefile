@@ -40,7 +40,7 @@ define DEMO_COMMANDS
 python eval/eval_pusht.py --model_name_or_path recipes/pusht/checkpoint --num_episodes 16 --num_videos 16 --output_dir $(DEMO)/shipped
 python data_prep/teach_pusht.py --num_episodes 400 --steps 12000 --rounds 6000 --round_episodes 100 --num_eval_episodes 50 --num_proc 2 --output_dir $(DEMO)/teacher
 python data_prep/rows_pusht.py --teacher $(DEMO)/teacher --num_rows 40000 --num_bins 255 --num_proc 2 --output_dir $(DEMO)/rows
-accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft_pusht.py --config recipes/pusht/policy.yaml --dataset_name $(DEMO)/rows --dagger_teacher $(DEMO)/teacher/teacher.safetensors --max_steps 4000 --dagger_steps 500 --dagger_episodes 20 --save_initial true --output_dir $(DEMO)/train
+accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft_pusht.py --config recipes/pusht/policy.yaml --dataset_name $(DEMO)/rows --dagger_teacher $(DEMO)/teacher/teacher.safetensors --max_steps 4000 --dagger_steps 500 --dagger_episodes 20 --use_state false --save_initial true --output_dir $(DEMO)/train
 python eval/eval_pusht.py --model_name_or_path $(DEMO)/train/initial --num_episodes 16 --num_videos 16 --output_dir $(DEMO)/untrained
 python eval/eval_pusht.py --model_name_or_path $(DEMO)/train --num_episodes 16 --num_videos 16 --output_dir $(DEMO)/ten_minutes
 python eval/summarize.py $(DEMO)/untrained $(DEMO)/ten_minutes $(DEMO)/shipped --title "PushT, from random weights" --commands $(DEMO)/commands.txt --output $(DEMO)
