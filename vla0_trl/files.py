@@ -1,11 +1,15 @@
-"""Files whose existence means that they are whole."""
+"""Files whose existence means that they are whole, and what is raised for those that are not."""
 
 import os
 import re
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# What Pillow raises for damaged files.
+DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error)
 _LEFTOVER = re.compile(r"\..+\.\d+\.partial")  # of `whole_file`, by a process that was killed
 
 

@@ -1,8 +1,6 @@
 """Episodes: what every converter reads, how it is checked, and the rows' columns before the text columns are added."""
 
 import io
-import struct
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,6 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from vla0_trl.config import VLAConfig
+from vla0_trl.files import DAMAGED_IMAGE
 from vla0_trl.processing.chat import task_mistake
 
 # On one core, frames per second and bytes per frame: PushT's 96 px: level 2: 5,540 and 1,313, level 3: 5,430 and
@@ -26,9 +25,6 @@ MAX_ASPECT = 200  # longer side over shorter; Qwen's processor has the same limi
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 IMAGE_ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}  # bytes that a file lacks if it is cut off
 PIECE_FRAMES = 100  # of an episode in memory at once: 10 MB of two 256 px cameras as JPEG
-
-# What Pillow raises for damaged files.
-DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error)
 
 ImageFormat = Literal["png", "jpeg"]
 

@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 from datasets import Dataset, Image
 
 from vla0_trl.config import VLAConfig
-from vla0_trl.data.episodes import DAMAGED_IMAGE, IMAGE_ENDS, IMAGE_FORMATS, MAX_PIXELS, size_mistake
+from vla0_trl.data.episodes import IMAGE_ENDS, IMAGE_FORMATS, MAX_PIXELS, size_mistake
+from vla0_trl.files import DAMAGED_IMAGE
 from vla0_trl.processing.chat import task_mistake
 from vla0_trl.processing.collator import VLADataCollator
 from vla0_trl.schema import one_line

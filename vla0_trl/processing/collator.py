@@ -13,7 +13,15 @@ from vla0_trl.actions import parse_integers
 from vla0_trl.config import VLAConfig
 from vla0_trl.processing.branches import BranchedAnswer, PassToken
 from vla0_trl.processing.chat_tokenizer import IGNORED, ChatTokenizer
-from vla0_trl.processing.images import crop, decoded_image, draw_jitter, fit_images, model_inputs, stack_cameras
+from vla0_trl.processing.images import (
+    crop,
+    decoded_image,
+    draw_jitter,
+    fit_images,
+    model_inputs,
+    row_image,
+    stack_cameras,
+)
 
 Row = dict[str, Any]
 MASK_UNITS = ("value", "character")
@@ -231,8 +239,7 @@ def row_images(row: Row, stored_cameras: list[str], cameras: list[str]) -> list[
             f"episode {row.get('episode_index')}, frame {row.get('frame_index')}: {len(row['images'])} images, "
             f"but the dataset has the cameras {stored_cameras}"
         )
-    stored = dict(zip(stored_cameras, row["images"], strict=True))
-    return [decoded_image(stored[name]) for name in cameras]
+    return [row_image(row, stored_cameras.index(name)) for name in cameras]
 
 
 def row_observation(row: Row, stored_cameras: list[str], config: VLAConfig) -> dict[str, Any]:

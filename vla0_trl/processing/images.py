@@ -7,6 +7,7 @@ a 512 px input.
 import io
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,14 @@ from torchvision.transforms.v2 import functional as tvF
 from transformers.image_processing_utils import BaseImageProcessor
 
 from vla0_trl.config import VLAConfig
+from vla0_trl.files import DAMAGED_IMAGE
 
 # NTSC's: the first row is luma, the other two span the plane of colours, in which hue is the angle.
 _RGB_TO_YIQ = [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]
+
+
+class ImageError(ValueError):
+    """An image of a dataset that does not decode; the last line of the message names the row."""
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -30,6 +36,16 @@ def decoded_image(image: Image.Image | np.ndarray | dict) -> np.ndarray:
     if isinstance(image, dict):
         image = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
     return np.asarray(upright(image) if isinstance(image, Image.Image) else image)
+
+
+def row_image(row: dict[str, Any], index: int) -> np.ndarray:
+    """One of a row's images, see [`decoded_image`]; [`ImageError`] if its file is damaged."""
+    try:
+        return decoded_image(row["images"][index])
+    except DAMAGED_IMAGE as error:
+        place = f"episode {row.get('episode_index')}, frame {row.get('frame_index')}, image {index}"
+        why = " ".join(str(error).split())
+        raise ImageError(f"{place}: does not decode ({why}): get or convert the dataset again") from error
 
 
 def crop(image: np.ndarray, ratio: float, rng: np.random.Generator | None = None) -> np.ndarray:

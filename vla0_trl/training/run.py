@@ -32,6 +32,7 @@ from vla0_trl.models.loading import (
 from vla0_trl.models.nano import build_nano, nano_from_dict
 from vla0_trl.models.weights import sound
 from vla0_trl.processing.chat import prompt_messages
+from vla0_trl.processing.images import ImageError
 from vla0_trl.run_folder import FolderError, RunFolder
 from vla0_trl.schema import one_line
 from vla0_trl.stopping import Stopped
@@ -93,6 +94,8 @@ def main(default_config: Path, description: str, in_simulator: SimulatorCallback
         raise
     except (NotFiniteError, SetupError, FolderError, OSError) as error:
         sys.exit(f"error: {error}")
+    except ImageError as error:  # of a loader's process it comes behind a traceback
+        sys.exit(f"error: {str(error).splitlines()[-1].removeprefix('vla0_trl.processing.images.ImageError: ')}")
     except Stopped as stopped:
         sys.exit(stopped.status)
 
