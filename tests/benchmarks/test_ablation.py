@@ -72,7 +72,7 @@ def test_the_shipped_ablation_can_be_trained():
             "mask_labels",
             "label_smoothing_bins",
         ),
-        *("freeze_vision", "use_system_prompt", "num_bins", "waypoints", "nano"),
+        *("freeze_vision", "use_system_prompt", "num_bins", "waypoints", "nano", "chunk_size", "n_action_steps"),
         *("optim", "learning_rate", "muon_adamw_learning_rate", "dagger_steps", "dataset_name"),
     }
     assert (REPOSITORY / ablation.recipe).is_file() and (REPOSITORY / ablation.evaluation).is_file()
