@@ -39,7 +39,6 @@ BAD = [
     ({"round_episodes": -1}, "--round_episodes -1 must be at least 1"),
     ({"width": 10**12}, "--width 1000000000000 must be at most 16384"),
     ({"action_noise": 10**12}, "--action_noise 1000000000000 must be at most 512"),
-    ({"label_smoothing_bins": -1.0}, "--label_smoothing_bins -1.0 must be at least 0"),
     ({"router_aux_loss_coef": -1.0}, "--router_aux_loss_coef -1.0 must be at least 0"),
     ({"adam_beta1": 1.0}, "--adam_beta1 1.0 must be at most 0.999999999"),
     ({"dataloader_num_workers": 10**9}, "--dataloader_num_workers 1000000000 must be at most 1000"),

@@ -29,7 +29,7 @@ _NAMES = {
     """,
     _SIZE: """
         learning_rate muon_adamw_learning_rate weight_decay max_grad_norm adam_epsilon neftune_noise_alpha
-        num_train_epochs timeout_s label_smoothing_bins router_aux_loss_coef card_gib max_gb peak_tflops
+        num_train_epochs timeout_s router_aux_loss_coef card_gib max_gb peak_tflops
     """,
     _SEED: "seed data_seed",
 }

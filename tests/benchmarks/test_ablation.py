@@ -70,7 +70,6 @@ def test_the_shipped_ablation_can_be_trained():
             "mask_full",
             "mask_skip",
             "mask_labels",
-            "label_smoothing_bins",
         ),
         *("freeze_vision", "use_system_prompt", "num_bins", "waypoints", "nano", "chunk_size", "n_action_steps"),
         *("optim", "learning_rate", "muon_adamw_learning_rate", "dagger_steps", "dataset_name"),

@@ -66,36 +66,6 @@ def test_hidden_values_stay_targets_where_labels_are_kept(example_config, rows):
     assert set(counts) == set(range(7))
 
 
-def test_smoothed_labels_are_spread_around_the_true_integers(example_config, rows):
-    """In the mean over epochs a discretised normal distribution; the input stays as it is, and so does evaluation."""
-    model, processor = build_nano(NanoConfig(**TINY, number_tokens=True), num_bins=511, texts=["Push it.\nState: "])
-    set_image_size(processor, model.config, example_config)
-    for row in rows:
-        row["raw_action"] = [100.0, 200.0, 300.0, 400.0, 0.0, 511.0]
-    options = {"mask_max": 0.0, "label_smoothing_bins": 3.0}
-    collator = VLADataCollator(processor, example_config, **options)
-    plain = VLADataCollator(processor, example_config, mask_max=0.0)(rows)
-    zero = processor.tokenizer.convert_tokens_to_ids("Ġ0")
-    offsets = []
-    for epoch in range(100):
-        collator.set_epoch(epoch)
-        batch = collator(rows)
-        assert torch.equal(batch["input_ids"], plain["input_ids"])
-        assert torch.equal(batch["labels"] < zero, plain["labels"] < zero)  # the end of the turn, and what is ignored
-        numbers = batch["labels"][batch["labels"] >= zero].view(len(rows), 6) - zero
-        assert numbers.min() >= 0 and numbers.max() <= 511
-        offsets.append(numbers[:, :4] - torch.tensor([100, 200, 300, 400]))
-    offsets = torch.cat(offsets).float()
-    assert offsets.mean().abs() < 0.3 and offsets.std().item() == pytest.approx((9 + 1 / 12) ** 0.5, rel=0.05)
-    evaluation = VLADataCollator(processor, example_config, train=False, **options)
-    assert torch.equal(evaluation(rows)["labels"], plain["labels"])
-
-
-def test_digit_tokens_cannot_be_smoothed(tiny_nano, example_config):
-    with pytest.raises(ValueError, match="label_smoothing_bins needs numbers of one token"):
-        VLADataCollator(load_processor(tiny_nano, example_config), example_config, label_smoothing_bins=1.0)
-
-
 @pytest.mark.parametrize("mask_unit", ["value", "character"])
 def test_digit_tokens_refuse_to_keep_labels(tiny_nano, example_config, mask_unit):
     with pytest.raises(ValueError, match="use mask_labels='ignore'"):

@@ -42,7 +42,7 @@ HONOURED = """
 
     model_name_or_path model_revision dtype attn_implementation use_peft load_in_8bit load_in_4bit
 
-    muon_adamw_learning_rate mask_max mask_skip mask_full mask_branches mask_labels mask_unit label_smoothing_bins
+    muon_adamw_learning_rate mask_max mask_skip mask_full mask_branches mask_labels mask_unit
     rows_in_memory freeze_vision nano save_initial stop_at_token_accuracy rollout_steps dagger_steps probe_steps
     log_energy overwrite cotrain_dataset_name
 """

@@ -126,7 +126,6 @@ class ChatTokenizer:
         integers: Sequence[int] | np.ndarray,
         hidden: np.ndarray | None = None,
         keep_labels: bool = False,
-        targets: Sequence[int] | np.ndarray | None = None,
     ) -> tuple[list[int], list[int]]:
         """Ids and labels of an answer, from the prefix through the end of the turn.
 
@@ -135,10 +134,7 @@ class ChatTokenizer:
             hidden (`np.ndarray`, *optional*): bool (n,): values to replace by one mask token each. Not even their
                 number of digits is left; separators stay.
             keep_labels (`bool`): hidden values are trained on all the same, see `can_keep_labels`.
-            targets (`Sequence[int]`, *optional*): (n,) what is trained on in place of the integers; every number must
-                have the same count of tokens, see `can_keep_labels`.
         """
-        targets = integers if targets is None else targets
         ids: list[int] = []
         labels: list[int] = []
         for position, number in enumerate(integers):
@@ -146,10 +142,10 @@ class ChatTokenizer:
             if hidden is not None and hidden[position]:
                 placeholder = self.placeholder(position)
                 ids += placeholder
-                labels += spelled[targets[position]] if keep_labels else [*placeholder[:-1], IGNORED]
+                labels += spelled[number] if keep_labels else [*placeholder[:-1], IGNORED]
             else:
                 ids += spelled[number]
-                labels += spelled[targets[position]]
+                labels += spelled[number]
         return ids + self._suffix_ids, labels + self._suffix_ids
 
     def encode_beginning(self, integers: Sequence[int] | np.ndarray) -> list[int]:

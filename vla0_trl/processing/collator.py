@@ -53,10 +53,6 @@ class VLADataCollator:
             has `position_ids` and `branches`, from which training makes the mask.
         mask_labels (`str`, *optional*, defaults to `"ignore"`): `"keep"` makes hidden values targets all the same;
             needs a tokenizer that writes every number as one token.
-        label_smoothing_bins (`float`, *optional*, defaults to `0.0`): targets are drawn from a normal distribution of
-            this deviation around the true integer: in the mean over samples, soft targets over its neighbours. Greedy
-            decoding then takes the best of a region instead of the best single integer, which few samples tell apart.
-            Needs one token per number, too.
         train (`bool`, *optional*, defaults to `True`): `False` for evaluation: no masking, central crop.
         mask_unit (`str`, *optional*, defaults to `"value"`): `"character"` hides digits instead, as VLA-0 does.
         seed (`int`, *optional*, defaults to `0`): of crops and masks.
@@ -75,7 +71,6 @@ class VLADataCollator:
     mask_full: float = 0.0
     mask_branches: float = 0.0
     mask_labels: str = "ignore"
-    label_smoothing_bins: float = 0.0
     train: bool = True
     mask_unit: str = "value"
     seed: int = 0
@@ -91,8 +86,6 @@ class VLADataCollator:
         for name, known in (("mask_unit", MASK_UNITS), ("mask_labels", MASK_LABELS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {known}")
-        if self.label_smoothing_bins < 0:
-            raise ValueError(f"label_smoothing_bins={self.label_smoothing_bins} must not be negative")
         config, self.keep_labels = self.config, self.mask_labels == "keep"
         self.chat_tokenizer = ChatTokenizer(self.processor, config)
         self._check_tokens()
@@ -114,10 +107,6 @@ class VLADataCollator:
             raise ValueError(
                 "mask_labels='keep' needs whole values of one token each, for one mask token stands in a value's "
                 "place: with digit tokens, or mask_unit='character', use mask_labels='ignore'"
-            )
-        if self.label_smoothing_bins and not self.chat_tokenizer.can_keep_labels:
-            raise ValueError(
-                "label_smoothing_bins needs numbers of one token each, whose neighbours fit in their place: use 0"
             )
         if self.mask_branches and self.chat_tokenizer.can_keep_labels:
             raise ValueError(
@@ -191,11 +180,7 @@ class VLADataCollator:
         if fraction and self.mask_unit == "value":
             hidden = np.zeros(len(action), bool)
             hidden[rng.permutation(len(action))[: round(fraction * len(action))]] = True
-        targets = action
-        if rng is not None and self.label_smoothing_bins:
-            noise = np.rint(rng.normal(0, self.label_smoothing_bins, len(action))).astype(np.int64)
-            targets = (action + noise).clip(0, self.config.num_bins)
-        answer, labels = self.chat_tokenizer.encode_answer(action, hidden, self.keep_labels, targets)
+        answer, labels = self.chat_tokenizer.encode_answer(action, hidden, self.keep_labels)
         if fraction and self.mask_unit == "character":
             answer, labels = self.chat_tokenizer.hide_characters(answer, labels, fraction, rng)
         return prompt + answer, [IGNORED] * len(prompt) + labels, None

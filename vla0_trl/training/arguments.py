@@ -104,9 +104,6 @@ class VLASFTConfig(SFTConfig):
         "Hidden values are not targets (VLA-0), or stay targets: needs one token per number.",
         choices=["ignore", "keep"],
     )
-    label_smoothing_bins: float = option(
-        0.0, "Draw targets around the true integer with this deviation; needs one token per number."
-    )
     mask_unit: str = option("value", "Hide whole values, or single digits as VLA-0.", choices=["value", "character"])
     rows_in_memory: bool = option(
         False, "Read and decode each row once, and keep it: for small datasets and dataloader_num_workers 0."

@@ -31,7 +31,7 @@ from vla0_trl.training.pushing import Uploads
 from vla0_trl.training.row_trace import RowTrace, TracedCollator
 from vla0_trl.training.settings import global_batch_size
 
-MASKING = ("mask_max", "mask_skip", "mask_full", "mask_branches", "mask_labels", "label_smoothing_bins", "mask_unit")
+MASKING = ("mask_max", "mask_skip", "mask_full", "mask_branches", "mask_labels", "mask_unit")
 LOSSES = ("action_loss", "cotrain_loss")
 DAGGER = "dagger"  # in the run's folder: what the policy visited while it learnt
 
