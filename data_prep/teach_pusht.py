@@ -3,10 +3,10 @@
     python data_prep/teach_pusht.py --output_dir data/pusht_teacher --num_proc 2
     python data_prep/rows_pusht.py --teacher data/pusht_teacher --output_dir data/pusht_rows
 
-The scripted expert's own answers jump between neighbouring states: a policy that clones them needs ten times the
-samples. So its episodes are recorded without drawing, and a small MLP is fitted to whole chunks of its targets. At the
-steps given by --rounds the MLP drives fresh seeds, and the expert shows the way to the goal from states where it
-struggled (DAgger). In the end its success is measured on seeds that nothing has used.
+The scripted expert plans for a tenth of a second at a new state, and its answers jump between neighbouring states. So
+its episodes are recorded without drawing, and a small MLP is fitted to whole chunks of its targets: it labels as many
+states as you like. At the steps given by --rounds the MLP drives fresh seeds, and the expert shows the way to the goal
+from states where it struggled (DAgger). In the end its success is measured on seeds that nothing has used.
 
 Stop it with Ctrl-C whenever you like: the same command goes on. It writes teacher.safetensors and teacher.json.
 """

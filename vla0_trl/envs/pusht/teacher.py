@@ -1,8 +1,7 @@
 """A smooth teacher for PushT: a small MLP from the full state to a whole chunk of targets, in microseconds.
 
-The scripted expert decides again at every push, so its answers jump between neighbouring states, and cloning them
-takes many samples. An MLP fitted to its episodes answers smoothly, and any policy learns faster from that. `fitting`
-makes one.
+The scripted expert plans, and decides again at every push. An MLP fitted to its episodes answers at once and smoothly,
+so that as many states as one likes can be labelled. `fitting` makes one.
 """
 
 from __future__ import annotations
