@@ -23,7 +23,11 @@ _RGB_TO_YIQ = [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.52
 
 
 class ImageError(ValueError):
-    """An image of a dataset that does not decode; the last line of the message names the row."""
+    """An image of a dataset that does not decode; the message names the row."""
+
+    def __str__(self) -> str:
+        # From a DataLoader's process it comes as the whole text of a traceback.
+        return super().__str__().rpartition("ImageError: ")[2].strip()
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -92,10 +92,8 @@ def main(default_config: Path, description: str, in_simulator: SimulatorCallback
         train(run, in_simulator)
     except BrokenPipeError:  # see `streams`
         raise
-    except (NotFiniteError, SetupError, FolderError, OSError) as error:
+    except (NotFiniteError, SetupError, FolderError, ImageError, OSError) as error:
         sys.exit(f"error: {error}")
-    except ImageError as error:  # of a loader's process it comes behind a traceback
-        sys.exit(f"error: {str(error).splitlines()[-1].removeprefix('vla0_trl.processing.images.ImageError: ')}")
     except Stopped as stopped:
         sys.exit(stopped.status)
 

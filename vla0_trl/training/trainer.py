@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerControl
 
 from vla0_trl.config import VLAConfig
 from vla0_trl.data.chat_dataset import tasks_of
-from vla0_trl.data.decoded_rows import DecodedRows
+from vla0_trl.data.chat_rows import ChatRows
 from vla0_trl.data.vision_chat import VisionChats
 from vla0_trl.internals import disagreement, warn_fallback
 from vla0_trl.models.attention import TrainingForward
@@ -134,7 +134,7 @@ class VLATrainer(CheckpointingTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         dataset = self.train_dataset
-        self.train_dataset = DecodedRows(dataset, keep=self.args.rows_in_memory)
+        self.train_dataset = ChatRows(dataset, keep=self.args.rows_in_memory)
         if self.args.dagger_steps:
             self.growing_rows.dataset = self.train_dataset
             self.train_dataset = self.growing_rows
@@ -158,7 +158,7 @@ class VLATrainer(CheckpointingTrainer):
         train_collator, self.data_collator = self.data_collator, self.eval_collator
         try:
             rows = self.eval_dataset if eval_dataset is None else eval_dataset
-            return super().get_eval_dataloader(DecodedRows(rows, keep=False))
+            return super().get_eval_dataloader(ChatRows(rows, keep=False))
         finally:
             self.data_collator = train_collator
 
