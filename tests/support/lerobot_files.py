@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -158,6 +159,8 @@ class Written:
                         picture.pict_type = av.video.frame.PictureType.I
                     container.mux(stream.encode(picture))
                 container.mux(stream.encode())
+            # SVT-AV1, run by root, gives its caller real-time priority, and then nothing else runs on that core.
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
     def _stats(self, episodes: list[int]) -> dict:
         stats = {}
