@@ -10,7 +10,8 @@ from pathlib import Path
 
 # What Pillow raises for damaged files.
 DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error)
-_LEFTOVER = re.compile(r"\..+\.\d+\.partial")  # of `whole_file`, by a process that was killed
+# Of `whole_file`, and of safetensors (0.8), which writes so, too: what a process that was killed left.
+_LEFTOVER = re.compile(r"\..+\.\d+\.partial|\.tmp[A-Za-z0-9]{6}")
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def delete_leftovers(folder: Path) -> None:
-    """Delete what killed uses of [`whole_file`] left in a folder that no other process writes to."""
-    for path in folder.glob(".*.partial"):
+    """Delete what killed writes, our own and safetensors', left in a folder that no other process writes to."""
+    for path in folder.glob(".*"):
         if _LEFTOVER.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)

@@ -150,12 +150,13 @@ def test_overwrite_deletes_the_run_and_nothing_else(finished, dot_dataset):
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(whole_run, finished, dot_dataset, capsys):
     unfinish(finished)
     (finished / "checkpoint-4" / "optimizer.pt").write_bytes(b"cut")
+    (finished / "checkpoint-4" / ".tmpHI2s8K").write_bytes(b"half")
     shutil.copytree(finished / "checkpoint-2", finished / "checkpoint-best")
     run(dot_dataset, finished, max_steps=4, save_steps=2)
     printed = capsys.readouterr().out
     assert "checkpoint-4 is passed over: optimizer.pt has 3 bytes instead of" in printed
     assert f"continuing from {finished}/checkpoint-2" in printed and losses(finished) == losses(whole_run)
-    assert damage(finished / "checkpoint-4") is None
+    assert damage(finished / "checkpoint-4") is None and not list((finished / "checkpoint-4").glob(".*"))
 
 
 def test_without_the_optimizers_state_it_never_goes_on_silently(finished, dot_dataset):
@@ -176,6 +177,7 @@ def test_a_kill_during_the_final_save_costs_no_further_step(whole_run, finished,
     unfinish(finished)
     (finished / "model.safetensors").write_bytes(b"half")
     (finished / ".checkpoint.json.4711.partial").write_text("{")
+    (finished / ".tmpHI2s8K").write_bytes(b"half")  # safetensors' own
     run(dot_dataset, finished, max_steps=4, save_steps=2)
     state = json.loads((finished / "trainer_state.json").read_text())
     assert state["global_step"] == 4 and losses(finished) == losses(whole_run)
