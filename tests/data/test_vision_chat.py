@@ -1,12 +1,13 @@
 """Rows of vision chat datasets: read as TRL reads them, and checked before training."""
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from support.backbones import QWEN, SMOLVLM
 from support.general import shared_path
-from support.vision_chats import chat_rows, save_chats, square, turn
+from support.vision_chats import TURNS, chat_rows, save_chats, square, turn
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from vla0_trl import VLADataCollator
@@ -14,7 +15,7 @@ from vla0_trl.data.chat_dataset import load_chat_dataset
 from vla0_trl.data.vision_chat import VisionChats
 from vla0_trl.models.loading import load_processor
 from vla0_trl.processing.chat_tokenizer import IGNORED, ChatTokenizer
-from vla0_trl.processing.images import fit_images, model_inputs
+from vla0_trl.processing.images import ImageError, fit_images, model_inputs, row_image
 
 IMAGE_TOKENS = 4  # of nano's images
 SIDES = {"nano": 48, SMOLVLM: 512, QWEN: 224}
@@ -44,7 +45,7 @@ def test_batches_are_those_of_trl(name, tiny_nano, example_config, tmp_path):
         assert ids == expected["input_ids"][0].tolist()
         assert labels == expected["labels"][0].tolist()
         if index:
-            others = fit_images([np.asarray(image) for image in row["images"]], config)
+            others = fit_images([row_image(row, image) for image in range(index)], config)
             pixels = model_inputs(processor.image_processor, [], config, others=others)
             torch.testing.assert_close(pixels["pixel_values"], expected["pixel_values"], rtol=0, atol=1e-5)
 
@@ -59,6 +60,32 @@ def test_every_answer_of_a_conversation_is_a_target(tiny_nano, example_config, t
     learnt = processor.tokenizer.decode([label for label in labels if label != IGNORED])
     assert learnt == " blue<end_of_utterance> red<end_of_utterance>"
     assert (row["episode_index"], row["frame_index"], len(row["images"])) == (-1, 5, 2)
+
+
+def test_a_damaged_image_is_named_by_dataset_and_row(tiny_nano, example_config, tmp_path):
+    folder = save_chats(tmp_path / "squares", chat_rows())
+    table = pq.read_table(tmp_path / "squares" / "train.parquet")
+    images = table["images"].to_pylist()
+    png = images[4][0]["bytes"]
+    images[4][0]["bytes"] = png[:45] + bytes(10) + png[55:]  # the header stays
+    place, field = table.column_names.index("images"), table.schema.field("images")
+    pq.write_table(table.set_column(place, field, pa.array(images, field.type)), tmp_path / "squares/train.parquet")
+    collator = VLADataCollator(load_processor(tiny_nano, example_config), example_config)
+    chats = VisionChats(folder)
+    chats.check(collator.chat_tokenizer, 10_000)  # looks at headers
+    with pytest.raises(ImageError, match=rf"^{folder}: row 4, image 0: does not decode"):
+        collator(chats.__getitems__([4]))
+
+
+def test_a_row_whose_one_image_is_null_is_text(tmp_path):
+    features = Features({"messages": TURNS, "image": Image()})
+    rows = [
+        {"messages": chat_rows(2)[index]["messages"], "image": image}
+        for index, image in enumerate((None, square("red")))
+    ]
+    (tmp_path / "one").mkdir()
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "one" / "train.parquet")
+    assert [len(row["images"]) for row in VisionChats(str(tmp_path / "one")).__getitems__([0, 1])] == [0, 1]
 
 
 def test_a_batch_of_both_kinds(dot_dataset, tiny_nano, tmp_path):

@@ -49,19 +49,22 @@ class VisionChats:
                 f"{name}: column {self._images} is {features[self._images]}, wanted {kinds[self._images]}: cast it, "
                 "dataset.cast_column, and save it again"
             )
+        if self._images:  # left encoded: `datasets` does not say in which row a damaged file is
+            encoded = {"images": List(Image(decode=False)), "image": Image(decode=False)}
+            self._dataset = self._dataset.cast_column(self._images, encoded[self._images])
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Rows with `chat` and `targets_from` (see [`ChatTokenizer.encode_chat`]) and decoded `images`."""
+        """Rows with `chat` and `targets_from` (see [`ChatTokenizer.encode_chat`]) and `images`, still encoded."""
         rows = []
         for index, row in zip(indices, self._dataset.__getitems__(list(indices)), strict=True):
-            images = row[self._images] if self._images else []
-            images = images if isinstance(images, list) else [images]
+            images = row[self._images] if self._images else None
+            images = images if isinstance(images, list) else [image for image in [images] if image is not None]
             chat, targets_from = self._conversation(row, len(images))
             rows.append({"chat": chat, "targets_from": targets_from, "images": images})
-            rows[-1] |= {"episode_index": CHAT_EPISODE, "frame_index": index}
+            rows[-1] |= {"episode_index": CHAT_EPISODE, "frame_index": index, "place": f"{self.name}: row {index}"}
         return rows
 
     def check(self, chat_tokenizer: ChatTokenizer, max_tokens: int) -> None:

@@ -15,7 +15,6 @@ from vla0_trl.processing.branches import BranchedAnswer, PassToken
 from vla0_trl.processing.chat_tokenizer import IGNORED, ChatTokenizer
 from vla0_trl.processing.images import (
     crop,
-    decoded_image,
     draw_jitter,
     fit_images,
     model_inputs,
@@ -132,7 +131,7 @@ class VLADataCollator:
         for row in rows:
             if "chat" in row:
                 encoded.append((*self.chat_tokenizer.encode_chat(row["chat"], row["targets_from"]), None))
-                others += map(decoded_image, row["images"])
+                others += (row_image(row, index) for index in range(len(row["images"])))
                 continue
             place = (row.get("episode_index", 0), row.get("frame_index", 0))
             rng = np.random.default_rng((self.seed, self._epoch.item(), *place)) if self.train else None

@@ -47,9 +47,11 @@ def row_image(row: dict[str, Any], index: int) -> np.ndarray:
     try:
         return decoded_image(row["images"][index])
     except DAMAGED_IMAGE as error:
-        place = f"episode {row.get('episode_index')}, frame {row.get('frame_index')}, image {index}"
+        place = row.get("place") or f"episode {row.get('episode_index')}, frame {row.get('frame_index')}"
         why = " ".join(str(error).split())
-        raise ImageError(f"{place}: does not decode ({why}): get or convert the dataset again") from error
+        raise ImageError(
+            f"{place}, image {index}: does not decode ({why}): get or convert the dataset again"
+        ) from error
 
 
 def crop(image: np.ndarray, ratio: float, rng: np.random.Generator | None = None) -> np.ndarray:
