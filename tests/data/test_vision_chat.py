@@ -79,10 +79,9 @@ def test_a_damaged_image_is_named_by_dataset_and_row(tiny_nano, example_config, 
 
 def test_a_row_whose_one_image_is_null_is_text(tmp_path):
     features = Features({"messages": TURNS, "image": Image()})
-    rows = [
-        {"messages": chat_rows(2)[index]["messages"], "image": image}
-        for index, image in enumerate((None, square("red")))
-    ]
+    images = (None, square("red"))
+    rows = [row | {"image": image} for row, image in zip(chat_rows(2), images, strict=True)]
+    rows = [{name: row[name] for name in features} for row in rows]
     (tmp_path / "one").mkdir()
     Dataset.from_list(rows, features=features).to_parquet(tmp_path / "one" / "train.parquet")
     assert [len(row["images"]) for row in VisionChats(str(tmp_path / "one")).__getitems__([0, 1])] == [0, 1]
