@@ -35,6 +35,7 @@ class Arguments:
         metavar="STEP,STEP",
     )
     round_episodes: int = option(300, "episodes of each DAgger round (default: %(default)s)")
+    chunk_size: int = option(8, "steps that it answers at once (default: %(default)s)")
     width: int = option(512, "width of the MLP's layers (default: %(default)s)")
     seed: int = option(0, "seed of the fit and of all episodes (default: %(default)s)")
     num_proc: int = option(1, "processes in which the expert drives (default: %(default)s)")
@@ -43,6 +44,8 @@ class Arguments:
     def __post_init__(self):
         if self.num_eval_episodes < 1:  # a recipe's may be 0
             raise ValueError("--num_eval_episodes 0 must be at least 1")
+        if self.chunk_size < 2:
+            raise ValueError(f"--chunk_size {self.chunk_size} must be at least 2: half of each chunk is measured, too")
         if not all(word.isdecimal() and len(word) < 10 for word in self.rounds.split(",") if word):
             raise ValueError(f"--rounds {self.rounds}: expected steps separated by commas, such as 10000,15000")
 
@@ -60,6 +63,7 @@ def main() -> None:
         noise_fraction=args.noise_fraction,
         rounds=[int(word) for word in args.rounds.split(",") if word],
         round_episodes=args.round_episodes,
+        chunk_size=args.chunk_size,
         fit=FitSettings(steps=args.steps, width=args.width, seed=args.seed),
     )
     torch.set_num_threads(1)  # its matrices are small

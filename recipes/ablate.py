@@ -47,6 +47,11 @@ def main() -> None:
         chosen = args.arms or [arm.name for arm in ablation.arms]
         if unknown := set(chosen) - {arm.name for arm in ablation.arms}:
             raise ValueError(f"--arms {sorted(unknown)}: the file has {[arm.name for arm in ablation.arms]}")
+        for file in (ablation.config, ablation.recipe, ablation.evaluation):
+            if not Path(file).is_file():
+                raise ValueError(
+                    f"{args.ablations} names {file}, which is not here: run this in the repository's folder"
+                )
 
     evaluate = {"num_episodes": args.num_episodes, "seed": args.seed, "num_envs": args.num_envs, "num_videos": 0}
     evaluate = [word for name, value in evaluate.items() for word in (f"--{name}", str(value))]

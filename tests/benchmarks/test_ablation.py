@@ -70,9 +70,10 @@ def test_the_shipped_ablation_can_be_trained():
             "mask_full",
             "mask_skip",
             "mask_labels",
+            "mask_unit",
         ),
         *("freeze_vision", "use_system_prompt", "num_bins", "waypoints", "nano", "chunk_size", "n_action_steps"),
-        *("optim", "learning_rate", "muon_adamw_learning_rate", "dagger_steps", "dataset_name"),
+        *("optim", "learning_rate", "muon_adamw_learning_rate", "dagger_steps", "dagger_teacher", "dataset_name"),
     }
     assert (REPOSITORY / ablation.recipe).is_file() and (REPOSITORY / ablation.evaluation).is_file()
     baseline, ensemble = ablation.arms[0], next(arm for arm in ablation.arms if "ensemble_size" in arm.evaluate)
@@ -144,6 +145,12 @@ def test_arms_are_trained_evaluated_and_compared(pusht_data, tmp_path, monkeypat
     assert run_main("recipes/ablate.py", monkeypatch, *arguments) == 1
     assert len(logs) == 4 and all(path.stat().st_mtime_ns == time for path, time in logs.items())
     assert json.loads((out / "ablation.json").read_text())["arms"][1:] == [base, one_step]
+
+
+def test_files_that_are_not_here_are_found_before_any_training(tmp_path, monkeypatch, capsys):
+    file = ablation_file(tmp_path, {"a": {}}, config="recipes/pusht/no.yaml")
+    assert run_main("recipes/ablate.py", monkeypatch, "--ablations", file, "--output_dir", tmp_path / "o") == 2
+    assert f"{file} names recipes/pusht/no.yaml, which is not here" in capsys.readouterr().err
 
 
 def test_a_name_that_no_arm_has_is_an_error(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """PushT's teacher: its symmetry, its answers, fitting it, and going on with a fit that was stopped."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -156,6 +158,13 @@ def test_a_teacher_from_nothing_that_was_stopped(tmp_path, monkeypatch):
         teach(tmp_path / "whole", TeachSettings(num_episodes=3, rounds=[20], round_episodes=1, fit=SMALL))
 
 
+def test_a_teacher_of_longer_chunks(tmp_path):
+    settings = TeachSettings(num_episodes=1, rounds=[], chunk_size=16, fit=replace(SMALL, steps=2))
+    assert teach(tmp_path, settings).label(random_states(3)).shape == (3, 16, 2)
+    measured = success(PushTTeacher.load(tmp_path / "teacher.safetensors"), 1)
+    assert list(measured)[2:] == ["16 of 16 steps", "8 of 16 steps", "waypoints 0, 6, 15", "waypoints 0, 4, 9, 15"]
+
+
 def test_success_is_measured_on_the_seeds_given():
     teacher = PushTTeacher(width=16, depth=1)  # it stays: nothing moves
     measured = success(teacher, 2, first_seed=7)
@@ -164,6 +173,7 @@ def test_success_is_measured_on_the_seeds_given():
     for seed in (7, 8):
         env.reset(seed)
         starts.append(env.coverage)
+    assert list(measured)[2:] == ["8 of 8 steps", "4 of 8 steps", "waypoints 0, 3, 7", "waypoints 0, 2, 4, 7"]
     way = measured["8 of 8 steps"]
     assert (way["success_rate"], way["mean_steps"]) == (0.0, 300.0)
     assert way["mean_max_coverage"] == pytest.approx(np.mean(starts), abs=0.02)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from vla0_trl.envs.pusht.driving import StateEpisode, drive, record_states, recover
 from vla0_trl.envs.pusht.fitting import FitSettings, TeacherData, TeacherFit
-from vla0_trl.envs.pusht.teacher import PushTTeacher, through_waypoints
+from vla0_trl.envs.pusht.teacher import CHUNK_SIZE, PushTTeacher, through_waypoints
 from vla0_trl.files import whole_file, write_whole
 from vla0_trl.process_pool import ProcessPool
 from vla0_trl.run_folder import differences
@@ -45,6 +45,7 @@ class TeachSettings:
     noise_fraction: float = 0.6
     rounds: list[int] = field(default_factory=lambda: [10_000, 15_000, 20_000, 25_000, 30_000])
     round_episodes: int = 300
+    chunk_size: int = CHUNK_SIZE  # steps that it answers at once
     fit: FitSettings = field(default_factory=FitSettings)
 
 
@@ -59,7 +60,7 @@ def teach(folder: Path, settings: TeachSettings, num_proc: int = 1) -> PushTTeac
         for changed in differences(json.loads(path.read_text()), asked):
             raise ValueError(f"{folder} was begun with other settings ({changed}): choose another folder")
     write_whole(path, json.dumps(asked, indent=1) + "\n")
-    data = TeacherData()
+    data = TeacherData(settings.chunk_size)
     with _each_in_parallel(num_proc) as run_each:
         data.add(_expert_episodes(folder, settings, run_each))
         fit = TeacherFit(settings.fit, data)
@@ -85,12 +86,12 @@ def teach(folder: Path, settings: TeachSettings, num_proc: int = 1) -> PushTTeac
 
 def success(teacher: PushTTeacher, num_episodes: int, first_seed: int = REPORT_SEEDS) -> dict[str, Any]:
     """How often the teacher succeeds, executed whole, by halves, and through waypoints as a policy may write them."""
-    ways = {
-        "8 of 8 steps": (teacher.label, 8),
-        "4 of 8 steps": (teacher.label, 4),
-        "waypoints 0, 3, 7": (lambda states: through_waypoints(teacher.label(states), [0, 3, 7]), 8),
-        "waypoints 0, 2, 4, 7": (lambda states: through_waypoints(teacher.label(states), [0, 2, 4, 7]), 8),
-    }
+    size = teacher.sizes["chunk_size"]
+    ways = {f"{steps} of {size} steps": (teacher.label, steps) for steps in (size, size // 2)}
+    for share in ([0, 3 / 7, 1], [0, 2 / 7, 4 / 7, 1]):  # of a policy's waypoints, such as [0, 3, 7] and [0, 2, 4, 7]
+        written = sorted({round((size - 1) * part) for part in share})
+        name = f"waypoints {', '.join(map(str, written))}"
+        ways[name] = (lambda states, written=written: through_waypoints(teacher.label(states), written), size)
     result: dict[str, Any] = {"num_episodes": num_episodes, "first_seed": first_seed}
     for way, (policy, n_action_steps) in tqdm(ways.items(), desc="measuring", unit="way"):
         episodes = drive(policy, range(first_seed, first_seed + num_episodes), n_action_steps)
