@@ -30,7 +30,7 @@ CONFIG = Path(__file__).parent / "libero" / "full.yaml"
 
 def in_simulator(trainer: "VLATrainer") -> "list[TrainerCallback]":
     """Callbacks that run episodes; the simulator is only imported by a run that needs it."""
-    args, config = trainer.args, trainer.vla_config
+    args = trainer.args
     if args.rollout_steps:
         raise ValueError("rollout_steps is for PushT: evaluate checkpoints with eval/eval_libero.py, set it to 0")
     if not args.dagger_steps:
@@ -39,8 +39,12 @@ def in_simulator(trainer: "VLATrainer") -> "list[TrainerCallback]":
     from vla0_trl.envs.libero.teacher import TeachingEnv, tasks_of_teacher
     from vla0_trl.evaluation.callbacks import DaggerCallback
 
-    make_env = partial(TeachingEnv, tasks_of_teacher(args.dagger_teacher), cameras=config.cameras, render_size=128)
-    return [DaggerCallback(trainer, make_env, partial(rows_from_states, make_env=make_env), num_envs=1)]
+    # as the dataset's rows are, of which the policy may take some cameras, in another order
+    cameras, picture = trainer.eval_collator.stored_cameras, trainer.train_dataset[0]["images"][0]
+    tasks = tasks_of_teacher(args.dagger_teacher)
+    make_env = partial(TeachingEnv, tasks, cameras=cameras, render_size=picture.width)
+    labelled = partial(rows_from_states, make_env=make_env, chunk_size=trainer.vla_config.chunk_size)
+    return [DaggerCallback(trainer, make_env, labelled, num_envs=1)]
 
 
 if __name__ == "__main__":

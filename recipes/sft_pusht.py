@@ -41,7 +41,12 @@ def in_simulator(trainer: "VLATrainer") -> "list[TrainerCallback]":
         from vla0_trl.data.pusht_rows import rows_from_states
         from vla0_trl.envs.pusht.teacher import PushTTeacher, mirror_states
 
-        teacher = PushTTeacher.load(args.dagger_teacher)
+        teacher, chunk_size = PushTTeacher.load(args.dagger_teacher), trainer.vla_config.chunk_size
+        if teacher.sizes["chunk_size"] < chunk_size:
+            raise ValueError(
+                f"dagger_teacher={args.dagger_teacher} answers {teacher.sizes['chunk_size']} steps, chunk_size is "
+                f"{chunk_size}: make one with data_prep/teach_pusht.py --chunk_size {chunk_size}"
+            )
 
         def labelled(states):
             states[1::2] = mirror_states(states[1::2])  # the task is symmetric: what was visited counts for its mirror

@@ -1,6 +1,7 @@
 """How chunks are executed, on every command line: recipes save it in the checkpoint, evaluations may change it."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from vla0_trl.command_line import option
 from vla0_trl.config import ENSEMBLE_WEIGHTS, VLAConfig
@@ -25,7 +26,11 @@ class ExecutionArguments:
     )
 
     def execution_of(self, config: VLAConfig) -> VLAConfig:
-        """The config with the execution that the flags ask for; `ValueError` if that is impossible.
+        """The config with the execution that the flags ask for; `ValueError` if that is impossible."""
+        return config.replace(**self.execution_changes())
+
+    def execution_changes(self) -> dict[str, Any]:
+        """The fields that the flags set.
 
         Steps of a chunk and ensembling exclude each other: asking for one replaces the config's other.
         """
@@ -35,4 +40,4 @@ class ExecutionArguments:
             changes.setdefault("ensemble_size", 1)
         elif changes.get("ensemble_size", 1) > 1:
             changes["n_action_steps"] = None
-        return config.replace(**changes)
+        return changes

@@ -52,6 +52,19 @@ def test_batches_of_one_step_count_as_one_step(rows, dot_dataset):
     assert largest == [9, 9, 9, 9, 100, 100]
 
 
+def test_an_epochs_last_step_may_have_fewer_batches(rows, dot_dataset):
+    """Epochs of three batches, two to a step: steps 1 and 2, then 3 and 4."""
+    rows.write_round(2, [as_raw(rows.dataset[0], 100)])
+    drawn = {}
+    for step in range(4):
+        two = GrowingRows(load_chat_dataset(dot_dataset)[0], 0.9, 0, rows.folder, batches_per_step=2)
+        two.begin(step, batches_per_epoch=3)
+        first = step // 2 * 3 + step % 2 * 2
+        drawn[step] = [[row["frame_index"] for row in two.__getitems__(range(60))] for _ in range(first, 6)]
+        assert drawn[step] == drawn[0][first:]
+    assert [max(batch) for batch in drawn[0]] == [9, 9, 9, 9, 9, 100]
+
+
 def test_a_resumed_run_forgets_the_rounds_after_its_checkpoint(rows):
     for step in (100, 200, 300):
         rows.write_round(step, [as_raw(rows.dataset[0], step)])

@@ -78,12 +78,24 @@ def test_every_yaml_describes_a_run_completely(path):
 
 def test_the_command_line_wins_over_the_yaml(monkeypatch):
     data, training, model = parse(
-        monkeypatch, "--learning_rate", "0.5", "--chunk_size", "4", "--use_peft", "--normalization=-1,1",
+        monkeypatch, "--learning_rate", "0.5", "--chunk_size", "4", "--use_peft", "--normalization", "-1,1",
         "--nano", json.dumps(TINY), "--relative_actions", "false",
     )  # fmt: skip
     assert training.learning_rate == 0.5 and training.nano == TINY and model.use_peft
     assert data.overrides()["normalization"] == [-1.0, 1.0] and data.overrides()["chunk_size"] == 4
     assert data.overrides()["relative_actions"] is False and "tile_images" not in data.overrides()
+
+
+def test_a_yaml_may_be_given_either_way(monkeypatch):
+    path = REPOSITORY / "recipes" / "pusht" / "lora.yaml"
+    assert parse(monkeypatch, f"--config={path}", "--use_cpu", "true")[2].use_peft
+
+
+def test_averaging_replaces_the_datasets_steps_of_a_chunk(monkeypatch, example_config):
+    path = REPOSITORY / "recipes" / "libero" / "full.yaml"
+    data, *_ = parse(monkeypatch, "--config", path, "--use_cpu", "true")
+    config = example_config.replace(n_action_steps=2).replace(**data.overrides())
+    assert (config.ensemble_size, config.n_action_steps) == (8, 1)
 
 
 def test_unknown_keys_raise(monkeypatch, tmp_path):

@@ -20,7 +20,6 @@ from vla0_trl.envs.libero.setup import instruction, task_names
 from vla0_trl.envs.libero.teacher import SUITE, TeachingEnv, drive_with_noise, split_states
 
 EVERY = 2  # steps between frames: neighbours look alike, and drawing takes most of the time
-CHUNK_SIZE = 8  # a recipe may ask for shorter ones
 
 
 def simulated(source: str, how: str, assets_dir: Path, options: dict[str, Any]) -> SourceInfo:
@@ -54,9 +53,7 @@ def labelled_frames(states: np.ndarray, env: TeachingEnv, chunk_size: int, every
     return episodes
 
 
-def rows_from_states(
-    states: np.ndarray, make_env: Callable[[], TeachingEnv], chunk_size: int = CHUNK_SIZE
-) -> list[dict[str, Any]]:
+def rows_from_states(states: np.ndarray, make_env: Callable[[], TeachingEnv], chunk_size: int) -> list[dict[str, Any]]:
     """States that a policy came to, as rows with the raw columns of the chat dataset, drawn and labelled."""
     rows = []
     with closing(make_env()) as env:

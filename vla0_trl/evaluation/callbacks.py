@@ -113,12 +113,12 @@ class DaggerCallback(TrainerCallback):
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise ValueError("dagger_steps needs the whole model in one process: set dagger_steps=0 for sharded runs")
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader, **kwargs):
         rows = self.trainer.growing_rows
         if state.is_world_process_zero:
             rows.drop_rounds_after(state.global_step)
         self.trainer.accelerator.wait_for_everyone()
-        rows.begin(state.global_step)
+        rows.begin(state.global_step, len(train_dataloader))
 
     def on_step_end(self, args, state, control, **kwargs):
         # No round in the last tenth: the learning rate is nearly zero, and what comes then is hardly learnt.

@@ -11,7 +11,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from vla0_trl.command_line import option
+from vla0_trl.command_line import option, separated
 from vla0_trl.config import VLAConfig
 from vla0_trl.execution_arguments import ExecutionArguments
 from vla0_trl.training.muon import MUON
@@ -63,7 +63,7 @@ class DataArguments(ExecutionArguments):
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if "," in changes.get("normalization", ""):
             changes["normalization"] = [float(bound) for bound in changes["normalization"].split(",")]
-        return changes
+        return changes | self.execution_changes()
 
 
 @dataclass
@@ -213,7 +213,7 @@ def parse_recipe(
 
     An unknown key, in either, is an error.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = separated(sys.argv[1:] if arguments is None else arguments)
     if "--config" not in arguments:
         arguments = ["--config", str(default_config), *arguments]
     parser = _RecipeParser((DataArguments, VLASFTConfig, ModelConfig), description=description)

@@ -1,5 +1,6 @@
 """A training set to which rows are added while training goes on: what the policy visited, with an expert's labels."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ class GrowingRows(TorchDataset):
     Args:
         fraction (`float`): share of the rows drawn that come from the added ones.
         folder (`Path`): where the added rows are kept, one file per round, for a run that is resumed.
-        batches_per_step (`int`, *optional*, defaults to `1`): how often a step asks for rows.
+        batches_per_step (`int`, *optional*, defaults to `1`): how often a step asks for rows; an epoch's last step may
+            ask less often.
     """
 
     def __init__(self, dataset: Dataset, fraction: float, seed: int, folder: Path, batches_per_step: int = 1):
@@ -32,14 +34,16 @@ class GrowingRows(TorchDataset):
         self.dataset, self.fraction, self.seed, self.folder = dataset, fraction, seed, folder
         self.batches_per_step = batches_per_step
         self.rounds: dict[int, list[dict[str, Any]]] = {}
-        self._first, self._batches = 1, 0
+        self._batches, self._batches_per_epoch, self._steps_per_epoch = 0, sys.maxsize, sys.maxsize
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """The rows of one batch, as `DataLoader` asks for them."""
-        rows, step = self.dataset.__getitems__(indices), self._first + self._batches // self.batches_per_step
+        rows = self.dataset.__getitems__(indices)
+        epoch, batch = divmod(self._batches, self._batches_per_epoch)
+        step = 1 + epoch * self._steps_per_epoch + batch // self.batches_per_step
         self._batches += 1
         usable = [round for added, round in self.rounds.items() if added + 2 <= step]
         count = sum(map(len, usable))
@@ -56,9 +60,12 @@ class GrowingRows(TorchDataset):
                     choice -= len(round)
         return rows
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, batches_per_epoch: int = sys.maxsize) -> None:
         """The next batch is the first one after `step`; reads the rounds that are on disk."""
-        self._first, self._batches = step + 1, 0
+        self._batches_per_epoch = batches_per_epoch
+        self._steps_per_epoch = -(-batches_per_epoch // self.batches_per_step)
+        epoch, step = divmod(step, self._steps_per_epoch)
+        self._batches = epoch * batches_per_epoch + step * self.batches_per_step
         self.load()
 
     def load(self) -> int:
