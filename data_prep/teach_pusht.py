@@ -15,10 +15,12 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from vla0_trl.command_line import option, parse, user_errors
 from vla0_trl.files import write_whole
+from vla0_trl.run_folder import RunFolder
 from vla0_trl.stopping import Stopped, raising_stopped
 
 
@@ -48,6 +50,12 @@ class Arguments:
             raise ValueError(f"--chunk_size {self.chunk_size} must be at least 2: half of each chunk is measured, too")
         if not all(word.isdecimal() and len(word) < 10 for word in self.rounds.split(",") if word):
             raise ValueError(f"--rounds {self.rounds}: expected steps separated by commas, such as 10000,15000")
+        if any(after <= before for before, after in pairwise(self.round_steps)):
+            raise ValueError(f"--rounds {self.rounds}: expected rising steps")
+
+    @property
+    def round_steps(self) -> list[int]:
+        return [int(word) for word in self.rounds.split(",") if word]
 
 
 def main() -> None:
@@ -61,7 +69,7 @@ def main() -> None:
         num_episodes=args.num_episodes,
         action_noise=args.action_noise,
         noise_fraction=args.noise_fraction,
-        rounds=[int(word) for word in args.rounds.split(",") if word],
+        rounds=args.round_steps,
         round_episodes=args.round_episodes,
         chunk_size=args.chunk_size,
         fit=FitSettings(steps=args.steps, width=args.width, seed=args.seed),
@@ -69,7 +77,7 @@ def main() -> None:
     torch.set_num_threads(1)  # its matrices are small
     started = time.monotonic()
     try:
-        with raising_stopped(), user_errors():
+        with raising_stopped(), user_errors(), RunFolder(args.output_dir):
             teacher = teach(args.output_dir, settings, args.num_proc)
             measured = success(teacher, args.num_eval_episodes)
     except Stopped as stopped:

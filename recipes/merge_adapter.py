@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vla0_trl.command_line import option, parse, user_errors
+from vla0_trl.run_folder import RunFolder
 
 
 @dataclass(kw_only=True)
@@ -34,7 +35,7 @@ def main() -> None:
 
     from vla0_trl.policy.merging import merge
 
-    with user_errors():
+    with user_errors(), RunFolder(args.output_dir):
         merge(args.model_name_or_path, args.output_dir, getattr(torch, args.dtype), args.revision)
     print(f"merged checkpoint: {args.output_dir}")
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vla0_trl.command_line import ScriptParser, option, user_errors
+from vla0_trl.run_folder import RunFolder
 
 
 @dataclass(kw_only=True)
@@ -37,7 +38,7 @@ def main() -> None:
     def plan(**settings):
         return plan_of(others.recipe, fixed | settings, options)
 
-    with user_errors():
+    with user_errors(), RunFolder(args.output_dir):
         args.output_dir.mkdir(parents=True, exist_ok=True)
         source = source_of(plan(output_dir=args.output_dir), args.model_configs)
         parts = Rehearsal(plan, kind_of(others.recipe), source, args.output_dir)().values()

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.general import contents
+from support.general import contents, load_script
 
 from vla0_trl import run_folder
 from vla0_trl.files import write_whole
@@ -249,3 +249,18 @@ def test_leftovers_of_a_killed_write_do_not_claim_a_folder(tmp_path):
     assert not run_folder.is_free(tmp_path)
     shutil.rmtree(tmp_path)
     assert run_folder.is_free(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("data_prep/teach_pusht.py", []),
+        ("recipes/merge_adapter.py", ["--model_name_or_path", "adapter"]),
+        ("recipes/rehearse.py", ["recipes/pusht/nano.yaml"]),
+    ],
+)
+def test_commands_without_a_folder_of_their_own_kind_are_kept_out_too(script, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [script, *flags, "--output_dir", str(tmp_path / "out")])
+    with RunFolder(tmp_path / "out"), pytest.raises(SystemExit, match="2"):
+        load_script(script).main()
+    assert "error: another command is at work in" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.general import load_script
 
 from vla0_trl.envs.pusht.driving import StateEpisode, drive, record_states, recover
 from vla0_trl.envs.pusht.env import PushTEnv
@@ -156,6 +157,22 @@ def test_a_teacher_from_nothing_that_was_stopped(tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match=r"other settings \(num_episodes: 2 there, 3 here\): choose another folder"):
         teach(tmp_path / "whole", TeachSettings(num_episodes=3, rounds=[20], round_episodes=1, fit=SMALL))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--rounds", "20000,10000", "expected rising steps"),
+        ("--rounds", "10,10", "expected rising steps"),
+        ("--rounds", "-5", "expected steps separated by commas"),
+        ("--chunk_size", "1", "must be at least 2"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(flag, value, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["teach", "--output_dir", str(tmp_path / "t"), f"{flag}={value}"])
+    with pytest.raises(SystemExit, match="2"):
+        load_script("data_prep/teach_pusht.py").main()
+    assert message in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "t").exists()
 
 
 def test_a_teacher_of_longer_chunks(tmp_path):
