@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import pytest
@@ -23,8 +23,7 @@ def batch(count: int) -> list[dict]:
     return [observation | {"episode": (0, number)} for number, observation in enumerate(observations(count, seed=6))]
 
 
-@contextmanager
-def openpis_server(answer) -> Iterator[str]:
+def openpis_server(answer) -> AbstractContextManager[str]:
     """A server as openpi's own: metadata that say nothing, and one reply after the other. Gives its address."""
 
     def converse(connection) -> None:
@@ -33,6 +32,11 @@ def openpis_server(answer) -> Iterator[str]:
             reply = answer(unpack(data))
             connection.send(reply if isinstance(reply, str) else pack({"actions": reply}))
 
+    return websocket_server(converse)
+
+
+@contextmanager
+def websocket_server(converse) -> Iterator[str]:
     with serve(converse, "127.0.0.1", 0, compression=None, max_size=None) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -61,6 +65,60 @@ def test_a_server_that_averages_answers_one_action():
         source = remote_policy(EvaluationArguments(policy=f"ws://127.0.0.1:{server.port}"), PUSHT)
         assert source.config.chunk_size == 1
         assert source.load(source.config).predict_action_chunk(batch(2)).shape == (2, 1, 2)
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.7}, {"ensemble_size": 3}])
+def test_runs_and_retries_begin_anew_on_the_server(change):
+    base = build_policy("nano")
+    policy = VLAPolicy(base.model, base.processor, base.config.replace(**change))
+    first, later = ({"noise": 7} | observation for observation in observations(2, seed=6))
+    with served(policy) as server:
+        source = remote_policy(EvaluationArguments(policy=f"ws://127.0.0.1:{server.port}"), PUSHT)
+        remote = source.load(source.config)
+        begun, gone_on, retried = (
+            remote.predict_action_chunk([observation | {"episode": (7, attempt)}])
+            for observation, attempt in ((first, 0), (later, 0), (first, 1))
+        )
+        remote.reset()  # the perturbed run has the same seeds
+        begun_again = remote.predict_action_chunk([first | {"episode": (7, 0)}])
+        assert np.array_equal(remote.predict_action_chunk([later | {"episode": (7, 0)}]), gone_on)
+    assert np.array_equal(retried, begun) and np.array_equal(begun_again, begun)
+    if "temperature" in change:
+        twin = VLAPolicy(base.model, base.processor, policy.config)
+        assert np.array_equal(twin.predict_action_chunk([first | {"episode": (7, 1)}]), begun)
+
+
+def test_a_run_does_not_begin_with_another_policy():
+    policy = build_policy("nano")
+    with served(policy) as server:
+        source = remote_policy(EvaluationArguments(policy=f"ws://127.0.0.1:{server.port}"), PUSHT)
+        remote = source.load(source.config)
+        remote.reset()
+        server.revision = "another"
+        with pytest.raises(PolicyError, match="another policy is served at ws://127"):
+            remote.reset()
+
+
+def test_vla_evals_episodes_end_with_their_run():
+    heard = []
+
+    def converse(connection) -> None:
+        for data in connection:
+            message = unpack(data)
+            heard.append(message["type"])
+            if (kind := {"hello": "hello", "observation": "action"}.get(message["type"])) is not None:
+                action = {"__ndarray__": True, "data": np.zeros(2).tobytes(), "dtype": "<f8", "shape": [2]}
+                connection.send(pack({"type": kind, "payload": {"actions": action}}))
+
+    with websocket_server(converse) as url:
+        source = remote_policy(EvaluationArguments(policy=url.replace("ws://", "vla-eval://")), PUSHT)
+        policy = source.load(source.config)
+        for _ in range(2):
+            policy.reset()
+            for _ in range(2):
+                policy.predict_action_chunk(batch(1))
+    run = ["episode_start", "observation", "observation"]
+    assert heard == ["hello", *run, "episode_end", *run]
 
 
 def test_openpis_server_is_shown_liberos_keys():

@@ -132,6 +132,7 @@ def without(message: dict, *keys: str, **more) -> dict:
         (LIBERO | {"prefix": np.array(["a"])}, r"'prefix' must be an array of \(d, 7\) actions"),
         (LIBERO | {"episode": [1]}, "'episode' must be a short text or a whole number"),
         (LIBERO | {"episode": "a" * 201}, "'episode' must be a short text"),
+        (LIBERO | {"noise": 0.5}, "'noise' must be a short text or a whole number"),
         (LIBERO | {"deadline_s": -1}, "'deadline_s' must be a number of seconds above 0"),
         (LIBERO | {"units": "degrees"}, "'units' would do nothing"),
         ({"a": {"b": {"c": {"d": {"e": 1}}}}}, "more than 4 maps in each other"),
@@ -177,7 +178,7 @@ def test_a_checkpoint_of_another_robot_is_refused(layout, checkpoint, units, err
 def test_names_are_the_layouts_else_the_checkpoints_else_unknown():
     told = RequestReader(LAYOUTS["plain"], config(["image"], 2, 2)).describe()
     assert (told["state_names"], told["action_names"], told["units"]) == (None, None, None)
-    assert told["options"] == ["episode", "prefix", "deadline_s"]
+    assert told["options"] == ["episode", "noise", "prefix", "deadline_s"]
     named = config(["image"], 2, 2).replace(state_names=["x", "y"], action_names=["dx", "dy"], units="pixels")
     told = RequestReader(LAYOUTS["pusht"], named).describe()
     assert (told["state_names"], told["action_names"], told["units"]) == (["x", "y"], ACTION_NAMES, "pixels")
