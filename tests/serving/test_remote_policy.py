@@ -7,12 +7,15 @@ from contextlib import AbstractContextManager, contextmanager
 import numpy as np
 import pytest
 from support.backbones import observations
+from support.episodes import small_result
 from support.random_policies import build_policy
 from support.serving import served
 from websockets.sync.server import serve
 
 from vla0_trl import VLAPolicy
+from vla0_trl.envs.pusht.env import PushTEnv
 from vla0_trl.evaluation.arguments import EvaluationArguments
+from vla0_trl.evaluation.driver import Run, Simulation, execution_protocol, open_log
 from vla0_trl.evaluation.policy_source import PolicyError
 from vla0_trl.serving.codec import pack, unpack
 from vla0_trl.serving.layouts import LAYOUTS
@@ -119,6 +122,39 @@ def test_vla_evals_episodes_end_with_their_run():
                 policy.predict_action_chunk(batch(1))
     run = ["episode_start", "observation", "observation"]
     assert heard == ["hello", *run, "episode_end", *run]
+
+
+def test_what_a_server_decides_is_recorded_as_a_checkpoints():
+    base = build_policy("nano")
+    drawing = base.config.replace(temperature=0.7)
+    averaging = base.config.replace(ensemble_size=2, ensemble_decay=0.1)
+    recorded = []
+    for config in (drawing, averaging):
+        with served(VLAPolicy(base.model, base.processor, config)) as server:
+            server.running = {"dtype": "float32", "decoding": "parallel", "refine": 2}
+            source = remote_policy(EvaluationArguments(policy=f"ws://127.0.0.1:{server.port}"), PUSHT)
+        assert source.identified
+        recorded.append(execution_protocol(source.config) | source.protocol)
+    running = {"policy": "openpi's protocol", "dtype": "float32", "decoding": "parallel", "refine": 2}
+    assert recorded == [execution_protocol(drawing) | running, execution_protocol(averaging) | running]
+
+
+def test_of_a_server_that_does_not_tell_its_model_the_address_is_known_and_going_on_is_said(tmp_path, capsys):
+    run = Run(folder=tmp_path / "run", protocol={}, make_env=PushTEnv)
+    simulation = Simulation(config=PUSHT, seeds=[0, 1], filmed=(), fps=10.0, runs=[run], packages=())
+    hashes = []
+    for _ in range(2):
+        with openpis_server(lambda message: np.zeros((10, 2))) as url:
+            args = EvaluationArguments(policy=url, overwrite=bool(hashes))
+            source = remote_policy(args, PUSHT)
+        hashes.append(source.checkpoint_hash)
+        with open_log(run, simulation, source, args) as log:
+            log.append(small_result(0))
+        assert not capsys.readouterr().err
+    assert hashes[0] != hashes[1]
+    args.overwrite = False
+    open_log(run, simulation, source, args).close()
+    assert f"has 1 episodes already, and {url} does not say which model answers" in capsys.readouterr().err
 
 
 def test_openpis_server_is_shown_liberos_keys():

@@ -21,6 +21,9 @@ from vla0_trl.serving.vla_eval_client import SCHEME, VlaEvalPolicy
 PUSHT = VLAConfig(cameras=["image"], action_dim=2, state_dim=2, use_state=True)
 LIBERO = VLAConfig(cameras=["image", "wrist_image"], action_dim=7, state_dim=8, use_state=True, gripper="sign")
 TIMEOUT_S = 600.0  # the first chunk may wait for compilation
+# Metadata, named as a checkpoint's evaluation records them: what the server decides, and may change results.
+RUNNING = ("dtype", "load_in_4bit", "decoding", "refine", "temperature")
+AVERAGING = ("ensemble_size", "ensemble_decay", "ensemble_weights")  # if it averages
 
 
 @dataclass
@@ -124,18 +127,20 @@ def _vla_eval_policy(args: EvaluationArguments, simulator: VLAConfig) -> PolicyS
 
 
 def _source(url: str, told: dict[str, Any], policy: RemotePolicy | VlaEvalPolicy, protocol: str) -> PolicySource:
-    """`told`: what the server said of itself: its hash stands for a checkpoint's, where it has none."""
+    """`told`: what the server said of itself; without a `revision` it may be any model, known by its address alone."""
 
     def load(config: VLAConfig) -> RemotePolicy | VlaEvalPolicy:
         policy.config = config
         return policy
 
-    described = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+    described = hashlib.sha256(json.dumps([url, told], sort_keys=True, default=str).encode()).hexdigest()
+    decided = RUNNING + (AVERAGING if told.get("ensemble_size", 1) > 1 else ())
     return PolicySource(
         checkpoint=url,
         checkpoint_hash=told.get("revision") or described,
+        identified=bool(told.get("revision")),
         config=policy.config,
-        protocol={"policy": protocol},
+        protocol={"policy": protocol} | {name: told[name] for name in decided if told.get(name)},
         device="remote",
         trained_on=set(),
         load=load,
