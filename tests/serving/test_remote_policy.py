@@ -204,8 +204,9 @@ def test_a_server_that_changes_its_mind_ends_the_evaluation(later, error):
 
 
 def test_flags_that_a_server_can_not_be_given():
-    with pytest.raises(ValueError, match="--dtype would do nothing with --policy"):
-        remote_policy(EvaluationArguments(policy="ws://127.0.0.1:9", dtype="float32"), PUSHT)
+    for flag, value in {"dtype": "float32", "temperature": 0.3}.items():
+        with pytest.raises(ValueError, match=f"--{flag} would do nothing with --policy"):
+            remote_policy(EvaluationArguments(policy="ws://127.0.0.1:9", **{flag: value}), PUSHT)
     for both in ({}, {"policy": "ws://127.0.0.1:9", "model_name_or_path": "a"}):
         with pytest.raises(ValueError, match="give one of --model_name_or_path and --policy"):
             EvaluationArguments(**both)

@@ -93,7 +93,8 @@ def remote_policy(args: EvaluationArguments, simulator: VLAConfig) -> PolicySour
 
     `ValueError`: no server answers there, it is for another robot, or there are flags that it can't be given.
     """
-    useless = {"device": None, "dtype": None, "load_in_4bit": False, "decoding": "exact", "refine": 0}
+    useless = {"device": None, "dtype": None, "temperature": None}
+    useless |= {"load_in_4bit": False, "decoding": "exact", "refine": 0}
     if given := [name for name, default in useless.items() if vars(args)[name] != default]:
         raise ValueError(f"--{given[0]} would do nothing with --policy: the server decides how its model runs")
     if args.policy.startswith(SCHEME):
