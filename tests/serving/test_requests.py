@@ -129,6 +129,7 @@ def without(message: dict, *keys: str, **more) -> dict:
         (LIBERO | {"observation/image": [1, 2]}, "must be an array .*, not list"),
         (LIBERO | {"observation/image": b"no picture"}, "is no JPEG or PNG that can be read"),
         (LIBERO | {"prompt": 5}, "'task' must be the instruction as a str, got int"),
+        (LIBERO | {"prompt": "a" * 2001}, "prompt has 2001 characters, at most 2000 are read"),
         (LIBERO | {"prefix": np.array(["a"])}, r"'prefix' must be an array of \(d, 7\) actions"),
         (LIBERO | {"episode": [1]}, "'episode' must be a short text or a whole number"),
         (LIBERO | {"episode": "a" * 201}, "'episode' must be a short text"),

@@ -11,6 +11,7 @@ from PIL import Image
 from vla0_trl.config import VLAConfig
 from vla0_trl.joint_units import DEGREES, JOINT_UNITS, NORMALIZED, beyond_units
 from vla0_trl.policy.observation import Observation, check_observation
+from vla0_trl.processing.chat import MAX_TASK
 from vla0_trl.schema import one_line
 from vla0_trl.serving.layouts import CAMERA, Layout
 
@@ -92,10 +93,13 @@ class RequestReader:
         if absent or unknown:
             parts = [f"lacks {absent}"] * bool(absent) + [f"has unknown keys {unknown}"] * bool(unknown)
             raise ValueError(one_line(f"the request {' and '.join(parts)}; this server takes {sorted(self.known)}"))
+        task = found.get(self.layout.task, self.layout.default_task)
+        if isinstance(task, str) and len(task) > MAX_TASK:  # reading it would keep the other robots waiting
+            raise ValueError(f"{self.layout.task} has {len(task)} characters, at most {MAX_TASK} are read")
         observation = {
             "images": {camera: _picture(found[key], key) for camera, key in self.cameras.items()},
             "state": self._state(found) if self._reads_state else None,
-            "task": found.get(self.layout.task, self.layout.default_task),
+            "task": task,
         }
         self._check_request_units(options.get("units"), observation["state"])
         return Request(check_observation(observation, self.config), **self._options(options))
