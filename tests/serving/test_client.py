@@ -205,6 +205,12 @@ def test_a_line_of_error_is_kept_and_the_robot_holds(policy, monkeypatch):
         assert client.stream.executed == 0 and client.step(plain_message(observation)) is None
 
 
+def test_a_server_that_averages_is_refused(policy):
+    policy.config = policy.config.replace(ensemble_size=2, n_action_steps=None)
+    with served(policy) as server, pytest.raises(ServerError, match=r"averages chunks .* with --ensemble_size 1$"):
+        RobotClient(f"ws://127.0.0.1:{server.port}")
+
+
 def test_no_server_and_a_wrong_key_are_one_line(policy):
     with pytest.raises(ServerError, match=r"no policy at ws://127\.0\.0\.1:9: "):
         PolicyConnection("ws://127.0.0.1:9")

@@ -31,7 +31,8 @@ from .codec import CodecError, pack, unpack
 KEPT_LATENCIES = 50
 MARGIN = 1  # steps by which a request is sent earlier than the latency requires
 RETRY_S = 1.0  # seconds between attempts to connect again, or to make a message
-_SAME = ("revision", "units", "fps", "n_action_steps")  # metadata that must be equal after connecting again
+# Metadata that must be equal after connecting again.
+_SAME = ("revision", "units", "fps", "n_action_steps", "ensemble_size")
 
 logger = logging.getLogger(__name__)
 Message = dict[str, Any] | Callable[[], dict[str, Any]]
@@ -184,6 +185,8 @@ class RobotClient(AbstractContextManager):
         last_error (`str` or `None`): why the newest request failed, which is logged, too; None if it succeeded.
         latencies_s (`deque[float]`): of the newest replies; the first is what the server said of itself.
         losses (`int`): how often the server was lost.
+
+    `ServerError`: see [`PolicyConnection`]; or the server averages chunks, which it aligns by requests, not by steps.
     """
 
     def __init__(
@@ -197,6 +200,9 @@ class RobotClient(AbstractContextManager):
         self._connect = lambda: PolicyConnection(url, api_key, timeout_s)
         self._connection: PolicyConnection | None = self._connect()
         self.metadata = self._connection.metadata
+        if self.metadata["ensemble_size"] > 1:
+            self._connection.close()
+            raise ServerError(f"{url} averages chunks and must be asked at every step: serve with --ensemble_size 1")
         self.stream = ChunkStream(self.metadata["chunk_size"], self.metadata["n_action_steps"], prefetch, use_prefix)
         self.last_error: str | None = None
         self.losses = 0
