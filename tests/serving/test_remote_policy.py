@@ -1,16 +1,13 @@
 """What answers at an address is evaluated as a checkpoint is: ours, which says what it sees, and others."""
 
-import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 
 import numpy as np
 import pytest
 from support.backbones import observations
 from support.episodes import small_result
 from support.random_policies import build_policy
-from support.serving import served
-from websockets.sync.server import serve
+from support.serving import served, websocket_server
 
 from vla0_trl import VLAPolicy
 from vla0_trl.envs.pusht.env import PushTEnv
@@ -36,16 +33,6 @@ def openpis_server(answer) -> AbstractContextManager[str]:
             connection.send(reply if isinstance(reply, str) else pack({"actions": reply}))
 
     return websocket_server(converse)
-
-
-@contextmanager
-def websocket_server(converse) -> Iterator[str]:
-    with serve(converse, "127.0.0.1", 0, compression=None, max_size=None) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
-        server.shutdown()
-        thread.join()
 
 
 def test_our_server_gives_the_checkpoints_chunks_and_config():

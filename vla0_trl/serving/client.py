@@ -61,12 +61,14 @@ class PolicyConnection:
         self.url, self.timeout_s, self.closed = url, timeout_s, False
         self._stack = ExitStack()
         headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
+        seconds = {"open_timeout": timeout_s, "close_timeout": 0.1}  # a busy or lost server must not delay the robot
         try:
             # Entered, since websockets 17 warns of connections that are opened otherwise; left by `close`.
-            opening = connect(url, additional_headers=headers, compression=None, max_size=None, open_timeout=timeout_s)
+            opening = connect(url, additional_headers=headers, compression=None, max_size=None, **seconds)
             self._socket: ClientConnection = self._stack.enter_context(opening)
             self.metadata: dict[str, Any] = unpack(self._socket.recv(timeout=timeout_s))
         except (OSError, WebSocketException, CodecError) as error:
+            self.close()
             raise ServerError(f"no policy at {url}: {error}") from error
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +98,6 @@ class PolicyConnection:
 
     def close(self) -> None:
         self.closed = True
-        self._socket.close_timeout = 0.1  # a server that is busy or gone must not delay the robot
         self._stack.close()
 
 
