@@ -247,10 +247,12 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch):
 
 def test_a_layout_file(tmp_path):
     path = tmp_path / "robot.yaml"
-    path.write_text("images: {cam/front: front, cam/wrist: [wrist, gripper]}\nstate: [joints]\ntask: command\n")
-    assert load_layout(str(path)) == Layout(
-        {"cam/front": ["front"], "cam/wrist": ["wrist", "gripper"]}, ["joints"], task="command"
-    )
+    text = "images: {cam/front: front, cam/wrist: [wrist, gripper]}\nstate: [joints]\ntask: command\nchunk_size: 2.0\n"
+    path.write_text(text)
+    layout = load_layout(str(path))
+    images = {"cam/front": ["front"], "cam/wrist": ["wrist", "gripper"]}
+    assert layout == Layout(images, ["joints"], task="command", chunk_size=2)
+    assert type(layout.chunk_size) is int  # replies are cut there
 
 
 @pytest.mark.parametrize(

@@ -133,14 +133,17 @@ class PolicyServer:
         config = self.engine.policy.config
         # Of actions in the demonstrations; relative ones move the state, whose range it is then.
         stats = config.state_stats if config.relative_actions else config.action_stats
-        names = ("fps", "chunk_size", "n_action_steps", "action_dim", "state_dim", "robot")
+        names = ("fps", "action_dim", "state_dim", "robot")
         names += ("ensemble_size", "ensemble_decay", "ensemble_weights", "temperature")
+        chunk_size = self.reader.layout.chunk_size or config.chunk_size
         return {
             "server": f"vla0_trl {vla0_trl.__version__}",
             "protocol": PROTOCOL,
             "revision": self.revision,
             **self.running,
             **{name: getattr(config, name) for name in names},
+            "chunk_size": chunk_size,
+            "n_action_steps": min(config.n_action_steps, chunk_size),
             **self.reader.describe(),
             "action_range": [stats.min, stats.max],
             "latency_ms": self.engine.percentiles(),
