@@ -131,7 +131,7 @@ class PolicyServer:
     def metadata(self) -> dict[str, Any]:
         """The first message."""
         config = self.engine.policy.config
-        # Of actions in the demonstrations; relative ones move the state, whose range it is then.
+        # Of actions in the demonstrations; relative ones move the state, whose first numbers' range it is then.
         stats = config.state_stats if config.relative_actions else config.action_stats
         names = ("fps", "action_dim", "state_dim", "robot")
         names += ("ensemble_size", "ensemble_decay", "ensemble_weights", "temperature")
@@ -145,7 +145,7 @@ class PolicyServer:
             "chunk_size": chunk_size,
             "n_action_steps": min(config.n_action_steps, chunk_size),
             **self.reader.describe(),
-            "action_range": [stats.min, stats.max],
+            "action_range": [stats.min[: config.action_dim], stats.max[: config.action_dim]],
             "latency_ms": self.engine.percentiles(),
             "max_batch": self.engine.max_batch,
         }
