@@ -34,11 +34,13 @@ class Arguments:
 
 
 def message_for(metadata: dict, side: int) -> dict:
-    """Noise that fits the server's keys; the state is shared out among its keys."""
+    """Noise that fits the server's keys; the state, if there is one, is shared out among its keys."""
     rng = np.random.default_rng(0)
     message = {key: rng.integers(0, 256, (side, side, 3), np.uint8) for key in metadata["cameras"].values()}
-    parts = np.split(np.zeros(metadata["state_dim"]), range(1, len(metadata["state"])))
-    message |= dict(zip(metadata["state"], parts, strict=True)) | {metadata["task"]: "Do the task."}
+    if metadata["state"] and metadata["state_dim"]:
+        parts = np.split(np.zeros(metadata["state_dim"]), range(1, len(metadata["state"])))
+        message |= dict(zip(metadata["state"], parts, strict=True))
+    message[metadata["task"]] = "Do the task."
     return message | ({"units": metadata["units"]} if "units" in metadata["options"] else {})
 
 

@@ -106,7 +106,7 @@ def main() -> None:
         engine.warm_up(reader.read(reader.example()))
         engine.start()
         try:
-            server = PolicyServer(engine, reader, options, source.checkpoint_hash)
+            server = PolicyServer(engine, reader, options, source.checkpoint_hash, source.protocol)
             asyncio.run(listen(server, f"{'wss' if options.tls else 'ws'}://{args.host}"))
         finally:
             engine.stop()

@@ -4,6 +4,7 @@ import pytest
 from support.episodes import SEEDS, PushBlock
 
 from vla0_trl.envs.pusht.env import PushTEnv
+from vla0_trl.evaluation.env_runner import EnvRunner, EpisodeCrash
 from vla0_trl.evaluation.rollout import rollout
 
 
@@ -95,6 +96,31 @@ def test_results_arrive_one_by_one():
     episodes = rollout(policy, [PushTEnv(state="full", max_episode_steps=8)], SEEDS, progress=False)
     assert next(episodes).seed == SEEDS[0]
     assert len(policy.batch_sizes) == 1
+
+
+def test_a_retry_is_another_episode_to_the_policy_with_the_same_draws():
+    class CrashingOnce(EnvRunner):
+        crashed = False
+
+        def execute(self, actions):
+            super().execute(actions)
+            if self.env.steps == 5 and not self.crashed:
+                self.crashed, self._asked = True, self._crash
+
+        def _crash(self):
+            raise EpisodeCrash("physics exploded")
+
+    class Listening(PushBlock):
+        asked: list = []  # noqa: RUF012
+
+        def predict_action_chunk(self, observations):
+            self.asked += [(observation["episode"], observation["noise"]) for observation in observations]
+            return super().predict_action_chunk(observations)
+
+    policy, seed = Listening(n_action_steps=5), SEEDS[0]
+    (episode,) = rollout(policy, [CrashingOnce(PushTEnv("full", 10))], [seed], progress=False)
+    assert episode.crashes == ["physics exploded"]
+    assert policy.asked == [((seed, attempt), seed) for attempt in (0, 0, 1, 1)]
 
 
 def test_a_crash_in_the_simulator_is_an_error():

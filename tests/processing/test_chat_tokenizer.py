@@ -38,6 +38,14 @@ ANSWER_TOKENS = {
 IMAGE_TOKENS = {"nano": 4, SMOLVLM: 64, QWEN: 64}
 
 
+def test_prompts_of_short_tasks_alone_are_kept(backbone):
+    _, processor, config = backbone
+    chat = ChatTokenizer(processor, config)
+    for task, kept in (("a" * 2000, True), ("a" * 2001, False)):
+        assert chat.encode_prompt(task, [12, 400]) == chat.encode_prompt(task, [12, 400])
+        assert (task in chat._prompts) == kept
+
+
 def test_rendered_prompt_and_answer_are_pinned(backbone):
     name, processor, config = backbone
     chat = ChatTokenizer(processor, config)

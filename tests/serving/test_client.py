@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from support.backbones import observations
 from support.random_policies import build_policy
-from support.serving import plain_message, served
+from support.serving import plain_message, served, websocket_server
+from websockets.exceptions import ConnectionClosed
 
 from vla0_trl.serving import client as clients
 from vla0_trl.serving.client import ChunkStream, PolicyConnection, RobotClient, ServerError
@@ -203,6 +204,29 @@ def test_a_line_of_error_is_kept_and_the_robot_holds(policy, monkeypatch):
         until_it_acts(client, plain_message(observation))
         client.reset()
         assert client.stream.executed == 0 and client.step(plain_message(observation)) is None
+
+
+def test_a_server_that_averages_is_refused(policy):
+    policy.config = policy.config.replace(ensemble_size=2, n_action_steps=None)
+    with served(policy) as server, pytest.raises(ServerError, match=r"averages chunks .* with --ensemble_size 1$"):
+        RobotClient(f"ws://127.0.0.1:{server.port}")
+
+
+@pytest.mark.parametrize("first", [None, b"\xc1"])
+def test_a_server_without_metadata_is_left(first):
+    left = threading.Event()
+
+    def converse(connection) -> None:
+        if first is not None:
+            connection.send(first)
+        with pytest.raises(ConnectionClosed):
+            connection.recv()
+        left.set()
+
+    with websocket_server(converse) as url:
+        with pytest.raises(ServerError, match=f"no policy at {url}: .+"):
+            PolicyConnection(url, timeout_s=0.5)
+        assert left.wait(10)
 
 
 def test_no_server_and_a_wrong_key_are_one_line(policy):

@@ -129,9 +129,11 @@ def without(message: dict, *keys: str, **more) -> dict:
         (LIBERO | {"observation/image": [1, 2]}, "must be an array .*, not list"),
         (LIBERO | {"observation/image": b"no picture"}, "is no JPEG or PNG that can be read"),
         (LIBERO | {"prompt": 5}, "'task' must be the instruction as a str, got int"),
+        (LIBERO | {"prompt": "a" * 2001}, "prompt has 2001 characters, at most 2000 are read"),
         (LIBERO | {"prefix": np.array(["a"])}, r"'prefix' must be an array of \(d, 7\) actions"),
         (LIBERO | {"episode": [1]}, "'episode' must be a short text or a whole number"),
         (LIBERO | {"episode": "a" * 201}, "'episode' must be a short text"),
+        (LIBERO | {"noise": 0.5}, "'noise' must be a short text or a whole number"),
         (LIBERO | {"deadline_s": -1}, "'deadline_s' must be a number of seconds above 0"),
         (LIBERO | {"units": "degrees"}, "'units' would do nothing"),
         ({"a": {"b": {"c": {"d": {"e": 1}}}}}, "more than 4 maps in each other"),
@@ -177,7 +179,7 @@ def test_a_checkpoint_of_another_robot_is_refused(layout, checkpoint, units, err
 def test_names_are_the_layouts_else_the_checkpoints_else_unknown():
     told = RequestReader(LAYOUTS["plain"], config(["image"], 2, 2)).describe()
     assert (told["state_names"], told["action_names"], told["units"]) == (None, None, None)
-    assert told["options"] == ["episode", "prefix", "deadline_s"]
+    assert told["options"] == ["episode", "noise", "prefix", "deadline_s"]
     named = config(["image"], 2, 2).replace(state_names=["x", "y"], action_names=["dx", "dy"], units="pixels")
     told = RequestReader(LAYOUTS["pusht"], named).describe()
     assert (told["state_names"], told["action_names"], told["units"]) == (["x", "y"], ACTION_NAMES, "pixels")
@@ -245,10 +247,12 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch):
 
 def test_a_layout_file(tmp_path):
     path = tmp_path / "robot.yaml"
-    path.write_text("images: {cam/front: front, cam/wrist: [wrist, gripper]}\nstate: [joints]\ntask: command\n")
-    assert load_layout(str(path)) == Layout(
-        {"cam/front": ["front"], "cam/wrist": ["wrist", "gripper"]}, ["joints"], task="command"
-    )
+    text = "images: {cam/front: front, cam/wrist: [wrist, gripper]}\nstate: [joints]\ntask: command\nchunk_size: 2.0\n"
+    path.write_text(text)
+    layout = load_layout(str(path))
+    images = {"cam/front": ["front"], "cam/wrist": ["wrist", "gripper"]}
+    assert layout == Layout(images, ["joints"], task="command", chunk_size=2)
+    assert type(layout.chunk_size) is int  # replies are cut there
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,15 @@
 
 import numpy as np
 import pytest
+from support.random_policies import build_policy
 
+from vla0_trl import VLAPolicy
+from vla0_trl.actions import NormStats
+from vla0_trl.serving.engine import Engine
+from vla0_trl.serving.layouts import LAYOUTS
+from vla0_trl.serving.requests import RequestReader
 from vla0_trl.serving.safety import JointLimits, SafeArm, next_target
+from vla0_trl.serving.server import PolicyServer, ServerOptions
 
 TOLD = {"action_range": [[-100.0, 0.0], [100.0, 50.0]], "fps": 10.0}
 
@@ -19,6 +26,16 @@ def test_limits_are_those_of_the_demonstrations_with_a_margin():
 def test_settings_that_limit_nothing_are_refused(setting):
     with pytest.raises(ValueError, match=r"margin=.* must be from 0 to 1, max_step=.* above 0"):
         JointLimits.of(TOLD, **setting)
+
+
+def test_relative_actions_have_the_range_of_the_states_first_numbers():
+    base = build_policy("nano")
+    stats = NormStats.from_array(np.float32([[-1, -2, -3], [1, 2, 3]]))
+    config = base.config.replace(relative_actions=True, state_dim=3, state_stats=stats)
+    engine = Engine(VLAPolicy(base.model, base.processor, config))
+    told = PolicyServer(engine, RequestReader(LAYOUTS["plain"], config), ServerOptions()).metadata()
+    arm = SafeArm(JointLimits.of(told, margin=0.0, max_step=9.0))
+    assert arm.next_target(np.float32([5, 5]), np.zeros(2)).tolist() == [1, 2]
 
 
 LIMITS = JointLimits(np.array([-120.0, -5.0]), np.array([120.0, 55.0]), np.array([24.0, 6.0]))

@@ -9,6 +9,9 @@ from support.random_policies import build_policy
 from support.serving import served
 
 from vla0_trl.config import VLAConfig
+from vla0_trl.serving.codec import pack, unpack
+from vla0_trl.serving.layouts import Layout
+from vla0_trl.serving.requests import RequestReader
 
 SERVE, CHECK = load_script("eval/serve.py"), load_script("eval/check_server.py")
 
@@ -79,6 +82,15 @@ def test_a_server_is_measured(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["robots 1", "robots 3"] * 2
     assert lines[0].endswith("of 4 replies") and lines[1].endswith("of 12 replies")
+
+
+@pytest.mark.parametrize("keys, state_dim", [(["observation/state"], 0), ([], 2)])
+def test_a_server_that_reads_no_state_is_sent_none(keys, state_dim):
+    config = build_policy("nano").config.replace(use_state=False, state_dim=state_dim, state_stats=None)
+    reader = RequestReader(Layout("observation/{camera}", keys), config)
+    message = CHECK.message_for(reader.describe() | {"state_dim": state_dim}, 48)
+    assert message.keys() == {"observation/image", "prompt"}
+    assert reader.read(unpack(pack(message))).observation["state"] is None
 
 
 def test_a_robots_computer_needs_no_torch():

@@ -71,10 +71,11 @@ def test_grippers_are_signed_and_replies_as_long_as_the_layouts_robot_wants(poli
     layout = LAYOUTS["pusht"].__class__(**{**vars(LAYOUTS["plain"]), "chunk_size": 3})
     (observation,) = observations(1)
     with served(signed, layout) as server, open_connection(server) as connection:
-        connection.recv()
+        metadata = unpack(connection.recv())
         actions = ask(connection, plain_message(observation))["actions"]
     chunk = signed.predict_action_chunk([observation])[0]
     assert np.array_equal(actions[:, 0], chunk[:3, 0]) and actions.shape == (3, 2)
+    assert (metadata["chunk_size"], metadata["n_action_steps"]) == (3, 3)
     assert set(actions[:, 1]) <= {-1.0, 1.0}
 
 

@@ -2,11 +2,13 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
+from websockets.sync.server import ServerConnection
+from websockets.sync.server import serve as serve_websocket
 
 from vla0_trl import VLAPolicy
 from vla0_trl.serving.codec import pack, unpack
@@ -44,6 +46,19 @@ def served(
         thread.join(30)
         engine.stop()
         assert not thread.is_alive()
+
+
+@contextmanager
+def websocket_server(converse: Callable[[ServerConnection], None]) -> Iterator[str]:
+    """Another server than ours, which converses so; gives its address."""
+    with serve_websocket(converse, "127.0.0.1", 0, compression=None, max_size=None) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def open_connection(server: PolicyServer, **options: Any) -> ClientConnection:

@@ -150,6 +150,12 @@ def open_log(run: Run, simulation: Simulation, source: PolicySource, args: Evalu
     # A process without a share may come after the others have finished: it must not delete what they did.
     overwrite = args.overwrite and bool(simulation.seeds[args.rank :: args.num_processes])
     log = EpisodeLog(run.folder, identity, overwrite, args.launch, args.rank)
+    if log.episodes and not source.identified:
+        print(
+            f"warning: {run.folder} has {len(log.episodes)} episodes already, and {source.checkpoint} does not say "
+            "which model answers: if it is another one now, start again with --overwrite",
+            file=sys.stderr,
+        )
     if count := len(source.trained_on.intersection(simulation.seeds)):
         print(
             f"warning: {count} of {len(simulation.seeds)} episodes begin as ones that were trained on", file=sys.stderr

@@ -26,6 +26,7 @@ class PolicySource:
 
     Attributes:
         config ([`VLAConfig`]): what it observes and how its chunks are executed, unless flags say otherwise.
+        identified (`bool`): whether the hash is that of its weights; a server may not tell.
         protocol (`dict`): what of its running may change results, such as `dtype`.
         trained_on (`set[Seed]`): the seeds that it has learnt from, where that is known.
         load (`Callable`): gives the policy, which executes as the config that it is called with.
@@ -38,6 +39,7 @@ class PolicySource:
     device: str
     trained_on: set[Seed]
     load: Callable[[VLAConfig], Policy]
+    identified: bool = True
 
 
 def checkpoint_policy(args: PolicyArguments) -> PolicySource:

@@ -84,8 +84,9 @@ class EpisodeRunner:
         if step.result is not None:
             self.episode.result = step.result
             return False
-        # Named, so that the policy drafts from this episode's last chunk, wherever it stands in the batch.
-        self.observation = {**step.observation, "episode": self.episode.seed}
+        # Named, so that the policy remembers this attempt wherever it stands in the batch; draws are the seed's.
+        names = {"episode": (self.episode.seed, len(self.episode.crashes)), "noise": self.episode.seed}
+        self.observation = step.observation | names
         self.episode.task = step.observation["task"]
         return True
 

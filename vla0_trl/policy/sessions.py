@@ -3,7 +3,8 @@
 The largest of logits plus temperature times Gumbel noise is a draw from softmax(logits / temperature) (the Gumbel-max
 trick). So decoding stays an argmax: exact in few passes, and checked by stock decoding. The noise of an episode's n-th
 chunk depends on the episode's name and n alone, not on batch, process or machine: an evaluation can be repeated, also
-through a server. The name is the observation's `"noise"`, which a server sets, or its `"episode"`.
+through a server, or after its simulator crashed. The name is the observation's `"noise"`, which evaluations and
+servers set, or its `"episode"`.
 
 Why draw at all: in a state where two ways are equally good, a greedy policy may take a step of one, then a step of the
 other, for ever. A draw ends that. recipes/measurements.md has figures.

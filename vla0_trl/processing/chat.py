@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from vla0_trl.config import VLAConfig
 
 Message = dict[str, str]
+MAX_TASK = 2000  # characters of an instruction that a server reads, and whose prompt is kept in memory
 
 # VLA-0's prompt (arXiv:2510.13054, section 3.2). VLA-0-Smol found no effect on a fine-tuned SmolVLM2: off by default.
 SYSTEM_PROMPT = (

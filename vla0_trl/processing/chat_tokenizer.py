@@ -15,7 +15,7 @@ from transformers import ProcessorMixin
 
 from vla0_trl.actions import join_integers
 from vla0_trl.config import VLAConfig
-from vla0_trl.processing.chat import task_mistake
+from vla0_trl.processing.chat import MAX_TASK, task_mistake
 from vla0_trl.processing.template_check import chat_frame, chat_turns, fill
 
 IGNORED = -100  # torch's cross-entropy leaves such labels out
@@ -94,14 +94,17 @@ class ChatTokenizer:
 
     def _head_and_tail(self, task: str) -> tuple[list[int], list[int]]:
         """Ids before and after the state text; all in the first if there is none."""
-        if task not in self._prompts:
-            if mistake := task_mistake(task, self.special_tokens):
-                raise ValueError(f"the task {mistake}")
+        if task in self._prompts:
+            return self._prompts[task]
+        if mistake := task_mistake(task, self.special_tokens):
+            raise ValueError(f"the task {mistake}")
+        before, after = self._around_state(task)
+        ids = self._expand(before), self._expand(after)
+        if len(task) <= MAX_TASK:  # longer ones, most of which a model refuses, would fill the memory
             if len(self._prompts) >= _KEPT_PROMPTS:
                 self._prompts.clear()
-            before, after = self._around_state(task)
-            self._prompts[task] = self._expand(before), self._expand(after)
-        return self._prompts[task]
+            self._prompts[task] = ids
+        return ids
 
     def _expand(self, text: str) -> list[int]:
         """Ids of a part of a prompt; if the images are in it, with as many placeholders as they take."""

@@ -31,7 +31,8 @@ from .codec import CodecError, pack, unpack
 KEPT_LATENCIES = 50
 MARGIN = 1  # steps by which a request is sent earlier than the latency requires
 RETRY_S = 1.0  # seconds between attempts to connect again, or to make a message
-_SAME = ("revision", "units", "fps", "n_action_steps")  # metadata that must be equal after connecting again
+# Metadata that must be equal after connecting again.
+_SAME = ("revision", "units", "fps", "n_action_steps", "ensemble_size")
 
 logger = logging.getLogger(__name__)
 Message = dict[str, Any] | Callable[[], dict[str, Any]]
@@ -60,12 +61,14 @@ class PolicyConnection:
         self.url, self.timeout_s, self.closed = url, timeout_s, False
         self._stack = ExitStack()
         headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
+        seconds = {"open_timeout": timeout_s, "close_timeout": 0.1}  # a busy or lost server must not delay the robot
         try:
             # Entered, since websockets 17 warns of connections that are opened otherwise; left by `close`.
-            opening = connect(url, additional_headers=headers, compression=None, max_size=None, open_timeout=timeout_s)
+            opening = connect(url, additional_headers=headers, compression=None, max_size=None, **seconds)
             self._socket: ClientConnection = self._stack.enter_context(opening)
             self.metadata: dict[str, Any] = unpack(self._socket.recv(timeout=timeout_s))
         except (OSError, WebSocketException, CodecError) as error:
+            self.close()
             raise ServerError(f"no policy at {url}: {error}") from error
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -90,12 +93,11 @@ class PolicyConnection:
                 return [unpack(reply) for reply in replies]
         except (OSError, WebSocketException, CodecError) as error:
             self.close()
-            raise ServerError(f"{self.url} did not answer: {error or type(error).__name__}") from error
+            raise ServerError(f"{self.url} did not answer: {str(error) or type(error).__name__}") from error
         raise ServerError(wrong[0])
 
     def close(self) -> None:
         self.closed = True
-        self._socket.close_timeout = 0.1  # a server that is busy or gone must not delay the robot
         self._stack.close()
 
 
@@ -184,6 +186,8 @@ class RobotClient(AbstractContextManager):
         last_error (`str` or `None`): why the newest request failed, which is logged, too; None if it succeeded.
         latencies_s (`deque[float]`): of the newest replies; the first is what the server said of itself.
         losses (`int`): how often the server was lost.
+
+    `ServerError`: see [`PolicyConnection`]; or the server averages chunks, which it aligns by requests, not by steps.
     """
 
     def __init__(
@@ -197,6 +201,9 @@ class RobotClient(AbstractContextManager):
         self._connect = lambda: PolicyConnection(url, api_key, timeout_s)
         self._connection: PolicyConnection | None = self._connect()
         self.metadata = self._connection.metadata
+        if self.metadata["ensemble_size"] > 1:
+            self._connection.close()
+            raise ServerError(f"{url} averages chunks and must be asked at every step: serve with --ensemble_size 1")
         self.stream = ChunkStream(self.metadata["chunk_size"], self.metadata["n_action_steps"], prefetch, use_prefix)
         self.last_error: str | None = None
         self.losses = 0

@@ -166,7 +166,7 @@ class Engine:
 
     def _answer(self, batch: list[_Waiting]) -> None:
         began = time.perf_counter()
-        names = ["" if waiting.request.episode is None else waiting.request.episode for waiting in batch]
+        names = ["" if waiting.request.noise is None else waiting.request.noise for waiting in batch]
         observations = [
             {**waiting.request.observation, "episode": waiting.session, "noise": name}
             for waiting, name in zip(batch, names, strict=True)

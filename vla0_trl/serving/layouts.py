@@ -96,10 +96,10 @@ def load_layout(name: str) -> Layout:
         raise ValueError(f"{path}: must hold fields such as images, state and task")
     known = [f.name for f in fields(Layout)]
     lines = [f"{key!r} is no field of a layout, which has {', '.join(known)}" for key in found if key not in known]
-    lines += mistakes(found, {"images": _images} | {key: kind for key, kind in _KINDS.items() if key in found})
-    if lines:
+    kinds = {"images": _images} | {key: kind for key, kind in _KINDS.items() if key in found}
+    if lines := lines + mistakes(found, kinds):
         raise ValueError("\n".join(f"{path}: {line}" for line in lines))
-    return Layout(**found | {"images": _images(found["images"])})
+    return Layout(**{key: kind(found[key]) for key, kind in kinds.items()})
 
 
 def _images(value: Any) -> dict[str, list[str]] | str:

@@ -11,13 +11,14 @@ from PIL import Image
 from vla0_trl.config import VLAConfig
 from vla0_trl.joint_units import DEGREES, JOINT_UNITS, NORMALIZED, beyond_units
 from vla0_trl.policy.observation import Observation, check_observation
+from vla0_trl.processing.chat import MAX_TASK
 from vla0_trl.schema import one_line
 from vla0_trl.serving.layouts import CAMERA, Layout
 
 MAX_PIXELS = 16 << 20  # of a compressed picture, before it is decoded
 MAX_DEPTH = 4  # of maps in maps
 # What any request may carry beside its layout's keys.
-OPTIONS = ("episode", "prefix", "units", "deadline_s")
+OPTIONS = ("episode", "noise", "prefix", "units", "deadline_s")
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class Request:
 
     Attributes:
         episode: the client's name of its episode, if it gave one.
+        noise: the name that answers are drawn by where there is a temperature: the episode's, unless it gave another.
         prefix: float32 (d, action_dim), actions that the robot executes meanwhile; None without.
         deadline_s: seconds after which the answer is useless; None: never.
     """
 
     observation: Observation
     episode: str | int | None = None
+    noise: str | int | None = None
     prefix: np.ndarray | None = None
     deadline_s: float | None = None
 
@@ -90,13 +93,16 @@ class RequestReader:
         if absent or unknown:
             parts = [f"lacks {absent}"] * bool(absent) + [f"has unknown keys {unknown}"] * bool(unknown)
             raise ValueError(one_line(f"the request {' and '.join(parts)}; this server takes {sorted(self.known)}"))
+        task = found.get(self.layout.task, self.layout.default_task)
+        if isinstance(task, str) and len(task) > MAX_TASK:  # reading it would keep the other robots waiting
+            raise ValueError(f"{self.layout.task} has {len(task)} characters, at most {MAX_TASK} are read")
         observation = {
             "images": {camera: _picture(found[key], key) for camera, key in self.cameras.items()},
             "state": self._state(found) if self._reads_state else None,
-            "task": found.get(self.layout.task, self.layout.default_task),
+            "task": task,
         }
         self._check_request_units(options.get("units"), observation["state"])
-        return Request(check_observation(observation, self.config), *self._options(options))
+        return Request(check_observation(observation, self.config), **self._options(options))
 
     def example(self) -> dict[str, Any]:
         """A message that this reads, of noise."""
@@ -145,17 +151,17 @@ class RequestReader:
             )
         return state
 
-    def _options(self, options: dict[str, Any]) -> tuple[str | int | None, np.ndarray | None, float | None]:
-        episode, prefix, deadline = (options.get(key) for key in ("episode", "prefix", "deadline_s"))
-        if isinstance(episode, np.integer):
-            episode = int(episode)
-        if not isinstance(episode, str | int | None) or len(str(episode)) > 200:
-            raise ValueError("'episode' must be a short text or a whole number")
+    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """What a [`Request`] has beside its observation."""
+        names = {key: _name(options.get(key), key) for key in ("episode", "noise")}
+        prefix, deadline = options.get("prefix"), options.get("deadline_s")
         if prefix is not None and (not isinstance(prefix, np.ndarray) or prefix.dtype.kind not in "iuf"):
             raise ValueError(f"'prefix' must be an array of (d, {self.config.action_dim}) actions")
         if deadline is not None and not (isinstance(deadline, int | float | np.number) and 0 < deadline < 86_400):
             raise ValueError("'deadline_s' must be a number of seconds above 0")
-        return episode, prefix, None if deadline is None else float(deadline)
+        if names["noise"] is None:
+            names["noise"] = names["episode"]
+        return names | {"prefix": prefix, "deadline_s": None if deadline is None else float(deadline)}
 
     def _check_dimensions(self) -> None:
         if self._reads_state and not self.layout.state:
@@ -216,6 +222,14 @@ def _leaves(message: dict, before: str = "", depth: int = 1) -> Iterator[tuple[s
             yield from _leaves(value, f"{before}{key}/", depth + 1)
         else:
             yield before + key, value
+
+
+def _name(value: Any, key: str) -> str | int | None:
+    if isinstance(value, np.integer):
+        value = int(value)
+    if not isinstance(value, str | int | None) or len(str(value)) > 200:
+        raise ValueError(f"{key!r} must be a short text or a whole number")
+    return value
 
 
 def _picture(value: Any, key: str) -> Any:

@@ -82,13 +82,22 @@ class PolicyServer:
         engine ([`Engine`]): warm, and started.
         reader ([`RequestReader`]): of its layout.
         revision (`str`): the checkpoint's hash, for the metadata.
+        running (`dict`, *optional*): what else may change answers, for the metadata: [`PolicySource`]'s `protocol`.
 
     Attributes:
         port (`int`): on which it listens.
     """
 
-    def __init__(self, engine: Engine, reader: RequestReader, options: ServerOptions, revision: str = ""):
-        self.engine, self.reader, self.options, self.revision = engine, reader, options, revision
+    def __init__(
+        self,
+        engine: Engine,
+        reader: RequestReader,
+        options: ServerOptions,
+        revision: str = "",
+        running: dict[str, Any] | None = None,
+    ):
+        self.engine, self.reader, self.options = engine, reader, options
+        self.revision, self.running = revision, running or {}
         self._replies: set[asyncio.Queue] = set()  # one of each connection
         self._numbers = itertools.count()
         self._server: Server | None = None
@@ -122,16 +131,21 @@ class PolicyServer:
     def metadata(self) -> dict[str, Any]:
         """The first message."""
         config = self.engine.policy.config
-        # Of actions in the demonstrations; relative ones move the state, whose range it is then.
+        # Of actions in the demonstrations; relative ones move the state, whose first numbers' range it is then.
         stats = config.state_stats if config.relative_actions else config.action_stats
-        names = ("fps", "chunk_size", "n_action_steps", "ensemble_size", "action_dim", "state_dim", "robot")
+        names = ("fps", "action_dim", "state_dim", "robot")
+        names += ("ensemble_size", "ensemble_decay", "ensemble_weights", "temperature")
+        chunk_size = self.reader.layout.chunk_size or config.chunk_size
         return {
             "server": f"vla0_trl {vla0_trl.__version__}",
             "protocol": PROTOCOL,
             "revision": self.revision,
+            **self.running,
             **{name: getattr(config, name) for name in names},
+            "chunk_size": chunk_size,
+            "n_action_steps": min(config.n_action_steps, chunk_size),
             **self.reader.describe(),
-            "action_range": [stats.min, stats.max],
+            "action_range": [stats.min[: config.action_dim], stats.max[: config.action_dim]],
             "latency_ms": self.engine.percentiles(),
             "max_batch": self.engine.max_batch,
         }

@@ -39,10 +39,14 @@ class _Session:
         self.told: dict[str, Any] = self.receive("hello")
 
     def begin(self, episode: Any, task: str) -> None:
-        if self.episode is not None:
-            self.send("episode_end", {})
+        self.end()
         self.episode = episode
         self.send("episode_start", {"task": {"name": task}})
+
+    def end(self) -> None:
+        if self.episode is not None:
+            self.send("episode_end", {})
+        self.episode = None
 
     def send(self, kind: str, payload: dict[str, Any]) -> None:
         self._seq += 1
@@ -79,7 +83,12 @@ class VlaEvalPolicy:
         self._params = self.told.get("observation_params", {})
 
     def reset(self) -> None:
-        """Nothing is remembered here; episodes are told apart by their names."""
+        """All episodes end: the server forgets their chunks; `PolicyError` if it has gone."""
+        try:
+            for session in self._sessions:
+                session.end()
+        except (OSError, WebSocketException) as error:
+            raise self._lost(error) from error
 
     def predict_action_chunk(self, observations: list[Observation]) -> np.ndarray:
         """B observations of different episodes, all that are not finished -> float32 (B, 1, action_dim).
@@ -92,8 +101,11 @@ class VlaEvalPolicy:
                 session.send("observation", self._shown(observation))
             actions = [self._action(session.receive("action")) for session in sessions]
         except (OSError, WebSocketException, CodecError) as error:
-            raise PolicyError(f"{self.url} did not answer: {error or type(error).__name__}") from error
+            raise self._lost(error) from error
         return np.stack(actions)
+
+    def _lost(self, error: Exception) -> PolicyError:
+        return PolicyError(f"{self.url} did not answer: {str(error) or type(error).__name__}")
 
     def _sessions_of(self, observations: list[Observation]) -> list[_Session]:
         """The session of each observation's episode; those of episodes that are over begin new ones."""
@@ -113,7 +125,7 @@ class VlaEvalPolicy:
         try:
             return _Session(self.url, self.timeout_s)
         except (OSError, WebSocketException, CodecError) as error:
-            raise PolicyError(f"no policy at {self.url}: {error or type(error).__name__}") from error
+            raise PolicyError(f"no policy at {self.url}: {str(error) or type(error).__name__}") from error
 
     def _shown(self, observation: Observation) -> dict[str, Any]:
         asked = {camera: CAMERAS[camera] for camera in self.config.cameras}
