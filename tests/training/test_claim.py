@@ -186,6 +186,30 @@ def test_a_kill_during_the_final_save_costs_no_further_step(whole_run, finished,
     assert not (finished / "optimizer.pt").exists() and not list(finished.glob(".*"))
 
 
+def test_an_evaluation_during_the_final_save_is_no_part_of_the_policy(dot_dataset, tmp_path):
+    others = [tmp_path / "run" / name for name in (".eval.lock", "eval/checkpoint-2/episodes.jsonl")]
+
+    def begin_evaluation(trainer):
+        save = trainer.save_state
+
+        def save_state():
+            save()
+            others[1].parent.mkdir(parents=True)
+            for path in others:
+                path.write_text("")
+
+        trainer.save_state = save_state
+        return []
+
+    run(dot_dataset, tmp_path / "run", max_steps=1, in_simulator=begin_evaluation)
+    listed = json.loads((tmp_path / "run" / "checkpoint.json").read_text())["files"]
+    assert listed.keys() >= {"model.safetensors", "trainer_state.json"}
+    assert not [name for name in listed if "eval" in name]
+    others[0].unlink()
+    others[1].write_text("{}\n")
+    assert damage(tmp_path / "run") is None
+
+
 def test_an_evaluation_says_what_was_trained_on(whole_run, tmp_path):
     assert trained_on(whole_run)["episodes"] == [0, 1, 2, 3, 4, 5] and trained_on(whole_run)["seeds"] == []
     (tmp_path / "conversion.json").write_text(

@@ -87,10 +87,12 @@ class CheckpointingTrainer(SFTTrainer):
     @contextmanager
     def _marked_whole(self, directory: Path) -> Iterator[None]:
         """The manifest is gone while a checkpoint is written, and back once all processes have written theirs."""
-        not_ours: set[str] = set()
+        output_dir, not_ours = Path(self.args.output_dir), set()
+        # Meanwhile evaluations may be at work in folders of output_dir, with a lock beside: `.eval.lock`.
+        pattern = "[!.]*" if directory == output_dir else "**/*"
         if self.args.should_save:
             delete_claimed(directory, unfinished=True)  # half written when an earlier session was killed, perhaps
-            not_ours = set(files_of(directory))
+            not_ours = set(files_of(directory, pattern))
         self.accelerator.wait_for_everyone()
         try:
             yield
@@ -104,11 +106,10 @@ class CheckpointingTrainer(SFTTrainer):
             if is_adapter(directory):
                 save_base_fingerprint(directory)
             self.vla_config.save_pretrained(directory)
-            output_dir = Path(self.args.output_dir)
             name = self.args.hub_model_id or output_dir.resolve().name
             run = read_json(output_dir / RUN_FILE) or {}
             write_model_card(directory, name, run, self.trained_on, self.state.global_step)
-            files = files_of(directory)
+            files = files_of(directory, pattern)
             files = {name: size for name, size in files.items() if name not in not_ours}
             write_manifest(directory, files, self.trained_on)
 
