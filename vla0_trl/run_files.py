@@ -19,8 +19,8 @@ from vla0_trl.schema import (
 
 _MOST = 10**12  # steps, samples
 _STATE: Kinds = {
-    **dict.fromkeys(("global_step", "max_steps"), optional(between(0, _MOST), 0)),
-    "num_train_epochs": optional(not_negative, 0),
+    "global_step": optional(between(0, _MOST), 0),
+    "epoch": optional(not_negative, 0),
     "log_history": items(lambda entry: entry),
 }
 _ENERGY: Kinds = {**dict.fromkeys(("kwh", "seconds"), not_negative), "samples": between(0, _MOST)}

@@ -186,6 +186,23 @@ def test_a_kill_during_the_final_save_costs_no_further_step(whole_run, finished,
     assert not (finished / "optimizer.pt").exists() and not list(finished.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"max_steps": 1}, {"max_steps": -1, "num_train_epochs": 0.4}),
+        ({"max_steps": -1, "num_train_epochs": 0.1}, {"max_steps": -1, "num_train_epochs": 0.4}),
+        ({"stop_at_token_accuracy": 0.0}, {}),
+        ({"stop_at_token_accuracy": 0.0}, {"stop_at_token_accuracy": 0.99}),
+    ],
+)
+def test_a_run_that_ended_before_what_is_asked_now_goes_on(first, then, dot_dataset, tmp_path, capsys):
+    for again in (first, first, then, then):
+        run(dot_dataset, tmp_path / "run", **again)
+    assert capsys.readouterr().out.count("already trained") == 2
+    learnt = losses(tmp_path / "run")
+    assert learnt == losses(run(dot_dataset, tmp_path / "whole", **then)) and len(learnt) > 1
+
+
 def test_an_evaluation_during_the_final_save_is_no_part_of_the_policy(dot_dataset, tmp_path):
     others = [tmp_path / "run" / name for name in (".eval.lock", "eval/checkpoint-2/episodes.jsonl")]
 

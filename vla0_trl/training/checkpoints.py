@@ -156,15 +156,12 @@ def is_finished(training: VLASFTConfig) -> bool:
     """Whether `output_dir` holds the final policy of a run at least as long as this one."""
     folder = Path(training.output_dir)
     state = read_state(folder)
-    if state is None or not (folder / CONFIG_NAME).is_file() or damage(folder) is not None:
-        return False
-    if training.max_steps > 0:
-        return state["max_steps"] >= training.max_steps
-    return state["num_train_epochs"] >= training.num_train_epochs
+    whole = (folder / CONFIG_NAME).is_file() and damage(folder) is None
+    return state is not None and whole and _is_trained(state, training)
 
 
 def _is_trained(state: dict[str, Any], training: VLASFTConfig) -> bool:
-    """Whether a checkpoint with this state is of the last step that this run would take."""
+    """Whether a run with this state has taken the last step that this run would take."""
     threshold = training.stop_at_token_accuracy
     names = {"loss", "mean_token_accuracy"}
     logged = [entry["mean_token_accuracy"] for entry in state["log_history"] if entry.keys() >= names]
@@ -172,4 +169,4 @@ def _is_trained(state: dict[str, Any], training: VLASFTConfig) -> bool:
         return True
     if training.max_steps > 0:
         return state["global_step"] >= training.max_steps
-    return state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= training.num_train_epochs
+    return round(state["epoch"], 6) >= training.num_train_epochs  # the state's own num_train_epochs is rounded up
