@@ -14,6 +14,7 @@ from vla0_trl.schema import (
     optional,
     read_if_whole,
     read_record,
+    text,
     warn_once,
 )
 
@@ -21,6 +22,7 @@ _MOST = 10**12  # steps, samples
 _STATE: Kinds = {
     "global_step": optional(between(0, _MOST), 0),
     "epoch": optional(not_negative, 0),
+    "best_model_checkpoint": optional(text),
     "log_history": items(lambda entry: entry),
 }
 _ENERGY: Kinds = {**dict.fromkeys(("kwh", "seconds"), not_negative), "samples": between(0, _MOST)}

@@ -203,6 +203,19 @@ def test_a_run_that_ended_before_what_is_asked_now_goes_on(first, then, dot_data
     assert learnt == losses(run(dot_dataset, tmp_path / "whole", **then)) and len(learnt) > 1
 
 
+def test_the_best_policy_is_the_final_one_after_a_kill_too_and_the_last_checkpoint_stays(dot_dataset, tmp_path):
+    options = {"load_best_model_at_end": True, "greater_is_better": True}  # by eval_loss: the first is the best
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 1}
+    out = run(dot_dataset, tmp_path / "run", data={"num_eval_episodes": 1}, **options)
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-3", "checkpoint-1"]
+    weights = (out / "model.safetensors").read_bytes()
+    assert weights == (out / "checkpoint-1" / "model.safetensors").read_bytes()
+    unfinish(out)
+    run(dot_dataset, out, data={"num_eval_episodes": 1}, **options)
+    assert (out / "model.safetensors").read_bytes() == weights and damage(out) is None
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 3
+
+
 def test_an_evaluation_during_the_final_save_is_no_part_of_the_policy(dot_dataset, tmp_path):
     others = [tmp_path / "run" / name for name in (".eval.lock", "eval/checkpoint-2/episodes.jsonl")]
 
