@@ -4,7 +4,8 @@
         --output_dir runs/eval
 
 Writes offline.json. With the output folder of eval_pusht.py, summarize.py shows both. The action error is of chunks
-that the policy generates from the stored frames, as on a robot; the error of never looking is shown, too.
+that the policy generates from the stored frames, greedily whatever its temperature; the error of never looking is
+shown, too.
 """
 
 import sys
@@ -78,6 +79,7 @@ def main() -> None:
         run = {"checkpoint": args.model_name_or_path, "checkpoint_hash": checkpoint_hash(checkpoint)}
         args.output_dir.mkdir(parents=True, exist_ok=True)
         policy = VLAPolicy.from_pretrained(checkpoint, args.device, args.dtype, decoding=options)
+        policy.config = policy.config.replace(temperature=0.0)  # the error of drawn answers would be chance, too
 
     errors = action_errors(policy, rows, dataset_config.cameras, args.batch_size)
     known = trained_on(checkpoint)
@@ -88,7 +90,8 @@ def main() -> None:
     accuracy = token_accuracy(policy, rows, dataset_config.cameras, args.batch_size)
     data = {"dataset": args.dataset_name, "episodes": args.episodes, "num_frames": len(rows)}
     data |= {"num_trained_on": len(seen)} if seen else {}
-    data |= {"decoding": policy.decoding} | ({"refine": options.refine} if policy.decoding == PARALLEL else {})
+    data |= {"temperature": policy.config.temperature, "decoding": policy.decoding}
+    data |= {"refine": options.refine} if policy.decoding == PARALLEL else {}
     about = provenance(str(policy.model.device), PACKAGES)
     write_json(args.output_dir / OFFLINE, run | data | {"token_accuracy": accuracy} | errors | about)
 

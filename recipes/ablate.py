@@ -22,6 +22,8 @@ from pathlib import Path
 from vla0_trl.benchmarks.ablation import Ablation, run_arm, write_report
 from vla0_trl.command_line import ScriptParser, option, user_errors
 from vla0_trl.evaluation.report.summary import format_table
+from vla0_trl.run_folder import RunFolder
+from vla0_trl.stopping import Stopped, raising_stopped
 from vla0_trl.streams import prepare_streams
 
 
@@ -58,18 +60,18 @@ def main() -> None:
     launch = ["--config_file", args.accelerate_config] if args.accelerate_config else []
     errors: dict[str, str] = {}
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(chosen, start=1):
-        print(f"{number}/{len(chosen)} {name}", flush=True)
-        arm = next(arm for arm in ablation.arms if arm.name == name)
-        try:
-            error = run_arm(ablation, arm, args.output_dir, train, evaluate, launch)
-        except KeyboardInterrupt:
-            parser.exit(130, "\nstopped; the same command goes on from here\n")
-        if error:
-            errors[name] = error
-            print(f"  failed: {error}", flush=True)
-        with user_errors():
-            table = write_report(ablation, args.output_dir, errors)
+    try:
+        with user_errors(), raising_stopped(), RunFolder(args.output_dir):
+            for number, name in enumerate(chosen, start=1):
+                print(f"{number}/{len(chosen)} {name}", flush=True)
+                arm = next(arm for arm in ablation.arms if arm.name == name)
+                error = run_arm(ablation, arm, args.output_dir, train, evaluate, launch)
+                if error:
+                    errors[name] = error
+                    print(f"  failed: {error}", flush=True)
+                table = write_report(ablation, args.output_dir, errors)
+    except Stopped as stopped:
+        parser.exit(stopped.status, "\nstopped; the same command goes on from here\n")
     print(f"\n{format_table(table)}\n\nablation.md, .json and .png: {args.output_dir}")
     if errors:
         parser.exit(1, f"{len(errors)} of {len(chosen)} arms failed; their logs: {args.output_dir}/logs\n")

@@ -31,7 +31,7 @@ FILES = {
     "run/trainer_state.json": {
         "global_step": 2,
         "max_steps": 2,
-        "num_train_epochs": 1,
+        "epoch": 1.0,
         "log_history": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}],
     },
     "run/energy.json": {"kwh": 0.5, "seconds": 60.0, "samples": 16},
@@ -123,7 +123,7 @@ def test_a_damaged_episode_is_left_out_and_said(folder, capsys, line, message):
     assert "results.json counts 3 episodes, episodes.jsonl has 2: run the evaluation again" in capsys.readouterr().err
 
 
-STATES = ["{", "[]", {"log_history": "x"}, {"global_step": "2"}, {"max_steps": -1}, {"num_train_epochs": "1"}]
+STATES = ["{", "[]", {"log_history": "x"}, {"global_step": "2"}, {"epoch": -1}, {"epoch": "1"}]
 
 
 @pytest.mark.parametrize("change", STATES, ids=str)

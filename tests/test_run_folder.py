@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.general import contents, load_script
+from support.general import REPOSITORY, contents, load_script
 
 from vla0_trl import run_folder
 from vla0_trl.files import write_whole
@@ -257,9 +257,11 @@ def test_leftovers_of_a_killed_write_do_not_claim_a_folder(tmp_path):
         ("data_prep/teach_pusht.py", []),
         ("recipes/merge_adapter.py", ["--model_name_or_path", "adapter"]),
         ("recipes/rehearse.py", ["recipes/pusht/nano.yaml"]),
+        ("recipes/ablate.py", ["--ablations", "recipes/pusht/ablations.yaml"]),
     ],
 )
 def test_commands_without_a_folder_of_their_own_kind_are_kept_out_too(script, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr("sys.argv", [script, *flags, "--output_dir", str(tmp_path / "out")])
     with RunFolder(tmp_path / "out"), pytest.raises(SystemExit, match="2"):
         load_script(script).main()

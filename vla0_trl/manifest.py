@@ -43,9 +43,10 @@ _BEFORE_MANIFESTS = {
 }
 
 
-def files_of(folder: Path) -> dict[str, int]:
+def files_of(folder: Path, pattern: str = "**/*") -> dict[str, int]:
     """The size of every file below a folder, by its relative name."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = (path for path in sorted(folder.glob(pattern)) if path.is_file())
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def damage(folder: Path) -> str | None:

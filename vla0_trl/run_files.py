@@ -14,13 +14,15 @@ from vla0_trl.schema import (
     optional,
     read_if_whole,
     read_record,
+    text,
     warn_once,
 )
 
 _MOST = 10**12  # steps, samples
 _STATE: Kinds = {
-    **dict.fromkeys(("global_step", "max_steps"), optional(between(0, _MOST), 0)),
-    "num_train_epochs": optional(not_negative, 0),
+    "global_step": optional(between(0, _MOST), 0),
+    "epoch": optional(not_negative, 0),
+    "best_model_checkpoint": optional(text),
     "log_history": items(lambda entry: entry),
 }
 _ENERGY: Kinds = {**dict.fromkeys(("kwh", "seconds"), not_negative), "samples": between(0, _MOST)}

@@ -14,11 +14,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the program to stop; `status` is what it shall exit with."""
+    """A signal asked the program to stop: its `number`, and the `status` that it shall exit with."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
-        self.status = exit_status(number)
+        self.number, self.status = number, exit_status(number)
 
 
 def exit_status(number: int) -> int:

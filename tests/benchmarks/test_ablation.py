@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from support.backbones import TINY
 from support.general import REPOSITORY, load_script
 from support.runs import ABLATIONS, ENV
 
-from vla0_trl.benchmarks.ablation import Ablation, Arm, flags
+from vla0_trl.benchmarks.ablation import Ablation, Arm, flags, run_logged
 from vla0_trl.evaluation.metrics import wilson_interval
+from vla0_trl.stopping import Stopped
 from vla0_trl.training.arguments import parse_recipe
 
 HEAD = {
@@ -145,6 +147,41 @@ def test_arms_are_trained_evaluated_and_compared(pusht_data, tmp_path, monkeypat
     assert run_main("recipes/ablate.py", monkeypatch, *arguments) == 1
     assert len(logs) == 4 and all(path.stat().st_mtime_ns == time for path, time in logs.items())
     assert json.loads((out / "ablation.json").read_text())["arms"][1:] == [base, one_step]
+
+
+SAVING = """
+import signal, time
+def save(*_):
+    time.sleep(2)
+    print("saved", flush=True)
+    raise SystemExit(143)
+signal.signal(signal.SIGTERM, save)
+signal.alarm(60)
+print("training", flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_ends_an_ablation_once_the_training_has_saved(tmp_path):
+    """Behind `accelerate launch`, which does not wait for it."""
+    (tmp_path / "recipe.py").write_text(SAVING)
+    file, log = ablation_file(tmp_path, {"a": {}}, recipe=str(tmp_path / "recipe.py")), tmp_path / "logs/a_train.log"
+    command = [sys.executable, "recipes/ablate.py", "--ablations", file, "--output_dir", tmp_path]
+    command += ["--accelerate_config", "accelerate_configs/cpu.yaml"]
+    with subprocess.Popen(command, cwd=REPOSITORY, env=ENV, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (log.exists() and "training\n" in log.read_text()):
+            time.sleep(0.1)
+        process.terminate()
+        assert "stopped; the same command goes on from here" in process.communicate(timeout=120)[1]
+    assert process.returncode == 143 and log.read_text().endswith("saved\n")
+
+
+@pytest.mark.parametrize("status", [130, 143])
+def test_a_command_that_a_signal_stopped_has_not_failed(status, tmp_path):
+    with pytest.raises(Stopped) as stopped:
+        run_logged([sys.executable, "-c", f"raise SystemExit({status})"], tmp_path / "log")
+    assert stopped.value.status == status
 
 
 def test_files_that_are_not_here_are_found_before_any_training(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from support.episodes import RUN, small_result
 from vla0_trl import run_folder
 from vla0_trl.evaluation import episode_log as results
 from vla0_trl.evaluation import metrics
-from vla0_trl.evaluation.episode_log import EpisodeLog, read_episodes
+from vla0_trl.evaluation.episode_log import EpisodeLog, read_episodes, video_name
 from vla0_trl.evaluation.metrics import aggregate, wilson_interval
 from vla0_trl.models.fingerprint import checkpoint_hash
 from vla0_trl.run_folder import FolderError
@@ -144,13 +144,14 @@ def test_the_processes_of_a_launch_delete_what_was_there_once_all_shards_of_it(t
     other = RUN | {"checkpoint_hash": "bb" * 32}
     for rank in (1, 0):  # 1 is through before 0 begins
         with EpisodeLog(tmp_path, other, overwrite=True, launch="new", rank=rank) as log:
-            log.append(small_result(rank))
+            (film.parent / video_name(log.append(small_result(rank)))).write_text("")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "episodes-new-0.jsonl",
         "episodes-new-1.jsonl",
         "videos",
     ]
-    assert [path.name for path in film.parent.iterdir()] == ["episode_000009_success.mp4"]
+    films = ["episode_000000_failure.mp4", "episode_000001_failure.mp4", "episode_000009_success.mp4"]
+    assert sorted(path.name for path in film.parent.iterdir()) == films
     assert [(row["seed"], row["success"]) for row in read_episodes(tmp_path)] == [(0, False), (1, False)]
 
 

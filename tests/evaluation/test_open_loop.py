@@ -1,6 +1,7 @@
 """Open-loop metrics on the dots: of policies whose errors are known, and of a real nano checkpoint."""
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -142,6 +143,20 @@ def test_another_decoding_is_that_of_the_policy_and_is_written_down(
     policy = VLAPolicy.from_pretrained(checkpoint, decoding=DecodingOptions(mode="parallel", refine=2))
     errors = action_errors(policy, pick_frames(dots[0], 4, 6, 6), ["image"], batch_size=16)
     assert offline["rmse"] == errors["rmse"]
+
+
+@pytest.mark.parametrize("decoding", ["exact", "parallel"])
+def test_answers_are_greedy_whatever_the_temperature(decoding, monkeypatch, checkpoint, dots, dot_dataset, tmp_path):
+    warm = shutil.copytree(checkpoint, tmp_path / "warm")
+    dots[1].replace(temperature=5.0).save_pretrained(warm)
+    errors = []
+    for folder in (checkpoint, str(warm)):
+        flags = ["--episodes", "4:6", "--num_frames", "6", "--decoding", decoding]
+        _run(monkeypatch, folder, dot_dataset, tmp_path / "out", *flags)
+        offline = json.loads((tmp_path / "out" / "offline.json").read_text())
+        assert offline["temperature"] == 0
+        errors.append(offline["rmse"])
+    assert errors[0] == errors[1]
 
 
 @pytest.mark.parametrize(

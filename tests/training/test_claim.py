@@ -186,6 +186,60 @@ def test_a_kill_during_the_final_save_costs_no_further_step(whole_run, finished,
     assert not (finished / "optimizer.pt").exists() and not list(finished.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"max_steps": 1}, {"max_steps": -1, "num_train_epochs": 0.4}),
+        ({"max_steps": -1, "num_train_epochs": 0.1}, {"max_steps": -1, "num_train_epochs": 0.4}),
+        ({"stop_at_token_accuracy": 0.0}, {}),
+        ({"stop_at_token_accuracy": 0.0}, {"stop_at_token_accuracy": 0.99}),
+    ],
+)
+def test_a_run_that_ended_before_what_is_asked_now_goes_on(first, then, dot_dataset, tmp_path, capsys):
+    for again in (first, first, then, then):
+        run(dot_dataset, tmp_path / "run", **again)
+    assert capsys.readouterr().out.count("already trained") == 2
+    learnt = losses(tmp_path / "run")
+    assert learnt == losses(run(dot_dataset, tmp_path / "whole", **then)) and len(learnt) > 1
+
+
+def test_the_best_policy_is_the_final_one_after_a_kill_too_and_the_last_checkpoint_stays(dot_dataset, tmp_path):
+    options = {"load_best_model_at_end": True, "greater_is_better": True}  # by eval_loss: the first is the best
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 1}
+    out = run(dot_dataset, tmp_path / "run", data={"num_eval_episodes": 1}, **options)
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-3", "checkpoint-1"]
+    weights = (out / "model.safetensors").read_bytes()
+    assert weights == (out / "checkpoint-1" / "model.safetensors").read_bytes()
+    unfinish(out)
+    run(dot_dataset, out, data={"num_eval_episodes": 1}, **options)
+    assert (out / "model.safetensors").read_bytes() == weights and damage(out) is None
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 3
+
+
+def test_an_evaluation_during_the_final_save_is_no_part_of_the_policy(dot_dataset, tmp_path):
+    others = [tmp_path / "run" / name for name in (".eval.lock", "eval/checkpoint-2/episodes.jsonl")]
+
+    def begin_evaluation(trainer):
+        save = trainer.save_state
+
+        def save_state():
+            save()
+            others[1].parent.mkdir(parents=True)
+            for path in others:
+                path.write_text("")
+
+        trainer.save_state = save_state
+        return []
+
+    run(dot_dataset, tmp_path / "run", max_steps=1, in_simulator=begin_evaluation)
+    listed = json.loads((tmp_path / "run" / "checkpoint.json").read_text())["files"]
+    assert listed.keys() >= {"model.safetensors", "trainer_state.json"}
+    assert not [name for name in listed if "eval" in name]
+    others[0].unlink()
+    others[1].write_text("{}\n")
+    assert damage(tmp_path / "run") is None
+
+
 def test_an_evaluation_says_what_was_trained_on(whole_run, tmp_path):
     assert trained_on(whole_run)["episodes"] == [0, 1, 2, 3, 4, 5] and trained_on(whole_run)["seeds"] == []
     (tmp_path / "conversion.json").write_text(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from vla0_trl.evaluation.report.summary import Table, format_table, percent_inte
 from vla0_trl.files import write_whole
 from vla0_trl.manifest import read_json
 from vla0_trl.schema import between, checked, each, is_number, line_of_text, mapping, optional, read_record
+from vla0_trl.stopping import SIGNALS, Stopped, exit_status
 from vla0_trl.training.fields import recipe_fields
 
 # What all arms must share: how much they learn from, and where they go.
@@ -130,18 +134,26 @@ def flags(options: dict[str, Any]) -> list[str]:
 def run_logged(command: list[str], log: Path) -> str | None:
     """Run a command with its output in `log`; None if it went well, else the error that it ended with.
 
-    `KeyboardInterrupt`: once the command, which Ctrl-C reaches as well, has saved and ended.
+    [`Stopped`] if a signal stopped us, within [`raising_stopped`], or the command: once that has saved and ended.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the last process that writes to it has ended
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = process.wait()
-        except KeyboardInterrupt:
+        except Stopped as stopped:
+            # To all of them: `accelerate launch` of one process does not pass it on, nor wait for what it has started.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, stopped.number)
             process.wait()
+            file.close()  # a lock that we hold, too
+            with log.open() as written:
+                fcntl.flock(written, fcntl.LOCK_EX)
             raise
-    if code == 130:
-        raise KeyboardInterrupt
+    for number in SIGNALS:
+        if code == exit_status(number):
+            raise Stopped(number)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["no output"]
     # a recipe's own message is more useful than that of `accelerate launch` about its exit
     return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])[:300] if code else None

@@ -159,8 +159,9 @@ class EpisodeLog(AbstractContextManager):
             if self._held.first:
                 for written in (folder, folder / VIDEOS):
                     delete_leftovers(written)
-                if overwrite:
-                    self._delete_all(launch)
+                # A process of this launch that is through already has done so, and what is there is its own.
+                if overwrite and not list(folder.glob(_SHARDS.replace("*", f"{launch}-*"))):
+                    self._delete_all()
             self.episodes = read_episodes(folder)
             self.check(self.episodes)
             # unbuffered: after a full disk, a buffer would try the same line again when it is closed
@@ -178,11 +179,10 @@ class EpisodeLog(AbstractContextManager):
             if any(row[key] != self.run[key] for key in ("checkpoint_hash", "protocol")):
                 raise belongs_to_another(self.folder, "run", _described(row), _described(self.run))
 
-    def _delete_all(self, launch: str | None) -> None:
+    def _delete_all(self) -> None:
         """All that earlier evaluations left here: their lines say which films are theirs."""
         doomed = [self.folder / VIDEOS / video_name(row) for row in read_episodes(self.folder)]
-        shards = [path for path in self.folder.glob(_SHARDS) if not path.match(f"episodes-{launch}-*")]
-        for path in (*doomed, self.folder / RESULTS, self.folder / EPISODES, *shards):
+        for path in (*doomed, self.folder / RESULTS, self.folder / EPISODES, *self.folder.glob(_SHARDS)):
             path.unlink(missing_ok=True)
 
     def append(self, episode: EpisodeResult, **more: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from vla0_trl.manifest import (
 from vla0_trl.models.fingerprint import is_adapter, save_base_fingerprint
 from vla0_trl.policy.card import write_model_card
 from vla0_trl.run_files import read_state
-from vla0_trl.run_folder import RUN_FILE, FolderError, checkpoints, last_checkpoint
+from vla0_trl.run_folder import RUN_FILE, STATE_FILE, FolderError, checkpoints, last_checkpoint
 from vla0_trl.schema import one_line
 from vla0_trl.training.arguments import VLASFTConfig
 from vla0_trl.training.pushing import FOR_RESUMING, Uploads
@@ -40,6 +40,7 @@ class CheckpointingTrainer(SFTTrainer):
     vla_config: VLAConfig
     trained_on: dict[str, Any]
     uploads: Uploads
+    _limit: int | None
 
     def save_policy(self, directory: Path, with_state: bool = False) -> None:
         """Save a self-sufficient checkpoint, with the state of a finished run beside it; all processes call it."""
@@ -48,21 +49,26 @@ class CheckpointingTrainer(SFTTrainer):
             if with_state:
                 self.save_state()  # into output_dir
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        # Old checkpoints may only go once the new one is whole, or a kill in between would leave none.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+    def train(self, *args, **kwargs):
+        """As `Trainer.train`, but `_save_checkpoint` alone deletes old checkpoints."""
+        # They may only go once the new one is whole, or a kill in between would leave none. And at the end, or after a
+        # stop, Trainer would delete the last one, from which a run goes on, if another is the best.
+        self._limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with self._marked_whole(checkpoint):
-                super()._save_checkpoint(model, trial)
+            return super().train(*args, **kwargs)
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit = self._limit
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with self._marked_whole(checkpoint):
+            super()._save_checkpoint(model, trial)
         if self.args.push_to_hub and self.is_world_process_zero():
             self.uploads.begin(checkpoint, self.state.global_step)
-        if self.args.should_save and limit:
+        if self.args.should_save and self._limit:
             best = Path(self.state.best_model_checkpoint or "").name
             whole = [path for path in checkpoints(Path(self.args.output_dir)) if damage(path) is None]
-            for path in [path for path in whole if path.name != checkpoint.name][limit - 1 :]:
+            for path in [path for path in whole if path.name != checkpoint.name][self._limit - 1 :]:
                 if path.name != best and path not in self.uploads.busy():
                     delete_claimed(path)
 
@@ -87,10 +93,12 @@ class CheckpointingTrainer(SFTTrainer):
     @contextmanager
     def _marked_whole(self, directory: Path) -> Iterator[None]:
         """The manifest is gone while a checkpoint is written, and back once all processes have written theirs."""
-        not_ours: set[str] = set()
+        output_dir, not_ours = Path(self.args.output_dir), set()
+        # Meanwhile evaluations may be at work in folders of output_dir, with a lock beside: `.eval.lock`.
+        pattern = "[!.]*" if directory == output_dir else "**/*"
         if self.args.should_save:
             delete_claimed(directory, unfinished=True)  # half written when an earlier session was killed, perhaps
-            not_ours = set(files_of(directory))
+            not_ours = set(files_of(directory, pattern))
         self.accelerator.wait_for_everyone()
         try:
             yield
@@ -104,11 +112,10 @@ class CheckpointingTrainer(SFTTrainer):
             if is_adapter(directory):
                 save_base_fingerprint(directory)
             self.vla_config.save_pretrained(directory)
-            output_dir = Path(self.args.output_dir)
             name = self.args.hub_model_id or output_dir.resolve().name
             run = read_json(output_dir / RUN_FILE) or {}
             write_model_card(directory, name, run, self.trained_on, self.state.global_step)
-            files = files_of(directory)
+            files = files_of(directory, pattern)
             files = {name: size for name, size in files.items() if name not in not_ours}
             write_manifest(directory, files, self.trained_on)
 
@@ -142,10 +149,15 @@ def finish_from_checkpoint(training: VLASFTConfig) -> bool:
     state = read_state(last) if last else None
     if state is None or not _is_trained(state, training):
         return False
+    best = state["best_model_checkpoint"] if training.load_best_model_at_end else None
+    policy = output_dir / Path(best or last).name
+    if damage(policy) is not None:
+        return False
     if training.should_save:
         delete_claimed(output_dir, unfinished=True)
-        files = [path for path in claimed(last) if path.parent == last and not path.name.startswith(FOR_RESUMING)]
-        copies = [shutil.copy2(path, output_dir) for path in files if path.name != CHECKPOINT_FILE]
+        files = [path for path in claimed(policy) if path.parent == policy and not path.name.startswith(FOR_RESUMING)]
+        files = [path for path in files if path.name not in (CHECKPOINT_FILE, STATE_FILE)] + [last / STATE_FILE]
+        copies = [shutil.copy2(path, output_dir) for path in files]
         sizes = {Path(copy).name: Path(copy).stat().st_size for copy in copies}
         write_manifest(output_dir, sizes, trained_on(last))
     return True
@@ -155,15 +167,12 @@ def is_finished(training: VLASFTConfig) -> bool:
     """Whether `output_dir` holds the final policy of a run at least as long as this one."""
     folder = Path(training.output_dir)
     state = read_state(folder)
-    if state is None or not (folder / CONFIG_NAME).is_file() or damage(folder) is not None:
-        return False
-    if training.max_steps > 0:
-        return state["max_steps"] >= training.max_steps
-    return state["num_train_epochs"] >= training.num_train_epochs
+    whole = (folder / CONFIG_NAME).is_file() and damage(folder) is None
+    return state is not None and whole and _is_trained(state, training)
 
 
 def _is_trained(state: dict[str, Any], training: VLASFTConfig) -> bool:
-    """Whether a checkpoint with this state is of the last step that this run would take."""
+    """Whether a run with this state has taken the last step that this run would take."""
     threshold = training.stop_at_token_accuracy
     names = {"loss", "mean_token_accuracy"}
     logged = [entry["mean_token_accuracy"] for entry in state["log_history"] if entry.keys() >= names]
@@ -171,4 +180,4 @@ def _is_trained(state: dict[str, Any], training: VLASFTConfig) -> bool:
         return True
     if training.max_steps > 0:
         return state["global_step"] >= training.max_steps
-    return state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= training.num_train_epochs
+    return round(state["epoch"], 6) >= training.num_train_epochs  # the state's own num_train_epochs is rounded up

@@ -53,13 +53,13 @@ def push_finished(training: VLASFTConfig) -> None:
         print(f"uploaded: {push_policy(Path(training.output_dir), *target)}")
 
 
-def restore_checkpoint(uploaded: Path, output_dir: Path) -> Path:
+def restore_checkpoint(uploaded: Path, output_dir: Path) -> None:
     """Lay a download of `last-checkpoint/` where its training looks for it; `output_dir` must not exist."""
-    step = read_json(uploaded / STATE_FILE)["global_step"]
-    checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-    shutil.copytree(uploaded, checkpoint, ignore=shutil.ignore_patterns(RUN_FILE))
-    shutil.copy(uploaded / RUN_FILE, output_dir)
-    return checkpoint
+    partial = output_dir.with_name(f"{output_dir.name}.partial")  # after a kill the copies are made again
+    checkpoint = partial / f"{PREFIX_CHECKPOINT_DIR}-{read_json(uploaded / STATE_FILE)['global_step']}"
+    shutil.copytree(uploaded, checkpoint, ignore=shutil.ignore_patterns(RUN_FILE), dirs_exist_ok=True)
+    shutil.copy(uploaded / RUN_FILE, partial)
+    partial.rename(output_dir)
 
 
 class Uploads:
@@ -67,6 +67,7 @@ class Uploads:
 
     def __init__(self, training: VLASFTConfig):
         self.training = training
+        self._api = HfApi()  # one: each has a thread of its own, which works through its uploads in order
         self._under_way: list[tuple[Path, Future]] = []
 
     def begin(self, checkpoint: Path, step: int) -> None:
@@ -75,7 +76,7 @@ class Uploads:
         if strategy == HubStrategy.END or (self.busy() and not self.training.hub_always_push):
             return
         self.finish(wait=False)
-        self._under_way.append((checkpoint, HfApi().run_as_future(self._push, checkpoint, step)))
+        self._under_way.append((checkpoint, self._api.run_as_future(self._push, checkpoint, step)))
 
     def busy(self) -> list[Path]:
         """The checkpoints that are being read, and so must stay."""
