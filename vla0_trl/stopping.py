@@ -1,16 +1,19 @@
 """Stopping well: SIGTERM, by which Slurm, Kubernetes and spot machines end a program, does what Ctrl-C does.
 
-The exit status says which it was: 130 after Ctrl-C, 143 after SIGTERM. The second signal ends a program at once.
+The exit status says which it was: 130 after Ctrl-C, 143 after SIGTERM. A second signal ends a program at once, but not
+one that comes with the first: Slurm sends SIGTERM to every process of a step, and `accelerate launch` passes its own on.
 """
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ONE_STOP_S = 2.0  # signals within this time are one
 
 
 class Stopped(KeyboardInterrupt):
@@ -28,12 +31,17 @@ def exit_status(number: int) -> int:
 
 @contextmanager
 def on_first_signal(act: Callable[[int], None]) -> Iterator[None]:
-    """Within the block, the first SIGINT or SIGTERM calls `act` with its number; the next one ends the process."""
+    """Within the block, the first SIGINT or SIGTERM calls `act` with its number; a later one ends the process."""
+    began: float | None = None
 
     def handle(number: int, frame: object) -> None:
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
-        act(number)
+        nonlocal began
+        if began is None:
+            began = time.monotonic()
+            act(number)
+        elif time.monotonic() - began > ONE_STOP_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     previous = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
