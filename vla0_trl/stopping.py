@@ -1,7 +1,7 @@
 """Stopping well: SIGTERM, by which Slurm, Kubernetes and spot machines end a program, does what Ctrl-C does.
 
 The exit status says which it was: 130 after Ctrl-C, 143 after SIGTERM. A second signal ends a program at once, but not
-one that comes with the first: Slurm sends SIGTERM to every process of a step, and `accelerate launch` passes its own on.
+one that comes with the first: Slurm sends SIGTERM to every process of a step, and `accelerate launch` passes it on.
 """
 
 import os

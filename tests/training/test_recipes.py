@@ -8,6 +8,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -190,8 +191,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(number, workers, dot_datase
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_launcher_saves_all_ranks(dot_dataset, tmp_path):
-    """`accelerate launch` of two processes passes SIGTERM on."""
+@pytest.mark.parametrize("everyone", [False, True])
+def test_sigterm_to_the_launcher_saves_all_ranks(everyone, dot_dataset, tmp_path):
+    """`accelerate launch` of two processes passes SIGTERM on, also where Slurm has sent it to all of them."""
     out = tmp_path / "run"
     command = command_line("multi_gpu", 2, dot_dataset, out, "--save_steps", 100000, "--max_steps", 100000)
     process = subprocess.Popen(
@@ -199,7 +201,9 @@ def test_sigterm_to_the_launcher_saves_all_ranks(dot_dataset, tmp_path):
     )
     for line in process.stdout:
         if "'loss'" in line:
-            process.terminate()
+            ranks = psutil.Process(process.pid).children(recursive=True) if everyone else []
+            for each in (*ranks, process):
+                each.terminate()
             break
     assert "the same command goes on" in process.communicate(timeout=120)[0]
     (checkpoint,) = out.glob("checkpoint-*")
