@@ -163,11 +163,9 @@ class Written:
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
     def _stats(self, episodes: list[int]) -> dict:
-        stats = {}
-        for at, key in enumerate(self.names[2:]):
-            values = np.concatenate([self.vectors(episode)[at] for episode in episodes])
-            stats[key] = {"min": values.min(0).tolist(), "max": values.max(0).tolist(), "count": [len(values)]}
-        return stats
+        values = map(np.concatenate, zip(*map(self.vectors, episodes), strict=True))
+        described = ({"min": v.min(0).tolist(), "max": v.max(0).tolist(), "count": [len(v)]} for v in values)
+        return dict(zip(self.names[2:], described, strict=True))
 
     def _write_meta_v2(self, per_file: dict[str, int]) -> None:
         tasks = [{"task_index": index, "task": task} for index, task in enumerate(TASKS)]
@@ -240,9 +238,8 @@ def replace_column(table: pa.Table, name: str, values) -> pa.Table:
 
 
 def wrong_span(table: pa.Table) -> pa.Table:
-    name = "videos/observation.images.top/to_timestamp"
-    values = table[name].to_pylist()
-    return replace_column(table, name, pa.array([values[0] + 2 / FPS, *values[1:]]))
+    first, *others = table[name := "videos/observation.images.top/to_timestamp"].to_pylist()
+    return replace_column(table, name, pa.array([first + 2 / FPS, *others]))
 
 
 def shifted_span(table: pa.Table) -> pa.Table:
@@ -261,9 +258,9 @@ def wide_actions(table: pa.Table) -> pa.Table:
 
 
 def no_bytes(table: pa.Table) -> pa.Table:
-    key = "observation.images.top"
-    images = [image | {"bytes": None} for image in table[key].to_pylist()]
-    return replace_column(table, key, pa.array(images, pa.struct({"bytes": pa.binary(), "path": pa.string()})))
+    images = [image | {"bytes": None} for image in table["observation.images.top"].to_pylist()]
+    images = pa.array(images, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    return replace_column(table, "observation.images.top", images)
 
 
 class Library:
