@@ -142,6 +142,12 @@ def test_of_a_server_that_does_not_tell_its_model_the_address_is_known_and_going
     args.overwrite = False
     open_log(run, simulation, source, args).close()
     assert f"has 1 episodes already, and {url} does not say which model answers" in capsys.readouterr().err
+    args.launch, args.num_processes = "together", 2
+    with open_log(run, simulation, source, args):
+        capsys.readouterr()
+        args.rank = 1
+        open_log(run, simulation, source, args).close()
+        assert not capsys.readouterr().err, "the first process has said it, or they are of this launch"
 
 
 def test_openpis_server_is_shown_liberos_keys():

@@ -150,7 +150,7 @@ def open_log(run: Run, simulation: Simulation, source: PolicySource, args: Evalu
     # A process without a share may come after the others have finished: it must not delete what they did.
     overwrite = args.overwrite and bool(simulation.seeds[args.rank :: args.num_processes])
     log = EpisodeLog(run.folder, identity, overwrite, args.launch, args.rank)
-    if log.episodes and not source.identified:
+    if log.first and log.episodes and not source.identified:
         print(
             f"warning: {run.folder} has {len(log.episodes)} episodes already, and {source.checkpoint} does not say "
             "which model answers: if it is another one now, start again with --overwrite",

@@ -145,6 +145,9 @@ class EpisodeLog(AbstractContextManager):
         launch (`str`, *optional*), rank (`int`, *optional*): a word that several processes share, and which of them
             this is: each has a file of its own.
 
+    Attributes:
+        first (`bool`): whether no other process of this launch had it open.
+
     `FolderError` if the folder holds another run, or another command is writing to it.
     """
 
@@ -154,9 +157,10 @@ class EpisodeLog(AbstractContextManager):
         self.folder, self.run = folder, run
         self.path = folder / (EPISODES if launch is None else _SHARDS.replace("*", f"{launch}-{rank}"))
         self._held = RunFolder(folder, launch)
+        self.first = self._held.first
         try:
             self._held.path.mkdir(parents=True, exist_ok=True)
-            if self._held.first:
+            if self.first:
                 for written in (folder, folder / VIDEOS):
                     delete_leftovers(written)
                 # A process of this launch that is through already has done so, and what is there is its own.
